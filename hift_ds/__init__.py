@@ -1,0 +1,27 @@
+"""Hierarchical full-parameter fine-tuning (HiFT) on DeepSpeed ZeRO 0-3."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hift_ds.config import HiFTConfig
+    from hift_ds.engine import HiFTEngine, initialize
+    from hift_ds.launching import init_distributed
+
+__version__ = "0.1.0"
+__all__ = ["HiFTConfig", "HiFTEngine", "init_distributed", "initialize"]
+
+_HOMES = {
+    "HiFTConfig": "hift_ds.config",
+    "HiFTEngine": "hift_ds.engine",
+    "initialize": "hift_ds.engine",
+    "init_distributed": "hift_ds.launching",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # DeepSpeed and torch load when they are first used: `import hift_ds` stays quick.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'hift_ds' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)

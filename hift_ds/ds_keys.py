@@ -1,0 +1,349 @@
+"""Every DeepSpeed config key, and what becomes of it when HiFT is on. Pure data and its reader: imports no deepspeed."""
+
+from __future__ import annotations
+
+import difflib
+import reprlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+HONOURED, NO_EFFECT, REFUSED = "honoured", "no effect", "refused"
+
+# The default of a section that one row covers as a whole: off unless an "enabled" in it is true.
+OFF = object()
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One row of the table: keys of one section that share a verdict.
+
+    Attributes:
+        section: Dotted path of the section; "" is the top level.
+        keys: Key name -> DeepSpeed's default. A key at its default is neither refused nor noted, nor is a null.
+        verdict: `HONOURED`, `NO_EFFECT` or `REFUSED`.
+        note: Why, as half a sentence; README and messages print it.
+        remedy: What to do about a refused key.
+        values: The verdict holds for these values only; `None` = for every value but the default.
+        also_off: Values besides the default that mean "off".
+        label: How README names the row; "" = the keys themselves.
+    """
+
+    section: str
+    keys: Mapping[str, Any]
+    verdict: str
+    note: str = ""
+    remedy: str = "remove the key"
+    values: tuple[Any, ...] | None = None
+    also_off: tuple[Any, ...] = ()
+    label: str = ""
+
+    def applies(self, default: Any, value: Any) -> bool:
+        """Whether the `value` of a key with that `default` meets this row's verdict."""
+        if self.values is not None:
+            return value in self.values
+        if default is OFF:
+            return _is_on(value)
+        return value is not None and value != default and value not in self.also_off
+
+
+def check_ds_config(ds_config: Mapping[str, Any]) -> list[str]:
+    """Refuses the DeepSpeed keys that HiFT cannot serve and names those that do nothing.
+
+    Args:
+        ds_config: The whole config, as `json.load` returns it. Not changed.
+
+    Returns:
+        One line for each key that the user set to a value other than DeepSpeed's default and that has no effect, and for
+        each key that DeepSpeed does not know.
+
+    Raises:
+        ValueError: A refused key, or a value "auto" that nobody filled in; the first in full, the others by name.
+        TypeError: A section that is not an object.
+    """
+    notes, refusals = [], {}
+    for key, value in _leaves("", ds_config):
+        section, _, name = key.rpartition(".")
+        rows = _ROWS_OF.get(key, [])
+        if not rows and section not in _OPEN_SECTIONS:
+            notes.append(f"unknown DeepSpeed key {key!r}{_did_you_mean(section, name)}")
+        elif _is_auto(value) and "auto" not in [default for _, default in rows]:
+            refusals[key] = (
+                f"{key}='auto': only the Hugging Face Trainer fills in \"auto\"; put a value, or remove the key to get "
+                "DeepSpeed's default"
+            )
+        for rule, default in rows:
+            if rule.verdict == HONOURED or _is_auto(value) or not rule.applies(default, value):
+                continue
+            shown = reprlib.repr(value)
+            if rule.verdict == REFUSED:
+                refusals[key] = f"{key}={shown}: not supported with HiFT, because {rule.note}; {rule.remedy}"
+            else:
+                notes.append(f"{key}={shown} has no effect with HiFT: {rule.note}")
+    if refusals:
+        first, *others = refusals
+        more = f" (refused as well: {', '.join(others)})" if others else ""
+        raise ValueError(refusals[first] + more)
+    return notes
+
+
+def markdown_table() -> str:
+    """The table for README, one line per row of `RULES`."""
+    lines = ["| key | verdict | note |", "|---|---|---|"]
+    for rule in RULES:
+        label = rule.label or ", ".join(f"`{_join(rule.section, name)}`" for name in rule.keys)
+        lines.append(f"| {label} | {rule.verdict} | {rule.note} |".replace("  ", " "))
+    return "\n".join(lines) + "\n"
+
+
+def _join(section: str, name: str) -> str:
+    return f"{section}.{name}" if section else name
+
+
+def _leaves(section: str, mapping: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in mapping.items():
+        key = _join(section, str(name))
+        if key not in _SECTIONS:
+            yield key, value
+        elif isinstance(value, Mapping):
+            yield from _leaves(key, value)
+        # `"zero_optimization": true` is DeepSpeed's old way to write stage 1; null leaves a section at its defaults.
+        elif value is not None and not (key == _ZERO and isinstance(value, bool)):
+            raise TypeError(f"{key}={value!r}: must be an object of keys and values")
+
+
+def _is_on(value: Any) -> bool:
+    if not isinstance(value, Mapping):
+        return bool(value)
+    switches = list(_switches(value))
+    return any(switches) if switches else bool(value)
+
+
+def _switches(section: Mapping[str, Any]) -> Iterator[Any]:
+    for name, value in section.items():
+        if name == "enabled":
+            yield value
+        elif isinstance(value, Mapping):
+            yield from _switches(value)
+
+
+def _is_auto(value: Any) -> bool:
+    return value == "auto" or (isinstance(value, (list, tuple)) and "auto" in value)
+
+
+def _did_you_mean(section: str, name: str) -> str:
+    siblings = {key.rpartition(".")[2]: key for key in _ROWS_OF if key.rpartition(".")[0] == section}
+    siblings.update({s.rpartition(".")[2]: s for s in _SECTIONS if s.rpartition(".")[0] == section and s})
+    elsewhere = [key for key in _ROWS_OF if key.rpartition(".")[2] == name]
+    if len(elsewhere) == 1:
+        return f" (did you mean {elsewhere[0]!r}?)"
+    close = difflib.get_close_matches(name, siblings, n=1)
+    return f" (did you mean {siblings[close[0]]!r}?)" if close else ""
+
+
+def _names(*names: str) -> dict[str, Any]:
+    """Keys whose default decides nothing, because they are honoured."""
+    return dict.fromkeys(names)
+
+
+_ZERO, _OFFLOAD = "zero_optimization", "zero_optimization.offload_optimizer"
+_SAMPLING, _ROUTING = "data_efficiency.data_sampling", "data_efficiency.data_routing"
+_REMOVED = "DeepSpeed 0.19.8 has removed it and refuses the key itself"
+_ZEROPP = "ZeRO++ quantizes or regroups what HiFT sends exactly"
+_STAGE3 = (
+    "prefetch_bucket_size",
+    "param_persistence_threshold",
+    "model_persistence_threshold",
+    "max_live_parameters",
+    "max_reuse_distance",
+    "gather_16bit_weights_on_model_save",
+    "module_granularity_threshold",
+    "use_all_reduce_for_fetch_params",
+    "allgather_sequential",
+)
+
+# Dense on purpose: the table is read as a table.
+# fmt: off
+RULES: tuple[Rule, ...] = (
+    Rule("", _names("hift"), HONOURED, "the section of hift_ds; DeepSpeed ignores it"),
+    # batch
+    Rule("", _names("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), HONOURED,
+         "the block changes between accumulation windows, never within one"),
+    Rule("", _names("managed_gradient_accumulation"), HONOURED, "with false each `engine.step()` is one step of HiFT"),
+    Rule("", _names("gradient_clipping"), HONOURED, "the global norm over the active block; DeepSpeed's default is 1.0"),
+    Rule("", _names("dataloader_drop_last"), HONOURED),
+    # optimizer, scheduler
+    Rule("optimizer", _names("type", "params"), HONOURED, "hift_ds has its own list of update rules"),
+    Rule("optimizer", {"legacy_fusion": False}, NO_EFFECT, "it belongs to DeepSpeed's FP16_Optimizer"),
+    Rule("optimizer.params", _names("adam_w_mode"), HONOURED, "with false `Adam` adds L2 instead of decoupled decay"),
+    Rule("optimizer.params", {"torch_adam": False}, NO_EFFECT, "hift_ds has its own Adam"),
+    Rule("optimizer.params", {"fp32_optimizer_states": True}, REFUSED, "optimizer state is kept in fp32"),
+    Rule("optimizer.params", {"max_grad_norm": None}, REFUSED, "DeepSpeed rejects it as an optimizer parameter",
+         "set gradient_clipping instead"),
+    Rule("scheduler", _names("type", "params"), HONOURED, "`hift.lr_update` says when its rate is taken"),
+    Rule("", {"zero_allow_untested_optimizer": False, "zero_force_ds_cpu_optimizer": True}, NO_EFFECT,
+         "hift_ds goes by its own list of optimizers and never runs DeepSpeedCPUAdam"),
+    # precision
+    Rule("fp16", _names("enabled", "auto_cast", "loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis",
+                        "consecutive_hysteresis", "min_loss_scale"), HONOURED,
+         "an overflow skips the step and does not rotate", label="`fp16.*`"),
+    Rule("fp16", {"fp16_master_weights_and_grads": False}, REFUSED, "master weights are kept in fp32"),
+    Rule("bf16", _names("enabled"), HONOURED, "`bfloat16` is DeepSpeed's old name of the section"),
+    Rule("bf16", _names("check_grad_overflow"), HONOURED, "a step with inf or nan is skipped and does not rotate"),
+    Rule("bf16", {"immediate_grad_update": False}, NO_EFFECT, "it belongs to DeepSpeed's BF16_Optimizer"),
+    Rule("bf16", {"bf16_master_weights_and_grads": False, "bf16_optimizer_states": False}, REFUSED,
+         "master weights and optimizer state are kept in fp32"),
+    Rule("data_types", _names("grad_accum_dtype", "param_dtype", "buffer_dtype") | {"keep_in_fp32_modules": "auto"},
+         HONOURED, "`grad_accum_dtype` is fp32 if not given", label="`data_types.*`"),
+    Rule("", {"torch_autocast": OFF}, REFUSED, "its dtypes per module for gradients and communication are not "
+         "implemented", "use bf16 or fp16 instead", label="`torch_autocast.*`"),
+    # gradients
+    Rule("", _names("communication_data_type", "prescale_gradients", "gradient_predivide_factor", "gradient_allreduce_op"),
+         HONOURED, "for the gradients of the active block; DeepSpeed refuses `sum` at stage 3"),
+    Rule("", {"disable_allgather": False}, NO_EFFECT, "DeepSpeed reads it and never uses it"),
+    # ZeRO
+    Rule(_ZERO, _names("stage"), HONOURED, "0, 1, 2 or 3"),
+    Rule(_ZERO, _names("reduce_bucket_size"), HONOURED, "elements of the active block reduced at a time; a larger "
+         "parameter is a bucket of its own"),
+    Rule(_ZERO, _names("allgather_bucket_size"), HONOURED, "elements gathered at a time after the update, stages 1 and 2"),
+    Rule("", _names("allgather_size"), HONOURED, "its old name, beside the old `zero_optimization: true` only"),
+    Rule(_ZERO, _names("overlap_comm"), HONOURED, "reduction overlaps with backward at stages 2 and 3"),
+    Rule(_ZERO, {"contiguous_gradients": True, "reduce_scatter": True, "use_multi_rank_bucket_allreduce": True},
+         NO_EFFECT, "gradients of the active block are always packed into one buffer and reduce-scattered (stage 0: "
+         "all-reduced)"),
+    Rule(_ZERO, {"allgather_partitions": True}, NO_EFFECT, "the updated block is always all-gathered"),
+    Rule(_ZERO, {"round_robin_gradients": False, "parameter_alignment": False, "sub_group_size": 1_000_000_000},
+         NO_EFFECT, "it lays out DeepSpeed's own optimizer; HiFT cuts each parameter into equal shards"),
+    Rule(_ZERO, {"compute_grad_norm": True}, NO_EFFECT, "the norm of the active block is always computed"),
+    Rule(_ZERO, {"ignore_unused_parameters": True}, NO_EFFECT, "frozen blocks have no gradients; a parameter of the "
+         "active block without one counts as zeros"),
+    Rule(_ZERO, _names(*(f"stage3_{name}" for name in _STAGE3), *_STAGE3, "stage3_gather_fp16_weights_on_model_save"),
+         HONOURED, "by DeepSpeed's own ZeRO-3; also without the prefix", label="`zero_optimization.stage3_*`"),
+    Rule(_ZERO, _names("memory_efficient_linear", "override_module_apply", "log_trace_cache_warnings",
+                       "enable_sanity_checks", "pipeline_loading_checkpoint"), HONOURED, "stage 3, by DeepSpeed"),
+    Rule(f"{_ZERO}.leaf_module", _names("classes", "names", "name_suffixes"), HONOURED, "stage 3, by DeepSpeed",
+         label="`zero_optimization.leaf_module.*`"),
+    Rule(f"{_ZERO}.offload_param", _names("device", "pin_memory"), HONOURED, "`cpu` at stage 3; DeepSpeed ignores it at "
+         "the other stages"),
+    Rule(f"{_ZERO}.offload_param", {"device": "none"}, REFUSED, "weights on NVMe cannot be updated in place",
+         'use "cpu" instead', values=("nvme",), label="`zero_optimization.offload_param.device: nvme`"),
+    Rule(f"{_ZERO}.offload_param", {"nvme_path": None, "buffer_count": 5, "buffer_size": 100_000_000,
+                                    "max_in_cpu": 1_000_000_000},
+         NO_EFFECT, "it belongs to NVMe offload", label="the other `zero_optimization.offload_param.*`"),
+    Rule(_ZERO, _names("cpu_offload_param"), HONOURED, "old name of `offload_param.device: cpu`"),
+    Rule(_OFFLOAD, {"device": "none"}, NO_EFFECT, "masters and state are on the host anyway; the update runs on the device",
+         values=("cpu",), label="`zero_optimization.offload_optimizer.device: cpu`"),
+    Rule(_OFFLOAD, {"device": "none"}, REFUSED, "masters and state live in host memory, not on NVMe", values=("nvme",),
+         label="`zero_optimization.offload_optimizer.device: nvme`"),
+    Rule(_OFFLOAD, _names("pin_memory"), HONOURED, "with false the host copies are not page-locked"),
+    Rule(_OFFLOAD, {"super_offload": False}, REFUSED, "SuperOffload is another optimizer in the place of ours"),
+    Rule(_OFFLOAD, {"ratio": 1.0, "cpuadam_cores_perc": 0.8, "nvme_path": None, "buffer_count": 4, "pipeline_read": False,
+                    "pipeline_write": False, "fast_init": False},
+         NO_EFFECT, "it belongs to CPU Adam or NVMe offload", label="the other `zero_optimization.offload_optimizer.*`"),
+    Rule(_ZERO, {"cpu_offload": None, "cpu_offload_use_pin_memory": None}, NO_EFFECT,
+         "old name of an `offload_optimizer` key; state is on the host anyway", also_off=(False,)),
+    Rule(_ZERO, {"zero_quantized_weights": False, "zero_quantized_nontrainable_weights": False,
+                 "zero_quantized_gradients": False}, REFUSED, _ZEROPP, label="`zero_optimization.zero_quantized_*`"),
+    Rule(_ZERO, {"zero_hpz_partition_size": 1}, REFUSED, _ZEROPP, also_off=(0,)),
+    Rule(_ZERO, {"mics_shard_size": -1, "mics_hierarchical_params_gather": False, "zeropp_loco_param": None}, REFUSED,
+         _REMOVED),
+    Rule(_ZERO, {"zenflow": None}, REFUSED, "ZenFlow is another optimizer in the place of ours",
+         label="`zero_optimization.zenflow.*`"),
+    Rule(_ZERO, {"legacy_stage1": False}, REFUSED, "DeepSpeed has dropped that implementation"),
+    Rule(_ZERO, {"save_muon_momentum_buffer_in_memory": False}, NO_EFFECT, "Muon is not among the update rules"),
+    # checkpoints
+    Rule("checkpoint", _names("tag_validation", "use_node_local_storage", "checkpoint_serialization"), HONOURED),
+    Rule("checkpoint.parallel_write", {"pipeline_stage": False}, NO_EFFECT, "it belongs to pipeline parallelism"),
+    Rule("checkpoint", {"load_universal": False}, REFUSED, "HiFT has its own shard layout, the same at every stage"),
+    Rule("checkpoint", {"writer": None}, REFUSED, "such a writer may read host buffers after the next step has changed "
+         "them", label="`checkpoint.writer.*`"),
+    Rule("", {"datastates_ckpt": False}, REFUSED, "it reads host buffers after the next step has changed them",
+         label="`datastates_ckpt.*`"),
+    Rule(_ZERO, {"elastic_checkpoint": False}, REFUSED, "it is a layout of DeepSpeed's own optimizer"),
+    Rule(_ZERO, {"load_from_fp32_weights": True}, REFUSED, "masters are always restored from fp32 copies"),
+    # activation checkpointing
+    Rule("activation_checkpointing", _names("partition_activations", "cpu_checkpointing", "number_checkpoints",
+                                            "synchronize_checkpoint_boundary", "profile"), HONOURED,
+         "for models that call `deepspeed.checkpointing`; those of Hugging Face do not",
+         label="`activation_checkpointing.*`"),
+    Rule("activation_checkpointing", {"contiguous_memory_optimization": False}, REFUSED, "its buffers are freed by the "
+         "backward of a checkpointed layer, and with HiFT a backward may reach none"),
+    # other parallelism and engines
+    Rule("tensor_parallel", {"autotp_size": 0}, REFUSED, "tensor parallelism is not implemented", also_off=(1,)),
+    Rule("tensor_parallel.tp", {"tp_size": 1}, REFUSED, "tensor parallelism is not implemented"),
+    Rule("tensor_parallel", {"dtype": None, "tp_overlap_comm": False, "vocab_parallel_lm_head": None,
+                             "vocab_parallel_ce_backend": "torch", "injection_policy_tuple": None,
+                             "partition_config": None, "preset_model": None, "keep_module_on_host": False,
+                             "replace_with_kernel_inject": False, "kernel_inject": False, "tp.tp_grain_size": 1,
+                             "tp.mpu": None, "tp.tp_group": None},
+         NO_EFFECT, "tensor parallelism is refused", label="the other `tensor_parallel.*`"),
+    Rule("", {"sequence_parallel_size": 1}, REFUSED, "the data-parallel group of HiFT is not split by sequence"),
+    Rule("", _names("data_parallel_size"), HONOURED, "DeepSpeed reads it beside `sequence_parallel_size` only"),
+    Rule("", {"seq_parallel_communication_data_type": "fp32"}, NO_EFFECT, "sequence parallelism is refused"),
+    Rule("", {"expert_parallel": OFF}, REFUSED, "expert parallelism is not implemented", label="`expert_parallel.*`"),
+    Rule("", {"use_data_before_expert_parallelism": False}, NO_EFFECT, "expert parallelism is refused"),
+    Rule("pipeline", {"stages": "auto"}, REFUSED, "pipeline parallelism is not implemented", also_off=(1,)),
+    Rule("pipeline", {"partition": "best", "seed_layers": False, "activation_checkpoint_interval": 0,
+                      "pipe_partitioned": True, "grad_partitioned": True, "use_reentrant": None},
+         NO_EFFECT, "pipeline parallelism is refused", label="the other `pipeline.*`"),
+    Rule("", {"hybrid_engine": OFF}, REFUSED, "it is another engine in the place of ours", label="`hybrid_engine.*`"),
+    Rule("compile", {"deepcompile": False, "autoep_non_moe": False}, REFUSED, "its graph is built for one set of "
+         "trainable parameters"),
+    Rule("compile", {"free_activation": False, "free_activation_threshold": 10 * 1024 * 1024, "offload_activation": False,
+                     "offload_activation_pin_memory": True, "offload_opt_states": False, "double_buffer": True,
+                     "symmetric_memory": False, "debug_log": False, "offload_parameters": False,
+                     "sync_before_reduce": False, "sync_after_reduce": False, "sync_before_allgather": False,
+                     "sync_after_allgather": False, "keep_int_input_tensors": True, "keep_all_input_tensors": False,
+                     "passes": None},
+         NO_EFFECT, "it belongs to DeepCompile", label="the other `compile.*`"),
+    Rule("", {"autotuning": OFF}, REFUSED, "its search knows DeepSpeed's own optimizers only", label="`autotuning.*`"),
+    Rule("weight_quantization", {"quantized_initialization": {}}, REFUSED, "quantized weights cannot be trained"),
+    Rule("weight_quantization", {"enabled": True, "num_bits": 8, "q_type": "symmetric", "q_groups": 1,
+                                 "post_init_quant": {}},
+         NO_EFFECT, "it belongs to DeepSpeed's inference", label="the other `weight_quantization.*`"),
+    Rule("aio", {"block_size": 1048576, "queue_depth": 8, "intra_op_parallelism": 1, "single_submit": False,
+                 "overlap_events": True, "use_gds": False},
+         NO_EFFECT, "it belongs to NVMe offload", label="`aio.*`"),
+    Rule("", dict.fromkeys(("amp", "compression_training", "curriculum_learning", "eigenvalue", "elasticity",
+                            "graph_harvesting", "nebula", "progressive_layer_drop", "quantize_training",
+                            "sparse_attention", "sparse_gradients"), OFF), REFUSED, _REMOVED),
+    # data
+    Rule("data_efficiency", _names("enabled", "seed", *(f"data_sampling.{name}" for name in (
+        "enabled", "num_epochs", "num_workers", "pin_memory", "curriculum_learning"))), HONOURED,
+         label="`data_efficiency.*`"),
+    Rule(_SAMPLING, {"dynamic_batching": OFF}, REFUSED, "it scales the rate at each step and HiFT holds it for a cycle",
+         label="`data_efficiency.data_sampling.dynamic_batching.*`"),
+    Rule(_ROUTING, {"enabled": False}, NO_EFFECT, "random LTD is refused"),
+    Rule(_ROUTING, {"random_ltd": OFF}, REFUSED, "layers that drop tokens are not tested with the rotation",
+         label="`data_efficiency.data_routing.random_ltd.*`"),
+    # reports
+    Rule("", _names("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "log_level",
+                    "disable_python_gc", "vocabulary_size", "timers.throughput.enabled",
+                    "timers.throughput.synchronized"), HONOURED),
+    Rule("", _names(*(f"{monitor}.{name}" for monitor, names in (
+        ("tensorboard", ("enabled", "output_path", "job_name")),
+        ("csv_monitor", ("enabled", "output_path", "job_name")),
+        ("wandb", ("enabled", "group", "team", "project")),
+        ("comet", ("enabled", "samples_log_interval", "project", "workspace", "api_key", "experiment_name",
+                   "experiment_key", "online", "mode")),
+        ("comms_logger", ("enabled", "prof_all", "prof_ops", "verbose", "debug")),
+    ) for name in names)), HONOURED, label="`tensorboard.*`, `csv_monitor.*`, `wandb.*`, `comet.*`, `comms_logger.*`"),
+    Rule("flops_profiler", _names("enabled", "recompute_fwd_factor", "profile_step", "module_depth", "top_modules",
+                                  "detailed", "output_file"), HONOURED,
+         "it counts a backward as two forwards; that of HiFT is shorter", label="`flops_profiler.*`"),
+)
+# fmt: on
+
+_ROWS_OF: dict[str, list[tuple[Rule, Any]]] = {}  # with the default
+for _rule in RULES:
+    for _name, _default in _rule.keys.items():
+        _ROWS_OF.setdefault(_join(_rule.section, _name), []).append((_rule, _default))
+# Other names that DeepSpeed accepts for a section.
+for _alias, _section in (("bfloat16", "bf16"), ("tensor_parallel.tensor_parallel", "tensor_parallel.tp")):
+    for _key in [key for key in _ROWS_OF if key.startswith(f"{_section}.")]:
+        _ROWS_OF[_alias + _key.removeprefix(_section)] = _ROWS_OF[_key]
+# Sections whose keys belong to a class of the user's choice: any key is known there.
+_OPEN_SECTIONS = frozenset({"optimizer.params", "scheduler.params"})
+_SECTIONS = _OPEN_SECTIONS | {
+    ".".join(parts[:depth]) for parts in (key.split(".") for key in _ROWS_OF) for depth in range(1, len(parts))
+}

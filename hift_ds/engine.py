@@ -1,0 +1,347 @@
+"""The engine hook: a DeepSpeedEngine whose optimizer rotates blocks, and `initialize()`."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
+from deepspeed.runtime.zero import parameter_offload
+
+from hift_ds import surface
+from hift_ds.blocks import BlockPlan, plan_blocks
+from hift_ds.activations import use_non_reentrant_checkpointing
+from hift_ds.config import HiFTConfig
+from hift_ds.ds_keys import check_ds_config
+from hift_ds.gradients import GradientReducer
+from hift_ds.launching import agree, init_distributed, load_ds_config
+from hift_ds.optimizer import HiFTOptimizer, Settings, group_indices
+from hift_ds.rotation import Rotation
+from hift_ds.rules import Rule, rule_from_config, rule_from_optimizer
+from hift_ds.schedule import CycleScheduler
+from hift_ds.shards import Averaging
+from hift_ds.view import HiFT
+
+logger = logging.getLogger(__name__)
+_PATCH = threading.Lock()
+
+
+class HyperParameters(torch.optim.Optimizer):
+    """Param groups and nothing else: what schedulers and loggers read and write. It never has state."""
+
+    def step(self, closure: Any = None) -> None:
+        """Does nothing: HiFTOptimizer updates the weights."""
+
+
+class HiFTEngine(DeepSpeedEngine):
+    """DeepSpeedEngine with a HiFTOptimizer at every ZeRO stage, 0 to 3. Build it with `hift_ds.initialize`.
+
+    Attributes:
+        hift: The user's window on blocks and rotation.
+    """
+
+    # Given by initialize() before __init__ runs, which calls _configure_optimizer.
+    hift_config: HiFTConfig
+    block_plan: BlockPlan
+    separate_host: bool | None = None
+
+    def _configure_optimizer(self, client_optimizer: Any, model_parameters: Any) -> None:
+        use_non_reentrant_checkpointing(self.module)
+        trained = {fqn for block in self.block_plan.blocks for fqn in block.fqns} | set(self.block_plan.always_active)
+        params = {name: param for name, param in self.module.named_parameters() if name in trained}
+        holder, rule = self._hyper_parameters(client_optimizer, model_parameters)
+        self._check_for_duplicates(holder)
+        for group in holder.param_groups:
+            rule.check_group(group)
+        _check_coverage(holder, params)
+        self.basic_optimizer = holder
+        offload = self._make_offload() if self.zero_optimization_stage() == 3 else None
+        config = self.hift_config
+        rotation = Rotation(len(self.block_plan.blocks), config.order, config.seed, config.steps_per_block)
+        self.optimizer = HiFTOptimizer(
+            holder=holder,
+            rule=rule,
+            plan=self.block_plan,
+            params=params,
+            rotation=rotation,
+            reducer=self._make_reducer(),
+            loss_scaler=CreateLossScaler(
+                dtype=self.get_data_types()[0],
+                static_loss_scale=self.loss_scale(),
+                dynamic_scaling=self.dynamic_loss_scale(),
+                dynamic_loss_args=self.dynamic_loss_scale_args(),
+            ),
+            offload=offload,
+            lr_update=config.lr_update,
+            device=self.device,
+            group=self.seq_data_parallel_group,
+            settings=Settings(
+                stage=self.zero_optimization_stage(),
+                world=self.seq_dp_world_size,
+                clip=self.gradient_clipping(),
+                publish_numel=self.zero_allgather_bucket_size(),
+                reset_state=config.inactive_state == "reset",
+                separate_host=self.separate_host,
+            ),
+        )
+        self.hift = HiFT(self)
+
+    def _hyper_parameters(self, client_optimizer: Any, model_parameters: Any) -> tuple[torch.optim.Optimizer, Rule]:
+        if client_optimizer is None:
+            # DeepSpeed's own way would compile FusedAdam or CPUAdam just to hold a learning rate.
+            rule, defaults = rule_from_config(self.optimizer_name(), self.optimizer_params() or {})
+            return HyperParameters(_trainable_groups(model_parameters), defaults), rule
+        if not isinstance(client_optimizer, torch.optim.Optimizer):
+            client_optimizer = client_optimizer(model_parameters)
+        return client_optimizer, rule_from_optimizer(client_optimizer)
+
+    def _make_reducer(self) -> GradientReducer:
+        model_dtype, accumulation_dtype = self.get_data_types()
+        accumulates = self.gradient_accumulation_steps() > 1 or not self.managed_gradient_accumulation()
+        if self._config.grad_accum_dtype is None and accumulates:
+            accumulation_dtype = torch.float32
+        elif self._config.grad_accum_dtype is None:
+            accumulation_dtype = model_dtype
+        world = self.seq_dp_world_size
+        predivide = self.gradient_predivide_factor() if self.postscale_gradients() else float(world)
+        return GradientReducer(
+            stage=self.zero_optimization_stage(),
+            group=self.seq_data_parallel_group,
+            world=world,
+            averaging=Averaging(self.communication_data_type, predivide, self.gradient_average),
+            accumulation_dtype=accumulation_dtype,
+            bucket_numel=self.zero_reduce_bucket_size(),
+            overlap=bool(self.zero_overlap_comm()),
+        )
+
+    def _make_offload(self) -> Any:
+        """DeepSpeed's ZeRO-3 parameter manager over the whole module, able to make one coordinator per block."""
+        original, made_with = parameter_offload.PartitionedParameterCoordinator, {}
+
+        def recording(*args: Any, **kwargs: Any) -> Any:
+            made_with.update(args=args, kwargs=kwargs)
+            return original(*args, **kwargs)
+
+        parameter_offload.PartitionedParameterCoordinator = recording
+        try:
+            offload = self._configure_zero_optimizer(optimizer=None)
+        finally:
+            parameter_offload.PartitionedParameterCoordinator = original
+        offload.new_coordinator = lambda: original(*made_with["args"], **made_with["kwargs"])
+        return offload
+
+    def _configure_lr_scheduler(self) -> None:
+        super()._configure_lr_scheduler()
+        if self.lr_scheduler is not None and self.hift_config.lr_update == "paper":
+            self.lr_scheduler = CycleScheduler(self.lr_scheduler, self.optimizer.rotation)
+        self.optimizer.scheduler = self.lr_scheduler
+
+    def allreduce_gradients(self, bucket_size: int = 0) -> None:
+        """After each backward: DeepSpeed's seam for all gradient communication, at every stage."""
+        boundary = self.is_gradient_accumulation_boundary()
+        self.optimizer.set_gradient_accumulation_boundary(boundary)
+        self.optimizer.reducer.finish_backward(boundary)
+
+    def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As DeepSpeedEngine.backward.
+
+        Raises:
+            RuntimeError: The loss does not depend on the active block.
+        """
+        if isinstance(loss, torch.Tensor) and not loss.requires_grad:
+            raise RuntimeError(self.optimizer.no_gradient_message())
+        return super().backward(loss, *args, **kwargs)
+
+    def clip_fp32_gradients(self) -> None:
+        """Stage 0 in fp32: DeepSpeed would clip `.grad` of the whole module; the optimizer clips the block's shard."""
+
+    def get_lr(self) -> list[float]:
+        """The learning rate in force, one per param group (the scheduler's own value is in `param_groups`)."""
+        return self.optimizer.rates
+
+    def save_checkpoint(self, save_dir: str, *args: Any, **kwargs: Any) -> bool:
+        """As DeepSpeedEngine.save_checkpoint: position, masters and state of every block are in it. Collective."""
+        with self.optimizer.all_trainable():
+            return super().save_checkpoint(save_dir, *args, **kwargs)
+
+    def save_16bit_model(self, *args: Any, **kwargs: Any) -> Any:
+        """As DeepSpeedEngine.save_16bit_model. Collective."""
+        with self.optimizer.all_trainable():
+            return super().save_16bit_model(*args, **kwargs)
+
+    def load_checkpoint(
+        self,
+        load_dir: str,
+        tag: str | None = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: Callable | None = None,
+    ) -> tuple[str | None, Any]:
+        """As DeepSpeedEngine.load_checkpoint; a full load resumes exactly where `save_checkpoint` was. Collective.
+
+        Returns:
+            (path, client state), or (None, None) if `load_dir` has no "latest" and no tag was given.
+        """
+        whole = load_optimizer_states and not load_module_only
+        counters = (self.global_steps, self.global_samples, self.skipped_steps)
+        # At stage 3 the weights are in the optimizer's files: weights alone are a full load that takes nothing else.
+        through_optimizer = whole or self.zero_optimization_stage() == 3
+        self.optimizer.load_weights_only = not whole
+        try:
+            with self.optimizer.all_trainable():
+                result = super().load_checkpoint(
+                    load_dir,
+                    tag,
+                    load_module_strict=load_module_strict,
+                    load_optimizer_states=through_optimizer,
+                    load_lr_scheduler_states=load_lr_scheduler_states and not load_module_only,
+                    load_module_only=load_module_only and not through_optimizer,
+                    custom_load_fn=custom_load_fn,
+                )
+        finally:
+            self.optimizer.load_weights_only = False
+        self.optimizer.activate()
+        if result[0] is not None and not whole:
+            self.optimizer.refresh_fp32_params()
+            if load_module_only:
+                self.global_steps, self.global_samples, self.skipped_steps = counters
+        return result
+
+
+def initialize(
+    args: Any = None,
+    model: torch.nn.Module | None = None,
+    optimizer: Any = None,
+    model_parameters: Any = None,
+    training_data: Any = None,
+    lr_scheduler: Any = None,
+    distributed_port: int = 29500,
+    mpu: Any = None,
+    dist_init_required: bool | None = None,
+    collate_fn: Callable | None = None,
+    config: str | Mapping[str, Any] | None = None,
+    mesh_param: Any = None,
+    config_params: str | Mapping[str, Any] | None = None,
+) -> tuple[DeepSpeedEngine, Any, Any, Any]:
+    """`deepspeed.initialize` with the same arguments; a "hift" section in the config turns rotation on.
+
+    Without that section, or with `"enabled": false` in it, this is exactly `deepspeed.initialize`. Collective: call it
+    on every rank with the same arguments.
+
+    Returns:
+        engine, optimizer, training dataloader, lr scheduler, as from DeepSpeed. `engine.hift` shows blocks and position.
+
+    Raises:
+        ValueError, TypeError: A bad "hift" section, a DeepSpeed key that HiFT cannot honour, an unsupported optimizer,
+            a model without trainable parameters; the same on every rank.
+        RuntimeError: The installed DeepSpeed is not one that hift_ds knows.
+
+    Example:
+        >>> engine, _, loader, _ = hift_ds.initialize(model=model, config="ds_configs/zero2_bf16.json")
+    """
+    source = config if config is not None else config_params
+    if source is None:
+        source = getattr(args, "deepspeed_config", None)
+    ds_config = load_ds_config(source)
+    forwarded = dict(
+        args=args, model=model, optimizer=optimizer, model_parameters=model_parameters, training_data=training_data,
+        lr_scheduler=lr_scheduler, distributed_port=distributed_port, mpu=mpu, dist_init_required=dist_init_required,
+        collate_fn=collate_fn, config=config, mesh_param=mesh_param, config_params=config_params,
+    )  # fmt: skip
+    if not isinstance(ds_config, Mapping) or "hift" not in ds_config:
+        return deepspeed.initialize(**forwarded)
+    init_distributed(distributed_port, dist_init_required)
+    prepared = agree(lambda: _prepare(ds_config, model, optimizer, mpu))
+    if prepared is None:
+        return deepspeed.initialize(**forwarded)
+    for note in prepared[2]:
+        if dist.get_rank() == 0:
+            logger.warning("DeepSpeed config: %s", note)
+    engine_class = type("HiFTEngine", (HiFTEngine,), {"hift_config": prepared[0], "block_plan": prepared[1]})
+    with _engine_class(engine_class):
+        return deepspeed.initialize(**forwarded)
+
+
+def _prepare(
+    ds_config: Mapping[str, Any], model: Any, optimizer: Any, mpu: Any
+) -> tuple[HiFTConfig, BlockPlan, list[str]] | None:
+    """Every check that needs no engine, so that what is not supported is refused before anything is built."""
+    config = HiFTConfig.from_ds_config(ds_config)
+    if config is None:
+        return None
+    surface.require()
+    notes = check_ds_config(dict(ds_config))
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model={type(model).__name__}: must be a torch.nn.Module")
+    if mpu is not None:
+        raise ValueError(f"mpu={type(mpu).__name__}: HiFT has no model parallelism; leave mpu out")
+    section = ds_config.get("optimizer")
+    if optimizer is None:
+        if not section or "type" not in section:
+            raise ValueError('optimizer: missing; HiFT needs one: pass it, or add "optimizer" to the DeepSpeed config')
+        rule_from_config(section["type"], section.get("params") or {})
+    elif isinstance(optimizer, torch.optim.Optimizer):
+        rule_from_optimizer(optimizer)
+        _freeze_left_out(model, optimizer)
+    plan = plan_blocks(
+        model,
+        layers_per_block=config.layers_per_block,
+        blocks=config.blocks,
+        frozen=config.frozen,
+        always_active=config.always_active,
+    )
+    frozen = set(plan.frozen)
+    for name, param in model.named_parameters():
+        if name in frozen:
+            param.requires_grad_(False)
+    return config, plan, notes
+
+
+def _freeze_left_out(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    # DeepSpeed computes gradients for such parameters and never uses them.
+    inside = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    left_out = [(n, p) for n, p in model.named_parameters() if p.requires_grad and id(p) not in inside]
+    for _, param in left_out:
+        param.requires_grad_(False)
+    if left_out:
+        names = ", ".join(name for name, _ in left_out[:3]) + (" ..." if len(left_out) > 3 else "")
+        logger.warning("%d parameters are in no param group of the optimizer and stay frozen: %s", len(left_out), names)
+
+
+def _trainable_groups(model_parameters: Any) -> list[dict[str, Any]]:
+    parameters = list(model_parameters)
+    groups = parameters if parameters and isinstance(parameters[0], dict) else [{"params": parameters}]
+    kept = [{**group, "params": [p for p in group["params"] if p.requires_grad]} for group in groups]
+    return [group for group in kept if group["params"]]
+
+
+def _check_coverage(holder: torch.optim.Optimizer, params: dict[str, torch.nn.Parameter]) -> None:
+    inside = group_indices(holder.param_groups, params)
+    missing = [name for name in params if name not in inside]
+    if missing:
+        raise ValueError(
+            f"model_parameters: {len(missing)} trainable parameters are in no param group, first {missing[0]!r}: add "
+            'them, or freeze them with "hift": {"frozen": [...]}'
+        )
+
+
+@contextmanager
+def _engine_class(replacement: type[DeepSpeedEngine]):
+    """deepspeed.initialize looks its engine class up by this name; there is no other seam."""
+    with _PATCH:
+        original = deepspeed.DeepSpeedEngine
+        deepspeed.DeepSpeedEngine = replacement
+        try:
+            yield
+        finally:
+            deepspeed.DeepSpeedEngine = original

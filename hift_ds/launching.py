@@ -1,0 +1,88 @@
+"""Before the engine: the config file, the process group, and errors that reach every rank."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import deepspeed
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+
+T = TypeVar("T")
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK", "MV2_COMM_WORLD_SIZE")
+
+
+def load_ds_config(source: Any) -> Any:
+    """Reads a DeepSpeed config: a mapping is returned as it is, a path is read as JSON, anything else is left to
+    DeepSpeed (which also takes base64).
+
+    Raises:
+        ValueError: The file is not JSON, or not an object.
+    """
+    if isinstance(source, Mapping) or not isinstance(source, (str, os.PathLike)) or not Path(source).is_file():
+        return source
+    try:
+        content = json.loads(Path(source).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"DeepSpeed config {str(source)!r}: not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"DeepSpeed config {str(source)!r}: must be a JSON object, is a {type(content).__name__}")
+    return content
+
+
+def init_distributed(port: int = 29500, required: bool | None = None) -> None:
+    """`deepspeed.init_distributed`, made safe for a lone process and quick on a CPU. Collective; may be called again.
+
+    A process that no launcher has started gets a world of its own on a free port (DeepSpeed would ask MPI). On a CPU,
+    DeepSpeed's shared-memory operator is skipped: it needs a compiler and half a minute, and gloo does its work; set
+    HIFT_DS_SHM=1 to have it built.
+    """
+    if dist.is_initialized():
+        return
+    under_mpi = any(name in os.environ for name in MPI_VARIABLES)
+    if "RANK" not in os.environ and not under_mpi:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ["MASTER_PORT"] = str(_free_port())
+    if get_accelerator().device_name() == "cpu" and os.environ.get("HIFT_DS_SHM") != "1":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        dist_backend=get_accelerator().communication_backend_name(),
+        distributed_port=port,
+        dist_init_required=required,
+    )
+
+
+def agree(work: Callable[[], T]) -> T:
+    """Runs `work` on every rank; if it fails on any, all raise. Collective.
+
+    Raises:
+        Exception: The rank's own, or a RuntimeError that repeats the first other rank's.
+    """
+    error: Exception | None = None
+    result = None
+    try:
+        result = work()
+    except Exception as caught:  # noqa: BLE001 - whatever it is, the other ranks must hear of it
+        error = caught
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        reports: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(reports, None if error is None else f"{type(error).__name__}: {error}")
+        failed = [rank for rank, report in enumerate(reports) if report is not None]
+        if failed and error is None:
+            raise RuntimeError(f"rank {failed[0]} failed: {reports[failed[0]]}")
+    if error is not None:
+        raise error
+    return result
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,396 @@
+"""HiFTOptimizer: reduce, clip, update and rotate, on top of ZeRO 0-3."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
+
+from hift_ds import checkpoint
+from hift_ds.blocks import BlockPlan
+from hift_ds.gradients import GradientReducer
+from hift_ds.rotation import Rotation
+from hift_ds.rules import Rule
+from hift_ds.schedule import DelayedRate
+from hift_ds.shards import BlockShard, Run, is_partitioned
+from hift_ds.state import BlockState
+
+logger = logging.getLogger(__name__)
+
+TILE_NUMEL = 1 << 23  # elements per pass of an elementwise rule: 32 MiB of fp32 for each operand on the device
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the engine tells the optimizer; DeepSpeed's keys where there is one.
+
+    Attributes:
+        stage: ZeRO stage.
+        world: Ranks of the data-parallel group.
+        clip: `gradient_clipping`, the largest global norm of the active block's gradient; 0 = off.
+        publish_numel: `allgather_bucket_size`.
+        reset_state: `inactive_state: reset`.
+        separate_host: Treat host and device as separate memories; `None` = unless the device is the CPU.
+    """
+
+    stage: int
+    world: int
+    clip: float
+    publish_numel: int
+    reset_state: bool
+    separate_host: bool | None = None
+
+
+class HiFTOptimizer(ZeROOptimizer):
+    """Owns gradients, master weights and state, and of these only the active block's are on the device.
+
+    DeepSpeed's engine owns everything else and talks to this class through the attributes that `hift_ds.surface`
+    names.
+
+    Args:
+        holder: A torch optimizer whose param groups hold the hyper-parameters (schedulers write there); it is never
+            stepped and has no state.
+        rule: The update rule.
+        plan: Blocks, always-active and frozen parameters.
+        params: Every trainable parameter by name.
+        rotation: The order of blocks and the position in it.
+        reducer: Brings gradients to this rank's shard.
+        loss_scaler: DeepSpeed's loss scaler (scale 1 outside fp16).
+        offload: DeepSpeed's ZeRO-3 parameter manager; `None` below stage 3.
+        lr_update: See `hift_ds.schedule`.
+        device: Where the model is.
+        group: The data-parallel process group.
+        settings: The rest.
+    """
+
+    custom_loss_scaler = False
+    torch_autocast_gradscaler = None
+
+    def __init__(
+        self,
+        *,
+        holder: torch.optim.Optimizer,
+        rule: Rule,
+        plan: BlockPlan,
+        params: dict[str, torch.nn.Parameter],
+        rotation: Rotation,
+        reducer: GradientReducer,
+        loss_scaler: Any,
+        offload: Any,
+        lr_update: str,
+        device: torch.device,
+        group: object,
+        settings: Settings,
+    ) -> None:
+        super().__init__()
+        self.optimizer, self.rule, self.plan, self.rotation = holder, rule, plan, rotation
+        self.reducer, self.loss_scaler, self.offload = reducer, loss_scaler, offload
+        self.settings, self.device, self.group = settings, device, group
+        self.dynamic_loss_scale = bool(loss_scaler.dynamic)
+        self.overflow = False
+        self._global_grad_norm = 0.0
+        self.load_weights_only = False
+        self.scheduler: Any = None  # the one that the engine steps; set when the engine has built it
+        self.rate = DelayedRate(holder.param_groups, lr_update, rotation.steps_per_cycle)
+        if settings.stage > 0:
+            self.dp_process_group = group  # tells DeepSpeed that every rank saves an optimizer file
+        self._shard_world = settings.world if settings.stage > 0 else 1
+        group_of = group_indices(holder.param_groups, params)
+        rank = dist.get_rank(group=group) if self._shard_world > 1 else 0
+
+        def shard(fqns: tuple[str, ...]) -> BlockShard:
+            return BlockShard([(fqn, params[fqn]) for fqn in fqns], group_of, self._shard_world, rank)
+
+        def state(shard: BlockShard, resident: bool = False) -> BlockState:
+            return BlockState(shard, rule, holder.param_groups, device, resident, settings.separate_host)
+
+        self.states = [state(shard(block.fqns)) for block in plan.blocks]
+        self.always = state(shard(plan.always_active), resident=True) if plan.always_active else None
+        self._coordinators: dict[int, Any] = {}
+        self._warned: set[str] = set()
+        self._register_hooks()
+        self.activate()
+
+    # What DeepSpeed's engine, its checkpoint files and its schedulers read.
+
+    @property
+    def param_groups(self) -> list[dict]:
+        """The holder's param groups: the rate here is the scheduler's, `rates` is the one in force."""
+        return self.optimizer.param_groups
+
+    @property
+    def bit16_groups(self) -> list[list[torch.nn.Parameter]]:
+        """Every trained parameter, in shard order, a list per block."""
+        return [list(state.shard.params) for state in self._all_states()]
+
+    fp16_groups = bit16_groups
+
+    @property
+    def loss_scale(self) -> float:
+        """The loss scale in force (1 outside fp16)."""
+        return self.loss_scaler.loss_scale
+
+    cur_scale = loss_scale
+
+    @property
+    def rates(self) -> list[float]:
+        """Learning rate in force, one per param group."""
+        return list(self.rate.rates or [float(group["lr"]) for group in self.param_groups])
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drops gradients that are still on parameters; those already reduced stay until `step`."""
+        for state in self.active_states():
+            for param in state.shard.params:
+                param.grad = None
+
+    def backward_epilogue(self, **kwargs: Any) -> None:
+        """Stage 3: releases what a backward that stopped early has left gathered."""
+        if self.offload is not None:
+            self.offload.release_backward_leftovers()
+
+    def finalize_gradient_accumulation_boundary(self) -> None:
+        """Called at the boundary with `managed_gradient_accumulation: false`; each backward has already reduced."""
+
+    def checkpoint_event_prologue(self) -> None:
+        """Stage 3: partitions everything, so that saving and loading see shards. Collective."""
+        if self.offload is not None:
+            self.offload.partition_all_parameters()
+
+    def checkpoint_event_epilogue(self) -> None:
+        """Stage 3: gathers the small persistent parameters again. Collective."""
+        if self.offload is not None and self.offload.persistent_parameters:
+            self.offload.persistent_parameters[0].all_gather(self.offload.persistent_parameters)
+
+    def refresh_fp32_params(self) -> None:
+        """Takes every master weight anew from the model weights (a load of weights alone)."""
+        for state in self._all_states():
+            state.refresh_master()
+
+    _restore_from_bit16_weights = refresh_fp32_params
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's part of the optimizer: position, rates, masters and state of every block."""
+        return checkpoint.optimizer_state(self)
+
+    def load_state_dict(self, state_dict_list: Any, load_optimizer_states: bool = True, **_: Any) -> None:
+        """Restores `state_dict`; DeepSpeed passes one per rank (stages 1-3) or the whole (stage 0). Collective."""
+        checkpoint.load_optimizer_state(self, state_dict_list, load_optimizer_states and not self.load_weights_only)
+
+    # Rotation.
+
+    def active_states(self) -> list[BlockState]:
+        """The active block's state, then the always-active parameters'."""
+        active = self.states[self.rotation.active_block]
+        return [active] if self.always is None else [active, self.always]
+
+    def activate(self) -> None:
+        """Makes the rotation's active block, and no other, require gradients."""
+        active = self.active_states()
+        wanted = {id(param) for state in active for param in state.shard.params}
+        for state in self._all_states():
+            for param in state.shard.params:
+                param.requires_grad_(id(param) in wanted)
+        self.reducer.open(state.shard for state in active)
+        if self.offload is not None:
+            self._swap_coordinator()
+
+    @contextmanager
+    def all_trainable(self) -> Iterator[None]:
+        """Inside, inactive parameters do not look frozen to DeepSpeed's checkpoint code."""
+        params = [param for state in self._all_states() for param in state.shard.params]
+        flags = [param.requires_grad for param in params]
+        try:
+            for param in params:
+                param.requires_grad_(True)
+            yield
+        finally:
+            for param, flag in zip(params, flags):
+                param.requires_grad_(flag)
+
+    def _all_states(self) -> list[BlockState]:
+        return self.states if self.always is None else [*self.states, self.always]
+
+    def _swap_coordinator(self) -> None:
+        # ZeRO-3 records which modules run in which order and prefetches by it. Each block has its own trace (its
+        # backward stops elsewhere); one shared coordinator would throw its trace away again and again in top-down order.
+        block = self.rotation.active_block
+        if block not in self._coordinators:
+            first = not self._coordinators
+            self._coordinators[block] = self.offload.param_coordinator if first else self.offload.new_coordinator()
+        self.offload.param_coordinator = self._coordinators[block]
+
+    def _register_hooks(self) -> None:
+        for state in self._all_states():
+            for param in state.shard.params:
+                # A partitioned parameter has shape 0, and so would the gradient that autograd expects for it.
+                gathered = is_partitioned(param)
+                if gathered:
+                    param.all_gather()
+                param.requires_grad_(True)
+                param.register_post_accumulate_grad_hook(self._on_gradient)
+                if gathered:
+                    param.partition()
+
+    def _on_gradient(self, param: torch.nn.Parameter) -> None:
+        self.reducer.on_gradient(param)
+        self.queue_post_backward_callback()
+
+    # The step.
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """One optimizer step of the active block (and the always-active parameters), then the rotation moves on.
+
+        Collective. A gradient that is not finite changes nothing but the loss scale: no weight, no state, no schedule,
+        no rotation.
+        """
+        states = self.active_states()
+        taken = [self.reducer.take(state.shard) for state in states]
+        grads = [grad for grad, _ in taken]
+        if self.offload is not None:
+            self.offload.partition_all_parameters()
+        norm, finite = self._measure(grads, states, [touched for _, touched in taken])
+        self.overflow = not finite
+        if finite:
+            self._global_grad_norm = norm / self.loss_scale
+            self._apply(states, grads)
+        self.loss_scaler.update_scale(self.overflow)
+        self.checkpoint_event_epilogue()
+        if finite:
+            self.optimizer._opt_called = True  # torch's schedulers warn when they see no step of "their" optimizer
+            if self.rotation.advance():
+                self.activate()
+
+    def _apply(self, states: list[BlockState], grads: list[torch.Tensor]) -> None:
+        if self.settings.reset_state and self.rotation.at_turn_start:
+            states[0].reset()
+        rates = self.rate.update(self.rotation.at_cycle_start, self.scheduler)
+        divisor = self.loss_scale
+        if self.settings.clip > 0:
+            divisor *= max(1.0, (self._global_grad_norm + 1e-6) / self.settings.clip)
+        for index, state in enumerate(states):
+            weights = self._update(state, grads[index], 1.0 / divisor, rates)
+            grads[index] = torch.empty(0)  # free before the next allocation
+            state.shard.write_weights(weights, self.group, self.settings.publish_numel)
+
+    def _update(self, state: BlockState, grad: torch.Tensor, scale: float, rates: list[float]) -> torch.Tensor:
+        """Updates masters and state of one block; returns the new model weights of this rank's shard."""
+        state.step += 1
+        dtypes = {param.dtype for param in state.shard.params}
+        dtype = torch.float32 if len(dtypes) > 1 or state.master is None else dtypes.pop()
+        weights = torch.empty(state.shard.numel, dtype=dtype, device=self.device)
+        if state.master is None:
+            state.shard.read_weights(weights)
+        for run in state.shard.runs:
+            for tile in _tiles(run, self.rule.elementwise):
+                self._update_tile(state, run, tile, grad, scale, rates[run.group], weights)
+        return weights
+
+    def _update_tile(
+        self,
+        state: BlockState,
+        run: Run,
+        tile: slice,
+        grad: torch.Tensor,
+        scale: float,
+        lr: float,
+        weights: torch.Tensor,
+    ) -> None:
+        master = weights[tile] if state.master is None else state.load(state.master, tile)
+        gradient = grad[tile].float()
+        if scale != 1.0:
+            gradient.mul_(scale)
+        slots = {name: state.load(tensor, tile) for name, tensor in state.slots.items()}
+        extra = {key: value.to(self.device) for key, value in state.extra.items()}
+        group = self.param_groups[run.group]
+        self.rule.update(
+            master, gradient, slots, group,
+            lr=lr, step=state.step, segments=run.segments, extra=extra, all_reduce=self._sum_over_shards,
+        )  # fmt: skip
+        for name, tensor in state.slots.items():
+            state.store(tensor, tile, slots[name])
+        for key, value in state.extra.items():
+            value.copy_(extra[key])
+        if state.master is not None:
+            state.store(state.master, tile, master)
+            weights[tile].copy_(master)
+
+    def _sum_over_shards(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self._shard_world > 1:
+            dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def _measure(
+        self, grads: list[torch.Tensor], states: list[BlockState], touched: list[set[torch.nn.Parameter]]
+    ) -> tuple[float, bool]:
+        """Global gradient norm, still times the loss scale, and whether every element on every rank is finite.
+
+        One all-reduce, which also carries two checks of the rotation: that all ranks train the same block, and that the
+        block has a gradient at all.
+
+        Raises:
+            RuntimeError: On every rank, if one of the checks fails.
+        """
+        # fp32 sums of squares (the gradient has been cast tile by tile) in fp64 between tiles and ranks.
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for grad in grads:
+            for tile in grad.split(TILE_NUMEL):
+                total += torch.linalg.vector_norm(tile, dtype=torch.float32).double().square()
+        block = self.rotation.active_block
+        facts = torch.stack(
+            [
+                total,
+                (~torch.isfinite(total)).double(),
+                torch.tensor(float(len(touched[0])), dtype=torch.float64, device=self.device),
+                torch.tensor(float(block), dtype=torch.float64, device=self.device),
+                torch.tensor(float(block * block), dtype=torch.float64, device=self.device),
+            ]
+        )
+        if self.settings.world > 1:
+            dist.all_reduce(facts, group=self.group)
+        square, non_finite, reached, block_sum, block_square_sum = facts.tolist()
+        if self.settings.stage == 0:
+            square /= self.settings.world  # every rank has measured the whole gradient
+        if block_square_sum * self.settings.world != block_sum * block_sum:
+            raise RuntimeError(f"ranks disagree on the active block (here {block}); was a rank restarted alone?")
+        if not reached:
+            raise RuntimeError(self.no_gradient_message())
+        self._warn_partial(block, states[0], touched[0])
+        return square**0.5 if non_finite == 0 else float("nan"), non_finite == 0
+
+    def no_gradient_message(self) -> str:
+        """Why a step of the active block cannot be made, and what to do."""
+        block = self.rotation.active_block
+        return (
+            f"block {block} ({self.plan.blocks[block].name}) received no gradient on any rank, its update would be lost: "
+            "either the loss does not depend on it (add it to hift.frozen), or reentrant activation checkpointing cut "
+            "it off (pass use_reentrant=False)"
+        )
+
+    def _warn_partial(self, block: int, state: BlockState, touched: set[torch.nn.Parameter]) -> None:
+        missing = [fqn for fqn, param in zip(state.shard.fqns, state.shard.params) if param not in touched]
+        key = f"partial {block}"
+        if missing and key not in self._warned:
+            self._warned.add(key)
+            logger.warning(
+                "block %d (%s): no gradient for %s on this rank; counted as zero, as DeepSpeed does",
+                block, self.plan.blocks[block].name, ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else ""),
+            )  # fmt: skip
+
+
+def _tiles(run: Run, elementwise: bool) -> Iterator[slice]:
+    step = TILE_NUMEL if elementwise else max(run.stop - run.start, 1)
+    for start in range(run.start, run.stop, step):
+        yield slice(start, min(start + step, run.stop))
+
+
+def group_indices(param_groups: list[dict], params: dict[str, torch.nn.Parameter]) -> dict[str, int]:
+    """Param group index by parameter name, for the parameters that are in a group."""
+    index_of = {id(param): index for index, group in enumerate(param_groups) for param in group["params"]}
+    return {name: index_of[id(param)] for name, param in params.items() if id(param) in index_of}

@@ -1,0 +1,226 @@
+"""Adafactor on slices of parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hift_ds.rules.base import AllReduce, Rule, Segment, check_number, check_pair, refuse_flags
+
+
+class Adafactor(Rule):
+    """Adafactor: a factored second moment, relative step size and update clipping.
+
+    State, whole on every rank, in torch's shapes (so that it does not depend on the number of ranks): `row_var` and
+    `col_var`, the means of the squared gradient over the last and the last but one dimension: for a matrix of R rows
+    and C columns 4 (R + C) bytes, that is 4/R + 4/C bytes a parameter; for a parameter of fewer than two dimensions
+    `variance`, 4 bytes a parameter. One temporary tensor as long as the largest slice. Two all-reduces an update,
+    the first as long as the state.
+
+    Source: arXiv 1804.04235; maths: torch.optim.Adafactor with foreach=False, but for the order of summation.
+    """
+
+    name = "adafactor"
+    elementwise = False
+
+    def slots(self, group: Mapping[str, Any]) -> tuple[str, ...]:
+        return ()
+
+    def defaults(self) -> dict[str, Any]:
+        return {"lr": 1e-2, "beta2_decay": -0.8, "eps": (None, 1e-3), "d": 1.0, "weight_decay": 0.0}
+
+    def check_group(self, group: Mapping[str, Any]) -> None:
+        eps1, eps2 = check_pair("eps", self.read(group, "eps"))
+        check_number("lr", self.read(group, "lr"))
+        check_number("beta2_decay", self.read(group, "beta2_decay"), low=-math.inf, high=0.0)
+        if eps1 is not None:
+            check_number("eps[0]", eps1)
+        check_number("eps[1]", eps2)
+        check_number("d", self.read(group, "d"), low=1.0)
+        check_number("weight_decay", self.read(group, "weight_decay"))
+        refuse_flags(group, "maximize", "differentiable")
+
+    def init_extra(self, segments: Sequence[Segment], group: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        return {
+            f"{segment.fqn}.{slot}": torch.zeros(shape, dtype=torch.float32)
+            for segment in segments
+            for slot, shape in _moment_shapes(segment.shape).items()
+        }
+
+    def update(
+        self,
+        master: torch.Tensor,
+        grad: torch.Tensor,
+        state: Mapping[str, torch.Tensor],
+        group: Mapping[str, Any],
+        *,
+        lr: float,
+        step: int,
+        segments: Sequence[Segment] = (),
+        extra: dict[str, torch.Tensor] | None = None,
+        all_reduce: AllReduce | None = None,
+    ) -> None:
+        segments = [segment for segment in segments if segment.shape.numel() > 0]
+        if not segments:
+            return
+        assert extra is not None, "Adafactor needs what init_extra() returned"
+        eps1, eps2 = self.read(group, "eps")
+        eps1 = torch.finfo(torch.float32).eps if eps1 is None else float(eps1)
+        threshold = float(self.read(group, "d"))
+        weight_decay = float(self.read(group, "weight_decay"))
+
+        # Before the decay: the step is relative to the parameter as it was.
+        param_squares = torch.stack([_sum_of_squares(_valid(master, segment)) for segment in segments])
+        weight = float(step) ** float(self.read(group, "beta2_decay"))
+        moments = _update_moments(grad, param_squares, segments, extra, weight, all_reduce)
+        for segment in segments:
+            _precondition(_valid(grad, segment), segment, moments, eps1)
+        update_squares = torch.stack([_sum_of_squares(_valid(grad, segment)) for segment in segments])
+        if all_reduce is not None:
+            all_reduce(update_squares)
+
+        if weight_decay != 0:
+            master.mul_(1 - lr * weight_decay)
+        rho = min(lr, 1 / step**0.5)
+        squares = torch.stack([param_squares, update_squares]).tolist()  # the only wait for the device
+        for segment, param_square, update_square in zip(segments, *squares):
+            root_numel = segment.shape.numel() ** 0.5
+            alpha = max(float(eps2), param_square**0.5 / root_numel) * rho
+            clip = max(1.0, update_square**0.5 / (root_numel * threshold))
+            _valid(master, segment).add_(_valid(grad, segment), alpha=-alpha / clip)
+
+
+@dataclass(frozen=True)
+class _Box:
+    """Elements of a slice that form a rectangle in the parameter seen as (batches, rows, columns)."""
+
+    offset: int  # in the slice
+    batch: int
+    row: int
+    column: int
+    shape: tuple[int, int, int]
+
+    def of(self, flat: torch.Tensor) -> torch.Tensor:
+        return flat[self.offset : self.offset + math.prod(self.shape)].view(self.shape)
+
+    def of_rows(self, row_var: torch.Tensor) -> torch.Tensor:
+        return row_var[self.batch : self.batch + self.shape[0], self.row : self.row + self.shape[1], :]
+
+    def of_columns(self, col_var: torch.Tensor) -> torch.Tensor:
+        return col_var[self.batch : self.batch + self.shape[0], :, self.column : self.column + self.shape[2]]
+
+
+def _boxes(segment: Segment) -> Iterator[_Box]:
+    """Cut a slice of a parameter of two or more dimensions into at most 7 boxes.
+
+    A slice starts and ends anywhere: first cut at the bounds of batches, then a piece of one batch at those of rows.
+    """
+    num_rows, num_columns = segment.shape[-2:]
+    for start, stop in _cut(segment.start, segment.start + segment.numel, num_rows * num_columns):
+        batch, in_batch = divmod(start, num_rows * num_columns)
+        if stop - start >= num_rows * num_columns:
+            num_batches = (stop - start) // (num_rows * num_columns)
+            yield _Box(start - segment.start, batch, 0, 0, (num_batches, num_rows, num_columns))
+            continue
+        for row_start, row_stop in _cut(in_batch, in_batch + stop - start, num_columns):
+            row, column = divmod(row_start, num_columns)
+            numel = row_stop - row_start
+            shape = (1, numel // num_columns, num_columns) if numel >= num_columns else (1, 1, numel)
+            yield _Box(start - segment.start + row_start - in_batch, batch, row, column, shape)
+
+
+def _cut(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
+    """Cut [start, stop) at the first and last multiple of `size` in it: at most a piece, whole sizes, a piece."""
+    first = min(stop, -(-start // size) * size)
+    last = max(first, stop // size * size)
+    for begin, end in ((start, first), (first, last), (last, stop)):
+        if begin < end:
+            yield begin, end
+
+
+def _moment_shapes(shape: torch.Size) -> dict[str, torch.Size]:
+    if len(shape) < 2:
+        return {"variance": shape}
+    return {"row_var": torch.Size((*shape[:-1], 1)), "col_var": torch.Size((*shape[:-2], 1, shape[-1]))}
+
+
+def _valid(flat: torch.Tensor, segment: Segment) -> torch.Tensor:
+    return flat[segment.offset : segment.offset + segment.numel]
+
+
+def _sum_of_squares(flat: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(flat).square_()  # no temporary as long as `flat`
+
+
+def _matrices(moments: Mapping[str, torch.Tensor], segment: Segment) -> tuple[torch.Tensor, torch.Tensor]:
+    """row_var (batches, rows, 1) and col_var (batches, 1, columns) of a factored parameter, as views."""
+    num_rows, num_columns = segment.shape[-2:]
+    row_var = moments[f"{segment.fqn}.row_var"].view(-1, num_rows, 1)
+    return row_var, moments[f"{segment.fqn}.col_var"].view(-1, 1, num_columns)
+
+
+def _update_moments(
+    grad: torch.Tensor,
+    param_squares: torch.Tensor,
+    segments: Sequence[Segment],
+    extra: dict[str, torch.Tensor],
+    weight: float,
+    all_reduce: AllReduce | None,
+) -> dict[str, torch.Tensor]:
+    """Move the second moments in `extra` towards this gradient's. One all-reduce, which also sums `param_squares`.
+
+    Returns:
+        The new moments as flat tensors on the gradient's device, with `extra`'s keys.
+    """
+    keys = [f"{segment.fqn}.{slot}" for segment in segments for slot in _moment_shapes(segment.shape)]
+    sizes = [extra[key].numel() for key in keys]
+    packed = grad.new_zeros(sum(sizes) + len(segments))
+    sums, packed_squares = packed[: sum(sizes)], packed[sum(sizes) :]
+    packed_squares.copy_(param_squares)
+    views = dict(zip(keys, sums.split(sizes)))
+    for segment in segments:
+        _add_squares(_valid(grad, segment), segment, views)
+    if all_reduce is not None:
+        all_reduce(packed)
+        param_squares.copy_(packed_squares)
+    for segment in segments:
+        if len(segment.shape) >= 2:
+            views[f"{segment.fqn}.row_var"].div_(segment.shape[-1])
+            views[f"{segment.fqn}.col_var"].div_(segment.shape[-2])
+
+    # One copy each way where `extra` lies on the host, not two per parameter.
+    stored = torch.cat([extra[key].flatten() for key in keys])
+    moments = stored.to(grad.device).lerp_(sums, weight)
+    for key, new in zip(keys, moments.to(stored.device).split(sizes)):
+        extra[key].copy_(new.view(extra[key].shape))
+    return dict(zip(keys, moments.split(sizes)))
+
+
+def _add_squares(grad: torch.Tensor, segment: Segment, sums: Mapping[str, torch.Tensor]) -> None:
+    if len(segment.shape) < 2:
+        sums[f"{segment.fqn}.variance"][segment.start : segment.start + segment.numel].addcmul_(grad, grad)
+        return
+    row_sums, col_sums = _matrices(sums, segment)
+    for box in _boxes(segment):
+        part = box.of(grad)
+        box.of_rows(row_sums).add_(torch.linalg.vector_norm(part, dim=2, keepdim=True).square_())
+        box.of_columns(col_sums).add_(torch.linalg.vector_norm(part, dim=1, keepdim=True).square_())
+
+
+def _precondition(grad: torch.Tensor, segment: Segment, moments: Mapping[str, torch.Tensor], eps1: float) -> None:
+    """Turn a slice's gradient into its update, before clipping, in place."""
+    if len(segment.shape) < 2:
+        variance = moments[f"{segment.fqn}.variance"][segment.start : segment.start + segment.numel]
+        grad.mul_(variance.clamp(min=eps1 * eps1).rsqrt_())
+        return
+    row_var, col_var = _matrices(moments, segment)
+    row_mean = row_var.mean(dim=1, keepdim=True).clamp_(min=eps1)
+    for box in _boxes(segment):
+        estimate = box.of_rows(row_var) * box.of_columns(col_var)
+        estimate.div_(row_mean[box.batch : box.batch + box.shape[0]])
+        # eps1 is squared because the root comes after.
+        box.of(grad).mul_(estimate.clamp_(min=eps1 * eps1).rsqrt_())

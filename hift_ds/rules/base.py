@@ -1,0 +1,170 @@
+"""What every update rule offers, and the checks of hyper-parameters that they share."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+AllReduce = Callable[[torch.Tensor], Any]
+_WHERE = "change it in the config's optimizer.params or in the optimizer's param group"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One parameter's slice inside a run of a block's shard."""
+
+    fqn: str
+    shape: torch.Size  # of the whole parameter
+    start: int  # first element of this rank's slice in the flattened parameter
+    numel: int  # valid elements in the slice (0 possible), padding excluded
+    offset: int  # where the slice begins in the 1-D tensors passed to update()
+    padded_numel: int  # elements that the slice occupies there; the rest is padding: master 0, gradient 0
+
+
+class Rule(ABC):
+    """The maths of one optimizer on a flat fp32 shard.
+
+    A rule holds no tensors and no hyper-parameters that a param group holds: it may serve every block and group.
+
+    Attributes:
+        name: as in the config, in lower case.
+        elementwise: True: `update()` may be called on any sub-range of the shard (a tile). False: only on a whole
+            run, with its segments, in the same order on every rank.
+    """
+
+    name: str
+    elementwise: bool = True
+
+    @abstractmethod
+    def slots(self, group: Mapping[str, Any]) -> tuple[str, ...]:
+        """Names (torch's) of the fp32 state tensors as long as the shard: 4 bytes a parameter each."""
+
+    @abstractmethod
+    def defaults(self) -> dict[str, Any]:
+        """Hyper-parameters of a param group (torch's names, with "lr") as DeepSpeed gives them for empty "params"."""
+
+    @abstractmethod
+    def check_group(self, group: Mapping[str, Any]) -> None:
+        """Refuse what this rule cannot do. A key that is absent has its default.
+
+        Raises:
+            TypeError: a hyper-parameter has the wrong type.
+            ValueError: a hyper-parameter is impossible or not supported.
+        """
+
+    @abstractmethod
+    def update(
+        self,
+        master: torch.Tensor,
+        grad: torch.Tensor,
+        state: Mapping[str, torch.Tensor],
+        group: Mapping[str, Any],
+        *,
+        lr: float,
+        step: int,
+        segments: Sequence[Segment] = (),
+        extra: dict[str, torch.Tensor] | None = None,
+        all_reduce: AllReduce | None = None,
+    ) -> None:
+        """Update `master` and `state` in place. Collective for a rule that is not elementwise: call on every rank.
+
+        Args:
+            master: fp32, 1-D; padding is 0 and stays 0.
+            grad: fp32, as long as `master`, unscaled, averaged and clipped. Overwritten.
+            state: one tensor like `master` for each of `slots(group)`.
+            group: a torch param group; its "lr" is not read.
+            lr: the rate to use.
+            step: counts this block's updates, this one included: 1 at the first.
+            segments: what lies in `master`; only read by a rule that is not elementwise.
+            extra: what `init_extra()` returned, on any device; updated in place.
+            all_reduce: sums a tensor in place over the ranks that share the parameters; None for one rank.
+        """
+
+    def initial_value(self, slot: str, group: Mapping[str, Any]) -> float:
+        """The value that fills a new state tensor."""
+        return 0.0
+
+    def init_extra(self, segments: Sequence[Segment], group: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """State that does not follow the shard's elements: whole on every rank, CPU, fp32, keyed "<fqn>.<slot>"."""
+        return {}
+
+    def read(self, group: Mapping[str, Any], key: str) -> Any:
+        """The group's hyper-parameter, or its default where the optimizer that made the group has no such key."""
+        return group[key] if key in group else self.defaults()[key]
+
+
+def check_number(
+    key: str, value: Any, *, low: float = 0.0, high: float = math.inf, open_low: bool = False, open_high: bool = False
+) -> None:
+    """Refuse a value that is not a finite number (or one-element tensor) between `low` and `high`.
+
+    Raises:
+        TypeError: not a number.
+        ValueError: not finite, or outside the bounds.
+    """
+    bounds = []
+    if low > -math.inf:
+        bounds.append(f"{'>' if open_low else '>='} {low:g}")
+    if high < math.inf:
+        bounds.append(f"{'<' if open_high else '<='} {high:g}")
+    allowed = f"a number {' and '.join(bounds)}" if bounds else "a finite number"
+    is_scalar_tensor = isinstance(value, torch.Tensor) and value.numel() == 1
+    if not is_scalar_tensor and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        raise TypeError(f"{key}={value!r}: must be {allowed}; {_WHERE}.")
+    number = float(value)
+    too_low = number <= low if open_low else number < low
+    too_high = number >= high if open_high else number > high
+    if not math.isfinite(number) or too_low or too_high:
+        raise ValueError(f"{key}={value!r}: must be {allowed}; {_WHERE}.")
+
+
+def check_pair(key: str, value: Any) -> tuple[Any, Any]:
+    """The two members of a list or tuple, unchecked.
+
+    Raises:
+        TypeError: not a list or tuple of two.
+    """
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        raise TypeError(f"{key}={value!r}: must be a list of 2 numbers; {_WHERE}.")
+    return value[0], value[1]
+
+
+def check_betas(value: Any) -> None:
+    """Refuse betas that are not two numbers in [0, 1).
+
+    Raises:
+        TypeError: not two numbers.
+        ValueError: outside [0, 1).
+    """
+    for index, beta in enumerate(check_pair("betas", value)):
+        check_number(f"betas[{index}]", beta, high=1.0, open_high=True)
+
+
+def check_bool(key: str, value: Any) -> None:
+    """Refuse a value that is not true or false (or 0 or 1, as DeepSpeed's optimizers store it).
+
+    Raises:
+        TypeError: anything else.
+    """
+    if not isinstance(value, (bool, int)) or value not in (0, 1):
+        raise TypeError(f"{key}={value!r}: must be true or false; {_WHERE}.")
+
+
+def refuse_flags(group: Mapping[str, Any], *keys: str) -> None:
+    """Refuse variants of torch's optimizers that no rule implements.
+
+    Raises:
+        TypeError: a flag is neither true nor false.
+        ValueError: a flag is on.
+    """
+    for key in keys:
+        value = group.get(key)
+        if value is not None:
+            check_bool(key, value)
+        if value:
+            raise ValueError(f"{key}={value!r}: HiFT does not support it, only false; {_WHERE}.")

@@ -1,0 +1,59 @@
+"""Lion."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from hift_ds.rules.base import AllReduce, Rule, Segment, check_betas, check_number, refuse_flags
+
+
+class Lion(Rule):
+    """Lion: the sign of an interpolated momentum, with decoupled weight decay.
+
+    State: `exp_avg`, 4 bytes a parameter. One temporary tensor as long as what is updated.
+
+    betas default to DeepSpeed's (0.9, 0.999); the paper has (0.9, 0.99).
+
+    Source: arXiv 2302.06675; maths: DeepSpeed's FusedLion and DeepSpeedCPULion, but for an element whose momentum
+    and gradient are exactly 0 (padding, a token that never occurs). There FusedLion adds lr and DeepSpeedCPULion
+    subtracts it (or adds it, for -0.0) at every step; we leave the element, as the paper's sign(0) = 0 does.
+    """
+
+    name = "lion"
+
+    def slots(self, group: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("exp_avg",)
+
+    def defaults(self) -> dict[str, Any]:
+        return {"lr": 1e-3, "betas": (0.9, 0.999), "weight_decay": 0.0}
+
+    def check_group(self, group: Mapping[str, Any]) -> None:
+        check_number("lr", self.read(group, "lr"))
+        check_betas(self.read(group, "betas"))
+        check_number("weight_decay", self.read(group, "weight_decay"))
+        refuse_flags(group, "maximize", "differentiable")
+
+    def update(
+        self,
+        master: torch.Tensor,
+        grad: torch.Tensor,
+        state: Mapping[str, torch.Tensor],
+        group: Mapping[str, Any],
+        *,
+        lr: float,
+        step: int,
+        segments: Sequence[Segment] = (),
+        extra: dict[str, torch.Tensor] | None = None,
+        all_reduce: AllReduce | None = None,
+    ) -> None:
+        beta1, beta2 = (float(beta) for beta in self.read(group, "betas"))
+        weight_decay = float(self.read(group, "weight_decay"))
+        exp_avg = state["exp_avg"]
+        direction = torch.mul(exp_avg, beta1).add_(grad, alpha=1 - beta1).sign_()
+        if weight_decay != 0:
+            master.mul_(1 - lr * weight_decay)
+        master.add_(direction, alpha=-lr)
+        exp_avg.mul_(beta2).add_(grad, alpha=1 - beta2)

@@ -1,0 +1,201 @@
+"""The one shard layout of a block, and the collectives that move a block between whole parameters and shards.
+
+Each parameter is cut into `world` equal slices of ceil(numel / world) elements, as ZeRO-3 does (the last one padded). A
+block's *shard* on rank r is slice r of each of its parameters, each in a slot rounded up to `ALIGNMENT` elements, those
+of one param group side by side (a *run*), so that an update is one pass over a few long, aligned ranges. Stage 0 is the
+case world = 1; stages 1, 2 and 3 share layout, update, state and checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from deepspeed import comm as dist
+
+from hift_ds.rules import Segment
+
+ALIGNMENT = 16  # elements: lets Triton prove 128-bit alignment for 16- and 32-bit buffers
+STAGE3_ATTRIBUTES = ("ds_numel", "ds_shape", "ds_tensor")  # of a ZeRO-3 parameter (partition_parameters.py)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A range of a shard whose parameters share one param group; segment offsets count from `start`."""
+
+    group: int
+    start: int
+    stop: int
+    segments: tuple[Segment, ...]
+
+
+class BlockShard:
+    """Where each parameter of one block lies in this rank's shard.
+
+    Args:
+        params: (name, parameter) pairs in the block's order; ZeRO-3 parameters are partitioned placeholders.
+        group_of: Param group index by name.
+        world: Ranks that share the block's state (1 at stage 0); every one holds an equal slot of each parameter.
+        rank: This rank among them.
+    """
+
+    def __init__(
+        self, params: Sequence[tuple[str, torch.nn.Parameter]], group_of: dict[str, int], world: int, rank: int
+    ) -> None:
+        self.world, self.rank = world, rank
+        ordered = sorted(params, key=lambda pair: group_of[pair[0]])  # stable: the block's order within a group
+        self.fqns = tuple(fqn for fqn, _ in ordered)
+        self.params = tuple(param for _, param in ordered)
+        self.segments: list[Segment] = []
+        offset = 0
+        for fqn, param in ordered:
+            numel, shape = full_numel(param), torch.Size(getattr(param, "ds_shape", param.shape))
+            slice_numel = -(-numel // world)
+            start = min(rank * slice_numel, numel)
+            slot = -(-slice_numel // ALIGNMENT) * ALIGNMENT
+            valid = min(slice_numel, numel - start)
+            self.segments.append(Segment(fqn, shape, start, valid, offset, slot))
+            offset += slot
+        self.numel = offset
+        self.position = {param: index for index, param in enumerate(self.params)}
+        self.runs = self._make_runs(group_of)
+
+    def _make_runs(self, group_of: dict[str, int]) -> tuple[Run, ...]:
+        runs = []
+        for group in sorted({group_of[fqn] for fqn in self.fqns}):
+            members = [segment for segment in self.segments if group_of[segment.fqn] == group]
+            start, last = members[0].offset, members[-1]
+            relative = tuple(
+                Segment(m.fqn, m.shape, m.start, m.numel, m.offset - start, m.padded_numel) for m in members
+            )
+            runs.append(Run(group, start, last.offset + last.padded_numel, relative))
+        return tuple(runs)
+
+    def buckets(self, max_numel: int) -> list[range]:
+        """Consecutive segments of one dtype and at most `max_numel` elements over all ranks each (one at least), last
+        first, as backward produces them."""
+        result, stop = [], len(self.segments)
+        while stop:
+            first, total = stop - 1, self.segments[stop - 1].padded_numel * self.world
+            while first and total + self.segments[first - 1].padded_numel * self.world <= max_numel:
+                if self.params[first - 1].dtype != self.params[first].dtype:
+                    break
+                first -= 1
+                total += self.segments[first].padded_numel * self.world
+            result.append(range(first, stop))
+            stop = first
+        return result
+
+    def span(self, bucket: range) -> slice:
+        """The elements of the shard that a bucket covers."""
+        last = self.segments[bucket[-1]]
+        return slice(self.segments[bucket[0]].offset, last.offset + last.padded_numel)
+
+    def pack(self, bucket: range, tensors: Sequence[torch.Tensor | None], dtype: torch.dtype) -> torch.Tensor:
+        """Lays whole tensors (`None` = zeros) of a bucket out rank by rank.
+
+        Returns:
+            1-D, `world` times the bucket's span: rank r's slots are the r-th part. Padding is 0.
+        """
+        device = next((t.device for t in tensors if t is not None), self.params[bucket[0]].device)
+        span = self.span(bucket)
+        packed = torch.zeros(self.world, span.stop - span.start, dtype=dtype, device=device)
+        for index, tensor in zip(bucket, tensors):
+            if tensor is not None:
+                self._scatter_into(packed, index, span.start, tensor.reshape(-1))
+        return packed.view(-1)
+
+    def _scatter_into(self, packed: torch.Tensor, index: int, base: int, flat: torch.Tensor) -> None:
+        segment = self.segments[index]
+        slice_numel = -(-flat.numel() // self.world)
+        column = segment.offset - base
+        whole = flat.numel() // slice_numel if slice_numel else 0
+        packed[:whole, column : column + slice_numel].copy_(flat[: whole * slice_numel].view(whole, slice_numel))
+        rest = flat[whole * slice_numel :]
+        if rest.numel():
+            packed[whole, column : column + rest.numel()].copy_(rest)
+
+    def unpack(self, bucket: range, packed: torch.Tensor) -> None:
+        """The inverse of `pack`: writes the whole parameters of a bucket (stages 0-2)."""
+        span = self.span(bucket)
+        packed = packed.view(self.world, span.stop - span.start)
+        for index in bucket:
+            segment, target = self.segments[index], self.params[index].data.view(-1)
+            slice_numel = -(-target.numel() // self.world)
+            column = segment.offset - span.start
+            whole = target.numel() // slice_numel if slice_numel else 0
+            rows = packed[:whole, column : column + slice_numel]
+            target[: whole * slice_numel].view(whole, slice_numel).copy_(rows)
+            rest = target.numel() - whole * slice_numel
+            if rest:
+                target[whole * slice_numel :].copy_(packed[whole, column : column + rest])
+
+    def weight_slice(self, index: int) -> torch.Tensor:
+        """This rank's valid elements of a parameter's model weights, a 1-D view (stage 3: of `ds_tensor`)."""
+        param, segment = self.params[index], self.segments[index]
+        if is_partitioned(param):
+            return param.ds_tensor.data.view(-1)[: segment.numel]
+        return param.data.view(-1)[segment.start : segment.start + segment.numel]
+
+    @torch.no_grad()
+    def read_weights(self, out: torch.Tensor) -> torch.Tensor:
+        """Copies this rank's slices of the model weights into `out` (1-D, shard length, any dtype or device)."""
+        for index, segment in enumerate(self.segments):
+            slot = out[segment.offset : segment.offset + segment.padded_numel]
+            slot[: segment.numel].copy_(self.weight_slice(index))
+            slot[segment.numel :].zero_()
+        return out
+
+    @torch.no_grad()
+    def write_weights(self, shard: torch.Tensor, group: object, max_numel: int) -> None:
+        """Makes `shard` (1-D, shard length) the model weights, cast to each parameter's dtype.
+
+        Collective over `group` at stages 1 and 2: every rank sends its slices and receives the others', in pieces of at
+        most `max_numel` elements. At stage 3 each rank writes its own slices and nothing is sent.
+        """
+        if is_partitioned(self.params[0]):
+            for index, segment in enumerate(self.segments):
+                self.weight_slice(index).copy_(shard[segment.offset : segment.offset + segment.numel])
+            return
+        for bucket in self.buckets(max_numel):
+            mine = shard[self.span(bucket)].to(self.params[bucket[0]].dtype)
+            if self.world == 1:
+                self.unpack(bucket, mine)
+                continue
+            packed = torch.empty(self.world * mine.numel(), dtype=mine.dtype, device=mine.device)
+            dist.all_gather_into_tensor(packed, mine.contiguous(), group=group)
+            self.unpack(bucket, packed)
+
+
+@dataclass(frozen=True)
+class Averaging:
+    """How gradients are summed over the data-parallel ranks; DeepSpeed's keys of the same names.
+
+    Attributes:
+        dtype: `communication_data_type`.
+        predivide: `gradient_predivide_factor` (with `prescale_gradients`: the world size).
+        mean: `False` for `gradient_allreduce_op: sum`.
+    """
+
+    dtype: torch.dtype
+    predivide: float
+    mean: bool
+
+    def before(self, packed: torch.Tensor) -> None:
+        if self.mean and self.predivide != 1.0:
+            packed.mul_(1.0 / self.predivide)
+
+    def after(self, reduced: torch.Tensor, world: int) -> None:
+        if self.mean and self.predivide != world:
+            reduced.mul_(self.predivide / world)
+
+
+def full_numel(param: torch.nn.Parameter) -> int:
+    """Elements of the whole parameter, partitioned or not."""
+    return getattr(param, "ds_numel", param.numel())
+
+
+def is_partitioned(param: torch.nn.Parameter) -> bool:
+    """True for a ZeRO-3 parameter."""
+    return hasattr(param, "ds_id")

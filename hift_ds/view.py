@@ -1,0 +1,71 @@
+"""`engine.hift`: the user's window on blocks and rotation."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING
+
+from hift_ds.blocks import Block
+
+if TYPE_CHECKING:
+    from hift_ds.engine import HiFTEngine
+
+
+class HiFT:
+    """Read-only view; nothing here is collective or moves data."""
+
+    def __init__(self, engine: HiFTEngine) -> None:
+        self._engine = engine
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The blocks, in the model's order; each has `.name`, `.fqns` and `.numel`."""
+        return list(self._engine.block_plan.blocks)
+
+    @property
+    def order(self) -> list[int]:
+        """Block indices in visiting order."""
+        return list(self._engine.optimizer.rotation.order)
+
+    @property
+    def active_block(self) -> int:
+        """Index of the block that trains at the coming step."""
+        return self._engine.optimizer.rotation.active_block
+
+    @property
+    def cycle(self) -> int:
+        """Completed cycles: how often every block has been active."""
+        return self._engine.optimizer.rotation.cycle
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of masters and state that this rank keeps on the host."""
+        return sum(state.host_bytes for state in self._engine.optimizer.states)
+
+    def summary(self) -> str:
+        """The block plan as a table, 80 columns wide: the active block marked, then what is not rotated."""
+        from rich.console import Console
+        from rich.table import Table
+
+        blocks, order, active = self.blocks, self.order, self.active_block
+        total = sum(block.numel for block in blocks)
+        table = Table(title=f"{len(blocks)} blocks, cycle {self.cycle}", show_edge=False, pad_edge=False)
+        for header, justify in (("block", "right"), ("turn", "right"), ("name", "left")):
+            table.add_column(header, justify=justify)
+        for header in ("parameters", "share"):
+            table.add_column(header, justify="right")
+        for block in blocks:
+            mark = "> " if block.index == active else ""
+            share = f"{100 * block.numel / total:.1f} %"
+            row = (f"{mark}{block.index}", str(order.index(block.index)), block.name, f"{block.numel:,}", share)
+            table.add_row(*row, style="bold" if mark else None)
+        plan = self._engine.block_plan
+        out = io.StringIO()
+        console = Console(file=out, width=80)
+        console.print(table)
+        largest = max(blocks, key=lambda block: block.numel)
+        console.print(f"largest block: {largest.name}, {largest.numel:,} of {total:,} parameters", highlight=False)
+        for label, names in (("trained at every step", plan.always_active), ("frozen", plan.frozen)):
+            if names:
+                console.print(f"{label}: {len(names)} parameter tensors", highlight=False)
+        return out.getvalue()

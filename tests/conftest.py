@@ -1,0 +1,36 @@
+"""Shared by all tests: a CPU run, one thread per process, no network."""
+
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # must be set before the first `import triton`
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
+from hift_testing.ranks import RankPool  # noqa: E402
+
+
+def _pool(world: int):
+    pool = RankPool(world)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def two_ranks():
+    """Two gloo ranks, started at the first use and shared by the whole session."""
+    yield from _pool(2)
+
+
+@pytest.fixture(scope="session")
+def one_rank():
+    """One rank in a process of its own (DeepSpeed's process group would outlive a test in this one)."""
+    yield from _pool(1)
+
+
+@pytest.fixture(scope="module")
+def four_ranks():
+    """Four gloo ranks."""
+    yield from _pool(4)

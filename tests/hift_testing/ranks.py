@@ -1,0 +1,93 @@
+"""Ranks that stay up: each start of a rank costs seconds, so a module's cases share one pool."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+START_TIMEOUT_S = 120
+CASE_TIMEOUT_S = 120
+
+
+class RankError(RuntimeError):
+    """A case failed on at least one rank; the message holds each rank's traceback."""
+
+
+class RankPool:
+    """`world` processes joined by gloo. `run` calls one function on all of them."""
+
+    def __init__(self, world: int) -> None:
+        self.world = world
+        self._members: list[tuple[Any, Any]] = []
+
+    def run(self, case: Callable[..., Any], *args: Any, timeout_s: float = CASE_TIMEOUT_S, **kwargs: Any) -> list[Any]:
+        """Calls `case(*args, **kwargs)` on every rank; returns the results by rank.
+
+        Raises:
+            RankError: The case raised, or did not end in time; the pool is then replaced at the next call.
+        """
+        if not self._members:
+            self._start()
+        for _, pipe in self._members:
+            pipe.send((case, args, kwargs))
+        results, errors = [], []
+        for rank, (process, pipe) in enumerate(self._members):
+            if not pipe.poll(timeout_s):
+                errors.append(f"rank {rank}: no answer within {timeout_s} s (alive: {process.is_alive()})")
+                continue
+            try:
+                ok, value = pipe.recv()
+            except EOFError:
+                ok, value = False, "the process ended"
+            results.append(value)
+            if not ok:
+                errors.append(f"rank {rank}:\n{value}")
+        if errors:
+            self.close()
+            raise RankError("\n".join(errors))
+        return results
+
+    def close(self) -> None:
+        """Ends the processes of this pool."""
+        for process, pipe in self._members:
+            pipe.close()
+            process.kill()
+            process.join(10)
+        self._members = []
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        for rank in range(self.world):
+            mine, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, self.world, port, theirs), daemon=True)
+            process.start()
+            self._members.append((process, mine))
+
+
+def _serve(rank: int, world: int, port: int, pipe: Any) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_SIZE=str(world), MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port), DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1",
+    )  # fmt: skip
+    import torch
+
+    torch.set_num_threads(1)
+    import hift_ds
+
+    hift_ds.init_distributed()
+    while True:
+        try:
+            case, args, kwargs = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send((True, case(*args, **kwargs)))
+        except BaseException:  # noqa: BLE001 - the parent reports it
+            pipe.send((False, traceback.format_exc()))
