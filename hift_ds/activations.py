@@ -27,8 +27,10 @@ def use_non_reentrant_checkpointing(module: torch.nn.Module) -> bool:
             keywords = {**function.keywords, "use_reentrant": False}
             part._gradient_checkpointing_func = functools.partial(function.func, *function.args, **keywords)
             switched = True
-    if getattr(module, "is_gradient_checkpointing", False) and hasattr(module, "disable_input_require_grads"):
-        module.disable_input_require_grads()
+    if any(getattr(part, "gradient_checkpointing", False) for part in module.modules()):
+        for part in module.modules():
+            if getattr(part, "_require_grads_hooks", None):
+                part.disable_input_require_grads()
     if switched and _is_first_rank():
         logger.warning("activation checkpointing switched to use_reentrant=False: reentrant yields no gradients in HiFT")
     return switched

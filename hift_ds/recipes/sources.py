@@ -128,7 +128,8 @@ def _is_held_out(path: Path) -> bool:
 def _read_file(path: Path) -> list[Example]:
     if not path.exists():
         raise FileNotFoundError(
-            f"dataset={str(path)!r}: no such file or folder; name one, a hub data set or a sample ({', '.join(SAMPLES)})."
+            f"dataset={str(path)!r}: no such file or folder; name one, a hub data set or a sample "
+            f"({', '.join(SAMPLES)})."
         )
     if path.suffix in _TEXT_SUFFIXES:
         examples: list[Example] = _read_documents(path)
@@ -197,8 +198,8 @@ def _read_table(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             where = f"{path}, line {reader.line_num}"
             if None in row or None in row.values():
                 raise ValueError(
-                    f"{where}: the row has not as many cells as the first line has columns ({len(reader.fieldnames or [])}); "
-                    "quote cells that hold the separator."
+                    f"{where}: the row has not as many cells as the first line has columns "
+                    f"({len(reader.fieldnames or [])}); quote cells that hold the separator."
                 )
             yield where, row
     except csv.Error as error:
@@ -243,7 +244,8 @@ def _check_messages(where: str, messages: Any) -> list[dict[str, str]]:
         for message in messages
     ):
         raise ValueError(
-            f"{where}: messages={messages!r:.80} is not a list of objects with a role ({', '.join(_ROLES)}) and a string as content."
+            f"{where}: messages={messages!r:.80} is not a list of objects with a role "
+            f"({', '.join(_ROLES)}) and a string as content."
         )
     roles = [message["role"] for message in messages]
     if "assistant" not in roles or roles[0] == "assistant":

@@ -87,7 +87,7 @@ class Adafactor(Rule):
             master.mul_(1 - lr * weight_decay)
         rho = min(lr, 1 / step**0.5)
         squares = torch.stack([param_squares, update_squares]).tolist()  # the only wait for the device
-        for segment, param_square, update_square in zip(segments, *squares):
+        for segment, param_square, update_square in zip(segments, *squares, strict=True):
             root_numel = segment.shape.numel() ** 0.5
             alpha = max(float(eps2), param_square**0.5 / root_numel) * rho
             clip = max(1.0, update_square**0.5 / (root_numel * threshold))
@@ -179,9 +179,9 @@ def _update_moments(
     keys = [f"{segment.fqn}.{slot}" for segment in segments for slot in _moment_shapes(segment.shape)]
     sizes = [extra[key].numel() for key in keys]
     packed = grad.new_zeros(sum(sizes) + len(segments))
-    sums, packed_squares = packed[: sum(sizes)], packed[sum(sizes) :]
+    sums, packed_squares = packed.split((sum(sizes), len(segments)))
     packed_squares.copy_(param_squares)
-    views = dict(zip(keys, sums.split(sizes)))
+    views = dict(zip(keys, sums.split(sizes), strict=True))
     for segment in segments:
         _add_squares(_valid(grad, segment), segment, views)
     if all_reduce is not None:
@@ -195,9 +195,9 @@ def _update_moments(
     # One copy each way where `extra` lies on the host, not two per parameter.
     stored = torch.cat([extra[key].flatten() for key in keys])
     moments = stored.to(grad.device).lerp_(sums, weight)
-    for key, new in zip(keys, moments.to(stored.device).split(sizes)):
+    for key, new in zip(keys, moments.to(stored.device).split(sizes), strict=True):
         extra[key].copy_(new.view(extra[key].shape))
-    return dict(zip(keys, moments.split(sizes)))
+    return dict(zip(keys, moments.split(sizes), strict=True))
 
 
 def _add_squares(grad: torch.Tensor, segment: Segment, sums: Mapping[str, torch.Tensor]) -> None:
