@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
+import deepspeed
 import torch
 from deepspeed import comm as dist
 
-from hift_testing.reference import ReferenceHiFT
+from hift_testing.reference import LionByHand, ReferenceHiFT
+from hift_testing.tiny_models import tiny_model
 from hift_testing.training import (
     ADAMW,
     DTYPES,
@@ -16,41 +20,277 @@ from hift_testing.training import (
     ds_config,
     engine_of,
     largest_difference,
-    run_steps,
     small_llama,
     whole_weights,
 )
 
+# rule -> (the config's section, torch.optim class, its hyper-parameters). eps >= 1e-6: see training.ADAMW.
+RULES: dict[str, tuple[dict[str, Any], type[torch.optim.Optimizer], dict[str, Any]]] = {
+    "adamw": (ADAMW, torch.optim.AdamW, ADAMW["params"]),
+    "adam_l2": (
+        {"type": "Adam", "params": {**ADAMW["params"], "adam_w_mode": False}}, torch.optim.Adam, ADAMW["params"],
+    ),
+    "sgd": ({"type": "SGD", "params": {"lr": 0.05, "weight_decay": 0.1}}, torch.optim.SGD, {"lr": 0.05, "weight_decay": 0.1}),
+    "sgd_momentum": (
+        {"type": "SGD", "params": {"lr": 0.05, "momentum": 0.9}}, torch.optim.SGD, {"lr": 0.05, "momentum": 0.9},
+    ),
+    "adagrad": (
+        {"type": "Adagrad", "params": {"lr": 0.01, "eps": 1e-6}}, torch.optim.Adagrad, {"lr": 0.01, "eps": 1e-6},
+    ),
+    "adafactor": ({"type": "Adafactor", "params": {"lr": 0.02}}, torch.optim.Adafactor, {"lr": 0.02}),
+    "lion": (
+        {"type": "Lion", "params": {"lr": 1e-3, "betas": [0.9, 0.99], "weight_decay": 0.1}},
+        LionByHand,
+        {"lr": 1e-3, "betas": (0.9, 0.99), "weight_decay": 0.1},
+    ),
+}  # fmt: skip
 
-def adamw(members: list[tuple[str, torch.Tensor]]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([tensor for _, tensor in members], foreach=False, **ADAMW["params"])
 
+def parity(
+    stage: int,
+    dtype: str,
+    hift: dict[str, Any],
+    accumulation: int = 1,
+    clip: float = 0.0,
+    rotations: int = 2,
+    *,
+    family: str = "llama4",
+    rule: str = "adamw",
+    client: bool = False,
+    groups: bool = False,
+    zero_init: bool = False,
+    backward: str = "engine",
+    extra: dict[str, Any] | None = None,
+    reference: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Trains HiFT on ZeRO and the reference for `rotations` rotations on the same batches. Collective.
 
-def parity(stage: int, dtype: str, hift: dict[str, Any], accumulation: int = 1, clip: float = 0.0, rotations: int = 2,
-           always: bool = False) -> dict[str, float]:  # fmt: skip
-    """Trains both for `rotations` rotations; returns the largest differences of weights, losses and norms."""
-    config = ds_config(
-        stage, dtype, hift, gradient_accumulation_steps=accumulation, gradient_clipping=clip,
-    )  # fmt: skip
-    engine = engine_of(config)
+    Args:
+        family: `llama4` or `llama4_tied` (training.small_llama), or one of tiny_models.FAMILIES, or `moe`.
+        client: Pass an optimizer object instead of a section of the config.
+        groups: A decay and a no-decay param group with rates of their own (`decay_groups`).
+        zero_init: Build the model inside deepspeed.zero.Init.
+        backward: How gradients are asked for: see `_micro_steps`.
+        extra: Further keys of the DeepSpeed config.
+        reference: Further arguments of ReferenceHiFT; dtypes by their name in training.DTYPES.
+
+    Returns:
+        `weights`: largest difference of any weight; `norm`: largest relative difference of the gradient norm; `moved`:
+        by how much the weights of the block that moved least moved; `blocks`: how many there are.
+    """
+    section, optimizer_class, hyper = RULES[rule]
+    config = ds_config(stage, dtype, hift, gradient_accumulation_steps=accumulation, gradient_clipping=clip,
+                       **{**(extra or {}), "optimizer": copy.deepcopy(section)})  # fmt: skip
+    if client:
+        del config["optimizer"]
+    micro_steps = 2 if backward in ("unmanaged", "no_sync") else accumulation
+    module = _build_under_zero_init(family, config) if zero_init else build(family)
+    arguments: dict[str, Any] = {}
+    if client:
+        # deepspeed casts the model before it counts parameters: the optimizer must hold the same objects, and does.
+        arguments["optimizer"] = _torch_optimizer(optimizer_class, list(module.named_parameters()), hyper, groups)
+    elif groups:
+        arguments["model_parameters"] = decay_groups(list(module.named_parameters()))
+    engine = engine_of(config, module, **arguments)
     view = engine.hift
-    steps = rotations * len(view.blocks) * hift.get("steps_per_block", 1)
-    model = cast_parameters(small_llama(), DTYPES[dtype])
-    reference = ReferenceHiFT(
-        model, [block.fqns for block in view.blocks], view.order, adamw, lambda step: ADAMW["params"]["lr"], clip,
-        steps_per_block=hift.get("steps_per_block", 1), always=engine.block_plan.always_active,
-        accumulate_before_reducing=stage < 2,
+    steps_per_block = hift.get("steps_per_block", 1)
+    steps = rotations * len(view.blocks) * steps_per_block
+    start = whole_weights(engine)
+    model = build(family)
+    if zero_init:
+        model.load_state_dict(start, strict=False)
+    model = cast_parameters(model, DTYPES[dtype])
+    assert largest_difference(start, _weights(model)) == 0.0, "the two must start alike"
+    oracle = ReferenceHiFT(
+        model, [block.fqns for block in view.blocks], view.order,
+        lambda members: _torch_optimizer(optimizer_class, members, hyper, groups),
+        None, clip, steps_per_block=steps_per_block, always=engine.block_plan.always_active,
+        accumulate_before_reducing=stage < 2, reset=hift.get("inactive_state") == "reset",
+        **{key: DTYPES.get(value, value) for key, value in (reference or {}).items()},
     )  # fmt: skip
     norms = []
-    run_steps(engine, steps, after_step=lambda step: norms.append(engine.get_global_grad_norm()))
-    world = dist.get_world_size()
+    rank, world = dist.get_rank(), dist.get_world_size()
     for step in range(steps):
-        reference.step([[batch_of(step, micro, rank) for micro in range(accumulation)] for rank in range(world)])
+        _MICRO_STEPS[backward](engine, [batch(family, step, micro, rank) for micro in range(micro_steps)])
+        norms.append(engine.get_global_grad_norm())
+        oracle.step([[batch(family, step, micro, rank) for micro in range(micro_steps)] for rank in range(world)])
     weights = whole_weights(engine)
-    moved = largest_difference(weights, {n: p.detach() for n, p in cast_parameters(small_llama(), DTYPES[dtype]).named_parameters()})
     return {
-        "weights": largest_difference(weights, {n: p.detach() for n, p in model.named_parameters()}),
-        "norm": max(abs(a - b) / b for a, b in zip(norms, reference.norms)),
-        "moved": moved,
+        "weights": largest_difference(weights, _weights(model)),
+        "norm": max(abs(a - b) / b for a, b in zip(norms, oracle.norms)),
+        "moved": min(
+            largest_difference({n: weights[n] for n in block.fqns}, {n: start[n] for n in block.fqns})
+            for block in view.blocks
+        ),
         "blocks": len(view.blocks),
     }
+
+
+def full_equivalence(
+    stage: int, dtype: str, accumulation: int, clip: float, steps: int = 6
+) -> dict[str, Any]:
+    """HiFT with one block and DeepSpeed's own full fine-tuning, both with torch's AdamW. Collective."""
+    weights, norms = [], []
+    for hift in ({"layers_per_block": 100}, None):
+        config = ds_config(stage, dtype, hift, gradient_accumulation_steps=accumulation, gradient_clipping=clip,
+                           zero_allow_untested_optimizer=True)  # fmt: skip
+        del config["optimizer"]
+        if dtype == "bf16" and accumulation > 1:
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
+        module = small_llama()
+        optimizer = _torch_optimizer(torch.optim.AdamW, list(module.named_parameters()), ADAMW["params"], False)
+        engine = engine_of(config, module, optimizer=optimizer)
+        assert hasattr(engine, "hift") == (hift is not None)
+        assert hift is None or len(engine.hift.blocks) == 1
+        start, of_run = whole_weights(engine), []
+        for step in range(steps):
+            _through_engine(engine, [batch("llama4", step, micro, dist.get_rank()) for micro in range(accumulation)])
+            of_run.append(float(engine.get_global_grad_norm() or 0.0))
+        weights.append(whole_weights(engine))
+        norms.append(of_run)
+        engine.destroy()
+    return {
+        "weights": largest_difference(*weights),
+        "norms": norms,
+        "moved": largest_difference(start, weights[0]),
+    }
+
+
+def build(family: str) -> torch.nn.Module:
+    """The same fp32 model in every process."""
+    if family in ("llama4", "llama4_tied"):
+        return small_llama(tied=family.endswith("tied"))
+    torch.manual_seed(0)
+    return RoutedByHand() if family == "moe" else tiny_model(family)
+
+
+def batch(family: str, step: int, micro: int, rank: int) -> dict[str, torch.Tensor]:
+    """What a rank trains on at a micro step, the same in every process."""
+    tokens = batch_of(step, micro, rank)
+    if family == "vit":
+        generator = torch.Generator().manual_seed(1000 * step + 10 * micro + rank)
+        return {
+            "pixel_values": torch.randn(2, 3, 16, 16, generator=generator),
+            "labels": torch.randint(0, 3, (2,), generator=generator),
+        }
+    if family == "bert":
+        return {"input_ids": tokens["input_ids"], "labels": tokens["input_ids"][:, 0] % 3}
+    if family == "moe":
+        return {**tokens, "expert": (step + rank) % len(RoutedByHand.EXPERTS)}
+    return tokens
+
+
+class Expert(torch.nn.Module):
+    """A two-layer network that may or may not be called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = torch.nn.Linear(24, 40), torch.nn.Linear(40, 24)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden + self.down(torch.tanh(self.up(hidden)))
+
+
+class Experts(torch.nn.Module):
+    """Runs the expert that the batch names: the others have no gradient in this micro step."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.mix, self.experts = torch.nn.Linear(24, 24), torch.nn.ModuleList(Expert() for _ in range(count))
+
+    def forward(self, hidden: torch.Tensor, expert: int) -> torch.Tensor:
+        return self.experts[expert](hidden + self.mix(hidden))
+
+
+class RoutedByHand(torch.nn.Module):
+    """A mixture of experts in which each rank uses another expert."""
+
+    EXPERTS = range(3)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(96, 24)
+        self.layers = torch.nn.ModuleList(Experts(len(self.EXPERTS)) for _ in range(2))
+        self.head = torch.nn.Linear(24, 96)
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor, expert: int) -> Any:
+        hidden = self.embed(input_ids)
+        for layer in self.layers:
+            hidden = layer(hidden, expert)
+        loss = torch.nn.functional.cross_entropy(self.head(hidden).flatten(0, 1).float(), labels.flatten())
+        return _Output(loss)
+
+
+class _Output:
+    def __init__(self, loss: torch.Tensor) -> None:
+        self.loss = loss
+
+
+def decay_groups(members: list[tuple[str, torch.Tensor]]) -> list[dict[str, Any]]:
+    """Matrices decay, the rest does not and learns twice as fast. Neither group is empty in any block."""
+    matrices = [tensor for _, tensor in members if _is_matrix(tensor)]
+    others = [tensor for _, tensor in members if not _is_matrix(tensor)]
+    found = [{"params": others, "weight_decay": 0.0, "lr": 2e-3}, {"params": matrices, "weight_decay": 0.3, "lr": 5e-4}]
+    return [group for group in found if group["params"]]
+
+
+def _is_matrix(tensor: torch.Tensor) -> bool:
+    return len(getattr(tensor, "ds_shape", tensor.shape)) >= 2
+
+
+def _torch_optimizer(
+    optimizer_class: type[torch.optim.Optimizer],
+    members: list[tuple[str, torch.Tensor]],
+    hyper: dict[str, Any],
+    groups: bool,
+) -> torch.optim.Optimizer:
+    found = decay_groups(members) if groups else [{"params": [tensor for _, tensor in members]}]
+    foreach = {} if optimizer_class is LionByHand else {"foreach": False}
+    return optimizer_class(found, **foreach, **hyper)
+
+
+def _build_under_zero_init(family: str, config: dict[str, Any]) -> torch.nn.Module:
+    with deepspeed.zero.Init(config_dict_or_path={k: v for k, v in config.items() if k != "hift"}):
+        module = build(family)
+    assert all(hasattr(param, "ds_id") for param in module.parameters())
+    return module
+
+
+def _weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: param.detach() for name, param in model.named_parameters()}
+
+
+def _through_engine(engine: Any, batches: list[dict[str, torch.Tensor]]) -> None:
+    for inputs in batches:
+        engine.backward(engine(**inputs).loss)
+        engine.step()
+
+
+def _through_loss(engine: Any, batches: list[dict[str, torch.Tensor]]) -> None:
+    for inputs in batches:
+        engine(**inputs).loss.backward()
+        engine.step()
+
+
+def _unmanaged(engine: Any, batches: list[dict[str, torch.Tensor]]) -> None:
+    """`managed_gradient_accumulation: false`: as many backwards as the caller likes, then one step."""
+    for inputs in batches:
+        engine.backward(engine(**inputs).loss / len(batches))
+    engine.step()
+
+
+def _no_sync(engine: Any, batches: list[dict[str, torch.Tensor]]) -> None:
+    """Stages 0 and 1: gradients of all but the last backward stay on their rank."""
+    with engine.no_sync():
+        for inputs in batches[:-1]:
+            engine.backward(engine(**inputs).loss / len(batches))
+    engine.backward(engine(**batches[-1]).loss / len(batches))
+    engine.step()
+
+
+_MICRO_STEPS: dict[str, Callable[[Any, list[dict[str, torch.Tensor]]], None]] = {
+    "engine": _through_engine,
+    "loss": _through_loss,
+    "unmanaged": _unmanaged,
+    "no_sync": _no_sync,
+}

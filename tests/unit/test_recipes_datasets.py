@@ -142,21 +142,21 @@ def test_each_column_layout_becomes_the_same_exchange(tokenizer, tmp_path, row, 
 
 
 def test_json_list_csv_and_tsv_hold_the_same_rows_as_jsonl(tokenizer, tmp_path):
-    rows = [{"question": 'say "hi", please', "answer": "one, two"}, {"question": "q\u2028r", "answer": "é"}]
+    rows = [{"question": '"hi", she says', "answer": "one, two"}, {"question": "q\u2028r", "answer": "é"}]
     (tmp_path / "a.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
     (tmp_path / "b.jsonl").write_text(
         "".join(json.dumps(row, ensure_ascii=False) + "\n\n" for row in rows), encoding="utf-8"
     )
     (tmp_path / "c.csv").write_text(
-        'question,answer\n"say ""hi"", please","one, two"\nq\u2028r,é\n', encoding="utf-8-sig"
+        'question,answer\n"""hi"", she says","one, two"\nq\u2028r,é\n', encoding="utf-8-sig"
     )
-    (tmp_path / "d.tsv").write_text('question\tanswer\nsay "hi", please\tone, two\nq\u2028r\té\n', encoding="utf-8")
+    (tmp_path / "d.tsv").write_text('question\tanswer\n"hi", she says\tone, two\nq\u2028r\té\n', encoding="utf-8")
     read = [
         decoded(tokenizer, load_text_dataset(str(path), tokenizer, seq_len=64, eval_fraction=0).train)
         for path in sorted(tmp_path.iterdir())
     ]
     assert len(read[0]) == 2
-    assert 'say "hi", please<eos>' in read[0][0]
+    assert '"hi", she says<eos>' in read[0][0]
     assert read[0] == read[1] == read[2] == read[3]
 
 
@@ -203,9 +203,9 @@ def test_split_is_disjoint_complete_and_the_same_for_the_same_seed(tokenizer, tm
 
 def test_single_document_holds_its_end_out_at_a_line_end(tokenizer, tmp_path):
     (tmp_path / "x.txt").write_text("".join(f"line {index:04}\n" for index in range(100)))
-    data = load_text_dataset(str(tmp_path / "x.txt"), tokenizer, seq_len=2000, pack=False, eval_fraction=0.05)
-    assert decoded(tokenizer, data.train)[0].endswith("line 0094\n<eos>")
-    assert decoded(tokenizer, data.eval)[0].startswith("line 0095\n")
+    data = load_text_dataset(str(tmp_path / "x.txt"), tokenizer, seq_len=2000, pack=False, eval_fraction=0.052)
+    assert decoded(tokenizer, data.train)[0].endswith("line 0093\n<eos>")
+    assert decoded(tokenizer, data.eval)[0].startswith("line 0094\n")
 
 
 def test_hift_faq_brings_its_own_held_out_paraphrases(tokenizer):
@@ -292,11 +292,16 @@ def test_packed_text_is_the_documents_end_to_end_with_eos_between(tokenizer, tmp
     assert row["attention_mask"].tolist() == [1, 1, 1, 1]
 
 
-def test_packed_held_out_part_keeps_its_last_short_row(tokenizer, tmp_path):
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [("abcde", ["abcd", "e<eos>"]), ("abcd", ["abcd"])],
+    ids=["two-tokens-left", "one-left-without-a-target"],
+)
+def test_packed_held_out_part_keeps_its_last_short_row(tokenizer, tmp_path, text, rows):
     write_jsonl(tmp_path / "train.jsonl", [{"text": "abcdefg"}])
-    write_jsonl(tmp_path / "test.jsonl", [{"text": "abcde"}])
+    write_jsonl(tmp_path / "test.jsonl", [{"text": text}])
     data = load_text_dataset(str(tmp_path), tokenizer, seq_len=4)
-    assert decoded(tokenizer, data.eval) == ["abcd", "e<eos>"]
+    assert decoded(tokenizer, data.eval) == rows
 
 
 def test_packed_chat_keeps_its_labels_and_drops_rows_without_a_target(tokenizer, tmp_path):
@@ -349,6 +354,8 @@ def test_collate_pads_on_the_right_without_loss_or_attention(tokenizer, tmp_path
         ("x.jsonl", b'{"messages": "hi"}\n', r"messages='hi' is not a list"),
         ("x.jsonl", b'{"messages": [{"role": "bot", "content": "c"}]}\n', r"with a role \(system, user, assistant\)"),
         ("x.jsonl", b'{"messages": [{"role": "user", "content": "c"}]}\n', r"roles are \['user'\]"),
+        ("x.jsonl", b'{"messages": [{"role": "assistant", "content": "c"}]}\n', "starts with system or user"),
+        ("x.jsonl", b'{"messages": [{"role": "user", "content": null}]}\n', "and a string as content"),
         ("x.jsonl", b'{"text": "a"}\n{"question": "q", "answer": "a"}\n', "some rows are text and some"),
         ("x.parquet", b"PAR1", r"extension '\.parquet' is unknown; a data file ends in \.txt, .*\.tsv"),
     ],
@@ -395,7 +402,7 @@ def test_too_little_text_for_one_packed_row_is_refused(tokenizer, tmp_path):
 
 @pytest.mark.parametrize(("key", "value"), [("seq_len", 1), ("eval_fraction", 1.0), ("eval_fraction", -0.1)])
 def test_impossible_values_are_refused(tokenizer, key, value):
-    with pytest.raises(ValueError, match=f"{key}={value}"):
+    with pytest.raises(ValueError, match=f"^{key}={value}: "):
         load_text_dataset("hift-faq", tokenizer, **{"seq_len": 64, key: value})
 
 

@@ -1,0 +1,101 @@
+"""Bytes per rank by role, counted from tensor sizes: HiFT as it runs, beside full fine-tuning with the same ZeRO stage.
+
+Activations are not counted here. Nothing is measured: these are the sizes of the tensors that exist at the worst moment
+of a step, by the layouts of `hift_ds.shards` and of DeepSpeed's ZeRO.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hift_ds.optimizer import TILE_NUMEL
+from hift_ds.shards import full_numel, is_partitioned
+
+if TYPE_CHECKING:
+    from hift_ds.engine import HiFTEngine
+    from hift_ds.state import BlockState
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Bytes of one rank.
+
+    Attributes:
+        weights: Model weights on the device.
+        gradients: Largest sum of gradients alive on the device.
+        state: Master weights and optimizer state on the device.
+        host: Master weights and optimizer state in host memory.
+    """
+
+    weights: int
+    gradients: int
+    state: int
+    host: int
+
+    @property
+    def device(self) -> int:
+        """Everything on the device."""
+        return self.weights + self.gradients + self.state
+
+
+def hift_roles(engine: HiFTEngine) -> Roles:
+    """The roles of this rank's run, for its worst block."""
+    optimizer = engine.optimizer
+    resident = 0 if optimizer.always is None else sum(tensor.nbytes for tensor in optimizer.always.tensors())
+    return Roles(
+        weights=_weight_bytes(engine),
+        gradients=max(_gradient_bytes(engine, state) for state in optimizer.states),
+        state=resident + max(_update_bytes(state) for state in optimizer.states),
+        host=sum(state.host_bytes for state in optimizer.states),
+    )
+
+
+def full_roles(engine: HiFTEngine) -> Roles:
+    """Full fine-tuning of the same parameters with DeepSpeed's own optimizer at the same stage and precision.
+
+    Per parameter: the gradient in the model's dtype, and in fp32 a master weight (unless the weights are fp32) and each
+    state tensor of the update rule; divided by the ranks from the stage on that shards them.
+    Source: ZeRO, arXiv 1910.02054, section 3.
+    """
+    optimizer, stage = engine.optimizer, engine.optimizer.settings.stage
+    world = optimizer.settings.world
+    numel = gradients = state = 0
+    for block in optimizer._all_states():
+        params = block.shard.params
+        count = sum(full_numel(param) for param in params)
+        numel += count
+        gradients += sum(full_numel(param) * param.element_size() for param in params)
+        state += 4 * count * (len(block.slots) + (block.master is not None))
+    return Roles(
+        weights=_weight_bytes(engine),
+        gradients=gradients // (world if stage >= 2 else 1),
+        state=state // (world if stage >= 1 else 1),
+        host=0,
+    )
+
+
+def _weight_bytes(engine: HiFTEngine) -> int:
+    total = 0
+    for param in engine.module.parameters():
+        total += param.ds_tensor.nbytes if is_partitioned(param) else param.nbytes
+    return total + sum(buffer.nbytes for buffer in engine.module.buffers())
+
+
+def _gradient_bytes(engine: HiFTEngine, state: BlockState) -> int:
+    """Whole gradients of the block, one bucket on its way, and the shard; with the always-active parameters'."""
+    total, reducer = 0, engine.optimizer.reducer
+    states = [state] if engine.optimizer.always is None else [state, engine.optimizer.always]
+    for part in states:
+        params, shard = part.shard.params, part.shard
+        whole = sum(full_numel(param) * param.element_size() for param in params)
+        shard_bytes = shard.numel * reducer.accumulation_dtype.itemsize
+        total += shard_bytes if reducer.world == 1 else shard_bytes + whole
+    return total
+
+
+def _update_bytes(state: BlockState) -> int:
+    """On an accelerator: the block's new weights, and of master, gradient and slots one tile in fp32."""
+    weights = sum(segment.padded_numel for segment in state.shard.segments) * state.shard.params[0].element_size()
+    tile = min(TILE_NUMEL, state.shard.numel) if state.rule.elementwise else state.shard.numel
+    return weights + 4 * tile * (1 + len(state.slots) + (state.master is not None))

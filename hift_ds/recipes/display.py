@@ -1,0 +1,81 @@
+"""What a run shows: a progress bar on a terminal, a line now and then elsewhere; tables. Rank 0 only."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from hift_ds.memory.account import Roles
+
+LINE_EVERY_S = 10.0
+
+
+class Display:
+    """Prints on rank 0 and stays silent elsewhere."""
+
+    def __init__(self, rank: int) -> None:
+        self.active = rank == 0
+        width = None if sys.stdout.isatty() else 80
+        self.console = Console(quiet=not self.active, width=width, highlight=False)
+
+    def print(self, *parts: Any, **options: Any) -> None:
+        """Prints text or rich renderables."""
+        self.console.print(*parts, **options)
+
+    def progress(self, total: int, completed: int) -> _Steps:
+        """A bar for the training steps, to be used in a `with`."""
+        return _Steps(self.console, self.active, total, completed)
+
+
+class _Steps:
+    def __init__(self, console: Console, active: bool, total: int, completed: int) -> None:
+        self.console, self.total, self.completed = console, total, completed
+        self._last_line = 0.0
+        self.bar = None
+        if active and console.is_terminal:
+            columns = (BarColumn(bar_width=16), MofNCompleteColumn(), TextColumn("{task.description}"))
+            self.bar = Progress(*columns, TimeRemainingColumn(compact=True), console=console)
+            self.task = self.bar.add_task("", total=total, completed=completed)
+
+    def __enter__(self) -> _Steps:
+        if self.bar is not None:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def update(self, loss: float, lr: float, block: str, tokens_per_s: float) -> None:
+        """Shows one finished step."""
+        self.completed += 1
+        text = f"loss {loss:.3f} lr {lr:.1e} {tokens_per_s:,.0f} tok/s {block}"
+        if self.bar is not None:
+            self.bar.update(self.task, completed=self.completed, description=text)
+        elif time.monotonic() - self._last_line >= LINE_EVERY_S or self.completed == self.total:
+            self._last_line = time.monotonic()
+            self.console.print(f"step {self.completed}/{self.total}  {text}")
+
+
+def memory_table(hift: Roles, full: Roles, note: str) -> Table:
+    """Bytes per rank by role, HiFT beside full fine-tuning."""
+    table = Table(title="Peak bytes per rank by role, MiB", caption=note, show_edge=False, pad_edge=False)
+    table.add_column("role")
+    for header in ("HiFT", "full fine-tuning"):
+        table.add_column(header, justify="right")
+    for label, attribute in (("model weights", "weights"), ("gradients", "gradients"), ("masters and state", "state")):
+        table.add_row(label, _mib(getattr(hift, attribute)), _mib(getattr(full, attribute)))
+    table.add_section()
+    saved = 100 * (1 - hift.device / full.device)
+    table.add_row("device, without activations", f"{_mib(hift.device)} (-{saved:.0f} %)", _mib(full.device))
+    table.add_row("host memory: masters and state", _mib(hift.host), _mib(full.host))
+    return table
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:,.1f}"

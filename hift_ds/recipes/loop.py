@@ -1,0 +1,94 @@
+"""The parts of a training run that know neither HiFT nor the display: batches, held-out loss, an answer, a saved model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed import comm as dist
+
+from hift_ds.recipes.datasets import IGNORED, TextData, build_prompt
+from hift_ds.shards import is_partitioned
+
+
+def batches(
+    data: TextData, micro_batch: int, seed: int, start: int, device: torch.device
+) -> Iterator[dict[str, torch.Tensor]]:
+    """This rank's training batches, for ever, from micro step `start` on: a resumed run sees what the other would.
+
+    Each epoch has its own order; the rows that do not fill a batch on every rank wait for another epoch.
+
+    Raises:
+        ValueError: Fewer rows than one batch over all ranks needs.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    per_epoch = len(data.train) // (micro_batch * world)
+    if per_epoch == 0:
+        raise ValueError(
+            f"dataset {data.name!r}: {len(data.train)} training rows are fewer than one batch "
+            f"({micro_batch} x {world} ranks); use a smaller --micro_batch, a smaller --seq_len or more text"
+        )
+    micro_step = start
+    while True:
+        epoch, position = divmod(micro_step, per_epoch)
+        order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed + epoch))
+        for index in range(position, per_epoch):
+            first = (index * world + rank) * micro_batch
+            rows = data.collate([data.train[i] for i in order[first : first + micro_batch].tolist()])
+            yield {key: tensor.to(device) for key, tensor in rows.items()}
+            micro_step += 1
+
+
+@torch.no_grad()
+def held_out_loss(engine: Any, data: TextData, micro_batch: int, device: torch.device) -> float:
+    """Mean loss per held-out token that counts. Collective: each rank takes its share, all run equally many forwards."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    rounds = -(-len(data.eval) // (micro_batch * world))
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    engine.eval()
+    for index in range(rounds):
+        first = (index * world + rank) * micro_batch
+        rows = [data.eval[i] for i in range(first, min(first + micro_batch, len(data.eval)))]
+        batch = {key: tensor.to(device) for key, tensor in data.collate(rows or [data.eval[0]]).items()}
+        tokens = (batch["labels"][:, 1:] != IGNORED).sum() if rows else 0
+        sums += torch.stack([engine(**batch).loss.double() * tokens, torch.as_tensor(tokens, device=device).double()])
+    engine.train()
+    dist.all_reduce(sums)
+    return (sums[0] / sums[1]).item()
+
+
+@torch.no_grad()
+def answer(engine: Any, tokenizer: Any, question: str, device: torch.device, max_new_tokens: int = 48) -> str:
+    """Greedy answer to one question. Collective at stage 3, where every rank must take part in every forward."""
+    partitioned = any(is_partitioned(param) for param in engine.module.parameters())
+    if not partitioned and dist.get_rank() != 0:
+        return ""
+    prompt = {key: tensor.to(device) for key, tensor in build_prompt(tokenizer, question).items()}
+    engine.module.eval()
+    checkpointed = getattr(engine.module.config, "use_cache", True)
+    output = engine.module.generate(
+        **prompt, max_new_tokens=max_new_tokens, do_sample=False, synced_gpus=partitioned,
+        pad_token_id=tokenizer.pad_token_id, use_cache=checkpointed,
+    )  # fmt: skip
+    engine.module.train()
+    return tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+def save_model(engine: Any, tokenizer: Any, folder: Path) -> None:
+    """Writes a folder that `from_pretrained` loads. Collective; rank 0 writes."""
+    module, weights, copies = engine.module, {}, {}
+    names = set(module.state_dict())
+    for name, param in module.named_parameters(remove_duplicate=False):
+        if id(param) not in copies:  # a tied weight is gathered once and stays one tensor in the file
+            with deepspeed.zero.GatheredParameters([param], enabled=is_partitioned(param)):
+                copies[id(param)] = param.detach().cpu().clone() if dist.get_rank() == 0 else None
+        if name in names:
+            weights[name] = copies[id(param)]
+    if dist.get_rank() == 0:
+        weights.update((name, buffer.cpu()) for name, buffer in module.named_buffers() if name in names)
+        module.save_pretrained(folder, state_dict=weights)
+        tokenizer.save_pretrained(folder)
+    dist.barrier()

@@ -1,0 +1,140 @@
+#!/usr/bin/env python3
+"""Fine-tunes a causal language model with HiFT on DeepSpeed, or fully with plain DeepSpeed.
+
+    deepspeed launch/train.py --hift                       # HiFT on the sample model and data
+    deepspeed launch/train.py                              # the same run, full fine-tuning
+    deepspeed launch/train.py --hift --deepspeed_config ds_configs/zero2_bf16.json --model_name_or_path FOLDER \\
+        --dataset data.jsonl --max_steps 1000
+    torchrun --nproc_per_node 2 launch/train.py --hift     # or mpirun -np 2 python launch/train.py --hift
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    from hift_ds.recipes.arguments import add_arguments
+
+    add_arguments(parser, HERE / "demo.json")
+    args = parser.parse_args()
+    from hift_ds.recipes.setup import fail, prepare_process
+
+    prepare_process(args.verbose)
+    try:
+        train(args)
+    except (ValueError, TypeError, FileNotFoundError, RuntimeError) as error:
+        return fail(error, args.verbose)
+    return 0
+
+
+def train(args: argparse.Namespace) -> None:
+    """One run: load, evaluate, train, evaluate, save. Collective."""
+    import hift_ds
+    from hift_ds.launching import agree
+    from hift_ds.recipes import loop
+    from hift_ds.recipes.display import Display
+    from hift_ds.recipes.setup import load_run
+
+    hift_ds.init_distributed()
+    display = Display(int(os.environ["RANK"]))
+    run = agree(lambda: load_run(args))
+    display.print(f"model {args.model_name_or_path}, data {run.data.name}: {len(run.data.train)} rows to train on, ",
+                  f"{len(run.data.eval)} held out; {run.max_steps} steps")  # fmt: skip
+    engine, _, _, _ = hift_ds.initialize(
+        model=run.model, model_parameters=run.model.parameters(), config=run.ds_config
+    )
+    if args.hift:
+        display.print(engine.hift.summary())
+        show_memory(engine, display)
+    start = resume(engine, args, display) if args.resume else 0
+    before = evaluate(engine, run, display, "before training")
+    steps(engine, run, args, display, start)
+    after = evaluate(engine, run, display, "after training")
+    if before is not None:
+        display.print(f"held-out loss {before:.3f} -> {after:.3f}")
+    folder = Path(args.output_dir) / "model"
+    loop.save_model(engine, run.tokenizer, folder)
+    display.print(f"saved: AutoModelForCausalLM.from_pretrained({str(folder)!r})")
+
+
+def evaluate(engine: Any, run: Any, display: Any, when: str) -> float | None:
+    """Held-out loss, and the answer to one held-out question. Collective."""
+    from hift_ds.recipes import loop
+
+    if not len(run.data.eval):
+        return None
+    loss = loop.held_out_loss(engine, run.data, run.micro_batch, engine.device)
+    display.print(f"[bold]{when}[/]: held-out loss {loss:.3f}")
+    if run.data.held_out_question is not None:
+        reply = loop.answer(engine, run.tokenizer, run.data.held_out_question, engine.device)
+        display.print(f"  Q: {run.data.held_out_question}\n  A: {reply}\n", markup=False)
+    return loss
+
+
+def steps(engine: Any, run: Any, args: argparse.Namespace, display: Any, start: int) -> None:
+    """The training loop, from micro step `start` on. Collective."""
+    import torch
+    from deepspeed import comm as dist
+
+    from hift_ds.recipes import loop
+
+    accumulation = engine.gradient_accumulation_steps()
+    stream = loop.batches(run.data, run.micro_batch, args.seed, start, engine.device)
+    engine.train()
+    done = start // accumulation
+    with display.progress(run.max_steps, done) as progress:
+        for step in range(done, run.max_steps):
+            began = time.monotonic()
+            block = engine.hift.blocks[engine.hift.active_block].name if args.hift else ""
+            sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
+            for _ in range(accumulation):
+                batch = next(stream)
+                loss = engine(**batch).loss
+                engine.backward(loss)
+                engine.step()
+                sums += torch.stack([loss.detach().double() / accumulation, batch["attention_mask"].sum().double()])
+            dist.all_reduce(sums)
+            mean, tokens = (sums / torch.tensor([dist.get_world_size(), 1.0], device=sums.device)).tolist()
+            progress.update(mean, engine.get_lr()[0], block, tokens / (time.monotonic() - began))
+            if engine.monitor.enabled:
+                engine.monitor.write_events([("Train/loss", mean, step + 1)])
+            if args.eval_every and (step + 1) % args.eval_every == 0 and len(run.data.eval):
+                held_out = loop.held_out_loss(engine, run.data, run.micro_batch, engine.device)
+                display.print(f"step {step + 1}: held-out loss {held_out:.3f}")
+                if engine.monitor.enabled:
+                    engine.monitor.write_events([("Eval/loss", held_out, step + 1)])
+            if args.save_every and (step + 1) % args.save_every == 0:
+                state = {"micro_steps": (step + 1) * accumulation}
+                engine.save_checkpoint(str(Path(args.output_dir) / "checkpoints"), client_state=state)
+
+
+def resume(engine: Any, args: argparse.Namespace, display: Any) -> int:
+    """Loads the newest checkpoint; returns the micro step to go on from. Collective."""
+    folder = Path(args.output_dir) / "checkpoints"
+    path, state = engine.load_checkpoint(str(folder))
+    if path is None:
+        raise FileNotFoundError(f"--resume: no checkpoint in {str(folder)!r}; train with --save_every first")
+    display.print(f"resumed at step {engine.global_steps} from {path}")
+    return state["micro_steps"]
+
+
+def show_memory(engine: Any, display: Any) -> None:
+    """Bytes by role beside full fine-tuning's."""
+    from hift_ds.memory.account import full_roles, hift_roles
+    from hift_ds.recipes.display import memory_table
+
+    where = "on this CPU, device and host are one memory" if engine.device.type == "cpu" else "activations not counted"
+    display.print(memory_table(hift_roles(engine), full_roles(engine), f"counted from tensor sizes; {where}"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
