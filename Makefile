@@ -1,0 +1,33 @@
+# make demo: set up, then fine-tune SmolLM2-135M with HiFT; make test: set up, then every test.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+READY = $(VENV)/.ready
+# absolute, because the deepspeed launcher starts `python` and `ninja` by name
+RUN = PATH="$(CURDIR)/$(BIN):$$PATH"
+
+.PHONY: demo test lint speed clean
+
+demo: $(READY)
+	$(RUN) launch/demo.sh
+
+test: lint
+	$(RUN) python -m pytest -q
+
+lint: $(READY)
+	$(BIN)/ruff check .
+
+# HiFT over full fine-tuning on this machine, into launch/results/ (about 10 minutes on 2 cores)
+speed: $(READY)
+	$(RUN) DS_ACCELERATOR=cpu deepspeed --num_accelerators 2 launch/benchmark_speed.py
+	$(RUN) DS_ACCELERATOR=cpu deepspeed --num_accelerators 2 launch/benchmark_speed.py --full_optimizer torch
+
+$(READY): pyproject.toml
+	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 10) <= v < (3, 13) else "hift_ds needs Python 3.10 to 3.12, $(PYTHON) is %d.%d: make PYTHON=python3.12" % v[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) outputs
