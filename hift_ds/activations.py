@@ -13,9 +13,9 @@ logger = logging.getLogger(__name__)
 def use_non_reentrant_checkpointing(module: torch.nn.Module) -> bool:
     """Switches Hugging Face modules from reentrant to non-reentrant checkpointing, with one warning.
 
-    Reentrant checkpointing gives the parameters inside it no gradient unless an input requires one, and below the active
-    block nothing does. The usual remedy (`enable_input_require_grads`) drags every backward down to the embedding: with
-    the top layer active 0.238 s a step against 0.088 s (design.md, section 8). It is undone here for the same reason.
+    Reentrant checkpointing gives the parameters inside it no gradient unless an input requires one, and below the
+    active block nothing does. The usual remedy (`enable_input_require_grads`) drags every backward down to the
+    embedding: with the top layer active 0.238 s a step against 0.088 s. It is undone here for the same reason.
 
     Returns:
         Whether anything was switched.
@@ -32,7 +32,7 @@ def use_non_reentrant_checkpointing(module: torch.nn.Module) -> bool:
             if getattr(part, "_require_grads_hooks", None):
                 part.disable_input_require_grads()
     if switched and _is_first_rank():
-        logger.warning("activation checkpointing switched to use_reentrant=False: reentrant yields no gradients in HiFT")
+        logger.warning("activation checkpointing switched to use_reentrant=False: reentrant gives HiFT no gradients")
     return switched
 
 

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed import comm as dist
-from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
 from deepspeed.runtime.zero import parameter_offload
 
-from hift_ds import surface
-from hift_ds.blocks import BlockPlan, plan_blocks
+from hift_ds import checkpoint, surface
 from hift_ds.activations import use_non_reentrant_checkpointing
+from hift_ds.blocks import BlockPlan, plan_blocks
 from hift_ds.config import HiFTConfig
 from hift_ds.ds_keys import check_ds_config
 from hift_ds.gradients import GradientReducer
@@ -153,11 +154,14 @@ class HiFTEngine(DeepSpeedEngine):
     def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As DeepSpeedEngine.backward.
 
-        Raises:
-            RuntimeError: The loss does not depend on the active block.
+        A loss that does not depend on the active block counts as a zero gradient on this rank, because other ranks'
+        batches may reach the block; `step` raises if that is so on every rank.
         """
         if isinstance(loss, torch.Tensor) and not loss.requires_grad:
-            raise RuntimeError(self.optimizer.no_gradient_message())
+            leaf = loss.detach().requires_grad_()
+            # Nothing of the forward's output is in this graph, so DeepSpeed's own hook will not do it.
+            leaf.register_hook(lambda grad: self._backward_prologue())
+            loss = leaf.clone()  # DeepSpeed takes only what has a grad_fn for a loss
         return super().backward(loss, *args, **kwargs)
 
     def clip_fp32_gradients(self) -> None:
@@ -167,10 +171,27 @@ class HiFTEngine(DeepSpeedEngine):
         """The learning rate in force, one per param group (the scheduler's own value is in `param_groups`)."""
         return self.optimizer.rates
 
-    def save_checkpoint(self, save_dir: str, *args: Any, **kwargs: Any) -> bool:
+    def save_checkpoint(
+        self,
+        save_dir: str,
+        tag: str | None = None,
+        client_state: Mapping[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
         """As DeepSpeedEngine.save_checkpoint: position, masters and state of every block are in it. Collective."""
+        tag = f"global_step{self.global_steps}" if tag is None else str(tag)
+        if save_dir:  # DeepSpeed refuses an empty one
+            writes = self.global_rank == 0 or (self.use_node_local_storage() and self.local_rank == 0)
+            agree(lambda: checkpoint.write_manifest(self.optimizer, Path(save_dir, tag)) if writes else None)
         with self.optimizer.all_trainable():
-            return super().save_checkpoint(save_dir, *args, **kwargs)
+            return super().save_checkpoint(
+                save_dir,
+                tag,
+                client_state=dict(client_state or {}),
+                save_latest=save_latest,
+                exclude_frozen_parameters=exclude_frozen_parameters,
+            )
 
     def save_16bit_model(self, *args: Any, **kwargs: Any) -> Any:
         """As DeepSpeedEngine.save_16bit_model. Collective."""
@@ -189,32 +210,43 @@ class HiFTEngine(DeepSpeedEngine):
     ) -> tuple[str | None, Any]:
         """As DeepSpeedEngine.load_checkpoint; a full load resumes exactly where `save_checkpoint` was. Collective.
 
+        `load_module_only` or `load_optimizer_states=False` takes the weights alone, and masters anew from them.
+
         Returns:
             (path, client state), or (None, None) if `load_dir` has no "latest" and no tag was given.
+
+        Raises:
+            ValueError: There is no such checkpoint.
+            RuntimeError: It does not fit this run; the message says why. On every rank, whichever found it.
         """
         whole = load_optimizer_states and not load_module_only
         counters = (self.global_steps, self.global_samples, self.skipped_steps)
+        tag = checkpoint.latest_tag(load_dir) if tag is None else str(tag)
+        _require_alike("checkpoint tag", tag)
+        ours = False
+        if tag is not None:
+            ours = agree(lambda: checkpoint.check_manifest(self.optimizer, Path(load_dir, tag), whole))
         # At stage 3 the weights are in the optimizer's files: weights alone are a full load that takes nothing else.
-        through_optimizer = whole or self.zero_optimization_stage() == 3
-        self.optimizer.load_weights_only = not whole
-        try:
-            with self.optimizer.all_trainable():
-                result = super().load_checkpoint(
-                    load_dir,
-                    tag,
-                    load_module_strict=load_module_strict,
-                    load_optimizer_states=through_optimizer,
-                    load_lr_scheduler_states=load_lr_scheduler_states and not load_module_only,
-                    load_module_only=load_module_only and not through_optimizer,
-                    custom_load_fn=custom_load_fn,
-                )
-        finally:
-            self.optimizer.load_weights_only = False
-        self.optimizer.activate()
+        through_optimizer = whole or (ours and self.zero_optimization_stage() == 3)
+
+        def load() -> tuple[str | None, Any]:
+            return super(HiFTEngine, self).load_checkpoint(
+                load_dir,
+                tag,
+                load_module_strict=load_module_strict,
+                load_optimizer_states=through_optimizer,
+                load_lr_scheduler_states=load_lr_scheduler_states and not load_module_only,
+                load_module_only=load_module_only and not through_optimizer,
+                custom_load_fn=custom_load_fn,
+            )
+
+        with self.optimizer.loading(not whole, self.module.parameters()):
+            result = agree(load)
         if result[0] is not None and not whole:
             self.optimizer.refresh_fp32_params()
             if load_module_only:
                 self.global_steps, self.global_samples, self.skipped_steps = counters
+        _require_alike("position in the rotation", self.optimizer.rotation.step)
         return result
 
 
@@ -239,7 +271,7 @@ def initialize(
     on every rank with the same arguments.
 
     Returns:
-        engine, optimizer, training dataloader, lr scheduler, as from DeepSpeed. `engine.hift` shows blocks and position.
+        engine, optimizer, training dataloader, lr scheduler, as from DeepSpeed. `engine.hift` shows the rotation.
 
     Raises:
         ValueError, TypeError: A bad "hift" section, a DeepSpeed key that HiFT cannot honour, an unsupported optimizer,
@@ -262,6 +294,7 @@ def initialize(
         return deepspeed.initialize(**forwarded)
     init_distributed(distributed_port, dist_init_required)
     prepared = agree(lambda: _prepare(ds_config, model, optimizer, mpu))
+    _require_alike("hift section or model", None if prepared is None else prepared[:2])
     if prepared is None:
         return deepspeed.initialize(**forwarded)
     for note in prepared[2]:
@@ -333,6 +366,16 @@ def _check_coverage(holder: torch.optim.Optimizer, params: dict[str, torch.nn.Pa
             f"model_parameters: {len(missing)} trainable parameters are in no param group, first {missing[0]!r}: add "
             'them, or freeze them with "hift": {"frozen": [...]}'
         )
+
+
+def _require_alike(what: str, value: Any) -> None:
+    """Raises RuntimeError on every rank unless all have the same `value`. Collective."""
+    digests: list[str] = [""] * dist.get_world_size()
+    if len(digests) > 1:
+        dist.all_gather_object(digests, hashlib.sha256(repr(value).encode()).hexdigest())
+    if len(set(digests)) > 1:
+        other = next(rank for rank, digest in enumerate(digests) if digest != digests[0])
+        raise RuntimeError(f"{what}: ranks 0 and {other} differ; every rank must be given the same")
 
 
 @contextmanager

@@ -12,20 +12,20 @@ from typing import TYPE_CHECKING
 
 import torch
 from deepspeed import comm as dist
+from torch.nn import Parameter
 
-from hift_ds.shards import full_numel, is_partitioned
+from hift_ds.shards import is_partitioned
 
 if TYPE_CHECKING:
     from hift_ds.optimizer import HiFTOptimizer
-    from hift_ds.state import BlockState
 
 
 class Fragments:
     """What `deepspeed.utils` calls. Whole tensors are collective: call on every rank, in the same order.
 
     A gradient is there from the last backward of a window to `step()`, for the active block alone (else `None`); as in
-    DeepSpeed it still carries the loss scale. Setting a master weight sets the model weight too: an inactive block would
-    otherwise take it only at the end of its next turn.
+    DeepSpeed it still carries the loss scale. Setting a master weight sets the model weight too: an inactive block
+    would otherwise take it only at the end of its next turn.
 
     Args:
         optimizer: Its states say where each parameter lies.
@@ -33,9 +33,7 @@ class Fragments:
 
     def __init__(self, optimizer: HiFTOptimizer) -> None:
         self._optimizer = optimizer
-        self._place = {
-            param: (state, index) for state in optimizer._all_states() for index, param in enumerate(state.shard.params)
-        }
+        self._place = {param: (s, i) for s in optimizer._all_states() for i, param in enumerate(s.shard.params)}
         for param in self._place:
             if is_partitioned(param):
                 param._z3_optimizer = self
@@ -44,94 +42,87 @@ class Fragments:
             param.get_full_hp_param = partial(self.get_full_hp_param, param)
             param.set_full_hp_param = lambda value, key=None, param=param: self.set_full_hp_param(value, param, key)
             param.get_full_hp_grad = partial(self.get_fp32_grad_for_param, param)
-            param.set_full_hp_grad = lambda value, param=param: self.set_fp32_grad_for_param(value, param)
+            param.set_full_hp_grad = partial(self.set_fp32_grad_for_param, param=param)
 
-    def get_full_hp_param(self, param: torch.nn.Parameter, optim_state_key: str | None = None) -> torch.Tensor:
+    def get_full_hp_param(self, param: Parameter, optim_state_key: str | None = None) -> torch.Tensor:
         """The whole fp32 master weight, or one slot of the state, on the device. Collective."""
         return self._gathered(param, self.get_local_fp32_param(param, optim_state_key))
 
-    def set_full_hp_param(self, value: torch.Tensor, param: torch.nn.Parameter, optim_state_key: str | None = None) -> None:
-        """Writes a whole master weight (and the model weight) or a whole slot; every rank passes the same `value`."""
-        if value.numel() != full_numel(param):
-            raise ValueError(f"value of {value.numel()} elements: the parameter has {full_numel(param)}")
+    @torch.no_grad()
+    def set_full_hp_param(self, value: torch.Tensor, param: Parameter, optim_state_key: str | None = None) -> None:
+        """Writes a whole master weight (and model weight) or a whole slot; every rank passes the same `value`."""
         self.set_local_hp_param(self._mine(param, value), param, optim_state_key)
         if optim_state_key is None and not is_partitioned(param):
-            param.data.copy_(value.view(param.shape))
+            param.copy_(value.view(param.shape))
 
-    def get_fp32_grad_for_param(self, param: torch.nn.Parameter) -> torch.Tensor | None:
-        """The whole averaged gradient of the active block's parameter, in fp32; `None` where there is none. Collective."""
+    def get_fp32_grad_for_param(self, param: Parameter) -> torch.Tensor | None:
+        """The whole averaged gradient of an active parameter, in fp32; `None` where there is none. Collective."""
         local = self.get_local_fp32_grad_for_param(param)
         return None if local is None else self._gathered(param, local)
 
-    def set_fp32_grad_for_param(self, value: torch.Tensor, param: torch.nn.Parameter) -> None:
+    def set_fp32_grad_for_param(self, value: torch.Tensor, param: Parameter) -> None:
         """Overwrites the reduced gradient; every rank passes the same whole `value`."""
         self.set_local_grad_for_param(self._mine(param, value), param)
 
-    def get_local_fp32_param(self, param: torch.nn.Parameter, optim_state_key: str | None = None) -> torch.Tensor:
+    def get_local_fp32_param(self, param: Parameter, optim_state_key: str | None = None) -> torch.Tensor:
         """This rank's slice of the master weight or of a slot: fp32, 1-D, without padding."""
         return self._tensor(param, optim_state_key).to(self._optimizer.device, torch.float32, copy=True)
 
     @torch.no_grad()
-    def set_local_hp_param(
-        self, value: torch.Tensor, param: torch.nn.Parameter, optim_state_key: str | None = None
-    ) -> None:
-        """Overwrites this rank's slice."""
+    def set_local_hp_param(self, value: torch.Tensor, param: Parameter, optim_state_key: str | None = None) -> None:
+        """Overwrites this rank's slice; of the model weight too."""
         self._tensor(param, optim_state_key).copy_(value.view(-1))
         if optim_state_key is None:
             state, index = self._place[param]
             state.shard.weight_slice(index).copy_(value.view(-1))
 
-    def get_local_fp32_grad_for_param(self, param: torch.nn.Parameter) -> torch.Tensor | None:
+    def get_local_fp32_grad_for_param(self, param: Parameter) -> torch.Tensor | None:
         """This rank's slice of the averaged gradient, or `None`."""
-        gradient = self._gradient(param)
-        return None if gradient is None else gradient.float()
+        state, _ = self._place[param]
+        window = self._optimizer.reducer._windows.get(id(state.shard))  # only the active blocks have one
+        if window is None or window.result is None:
+            return None
+        return self._slot(param, window.result).to(torch.float32, copy=True)
 
-    def set_local_grad_for_param(self, value: torch.Tensor, param: torch.nn.Parameter) -> None:
+    def set_local_grad_for_param(self, value: torch.Tensor, param: Parameter) -> None:
         """Overwrites this rank's slice of the gradient."""
-        gradient = self._gradient(param)
-        if gradient is None:
-            raise RuntimeError("no gradient to set: it is there between the window's last backward and engine.step()")
-        gradient.copy_(value.view(-1))
+        if self.get_local_fp32_grad_for_param(param) is None:
+            raise RuntimeError("no gradient to set: it is there from the window's last backward to engine.step()")
+        state, _ = self._place[param]
+        self._slot(param, self._optimizer.reducer._windows[id(state.shard)].result).copy_(value.view(-1))
 
-    def update_fp32_grad_for_param_vectorized(
-        self, update: Callable[[torch.Tensor, torch.nn.Parameter], torch.Tensor], params: Iterable[torch.nn.Parameter]
-    ) -> None:
+    def update_fp32_grad_for_param_vectorized(self, update: Callable, params: Iterable[Parameter]) -> None:
         """Replaces each gradient by `update(gradient, param)`. Collective."""
         for param in params:
             gradient = self.get_fp32_grad_for_param(param)
             if gradient is not None:
                 self.set_fp32_grad_for_param(update(gradient, param), param)
 
-    def _tensor(self, param: torch.nn.Parameter, key: str | None) -> torch.Tensor:
+    def _tensor(self, param: Parameter, key: str | None) -> torch.Tensor:
         state, index = self._place[param]
         if key is None:
-            return state.shard.weight_slice(index) if state.master is None else self._slot(state, index, state.master)
+            return state.shard.weight_slice(index) if state.master is None else self._slot(param, state.master)
         if key not in state.slots:
             raise ValueError(f"optim_state_key={key!r}: {state.rule.name} keeps {', '.join(state.slots) or 'no state'}")
-        return self._slot(state, index, state.slots[key])
+        return self._slot(param, state.slots[key])
 
-    def _gradient(self, param: torch.nn.Parameter) -> torch.Tensor | None:
+    def _slot(self, param: Parameter, flat: torch.Tensor) -> torch.Tensor:
         state, index = self._place[param]
-        shard = self._optimizer.reducer.reduced(state.shard)
-        return None if shard is None else self._slot(state, index, shard)
-
-    @staticmethod
-    def _slot(state: BlockState, index: int, flat: torch.Tensor) -> torch.Tensor:
         segment = state.shard.segments[index]
         return flat[segment.offset : segment.offset + segment.numel]
 
-    def _mine(self, param: torch.nn.Parameter, value: torch.Tensor) -> torch.Tensor:
+    def _mine(self, param: Parameter, value: torch.Tensor) -> torch.Tensor:
         state, index = self._place[param]
         segment = state.shard.segments[index]
-        return value.reshape(-1)[segment.start : segment.start + segment.numel]
+        return value.reshape(segment.shape).view(-1)[segment.start : segment.start + segment.numel]
 
-    def _gathered(self, param: torch.nn.Parameter, local: torch.Tensor) -> torch.Tensor:
+    def _gathered(self, param: Parameter, local: torch.Tensor) -> torch.Tensor:
         state, index = self._place[param]
         shape, world = state.shard.segments[index].shape, state.shard.world
         if world == 1:
             return local.view(shape)
-        padded = local.new_zeros(-(-full_numel(param) // world))
+        padded = local.new_zeros(-(-shape.numel() // world))
         padded[: local.numel()] = local
         whole = local.new_empty(world * padded.numel())
         dist.all_gather_into_tensor(whole, padded, group=self._optimizer.group)
-        return whole[: full_numel(param)].view(shape)
+        return whole[: shape.numel()].view(shape)

@@ -33,7 +33,8 @@ class GradientReducer:
     """Reduces the active blocks' gradients; holds nothing of any other block.
 
     At stages 2 and 3 a bucket is reduced as soon as its parameters' gradients exist, at stages 0 and 1 at the
-    accumulation boundary. Buckets go out in one fixed order, and a parameter without a gradient counts as zeros (as in
+    accumulation boundary. A lone rank has nothing to send: each gradient is added to the shard as it arrives, and its
+    memory is free again. Buckets go out in one fixed order, and a parameter without a gradient counts as zeros (as in
     DeepSpeed's ZeRO), so that all ranks issue the same collectives whatever part of the model their batch used.
 
     Args:
@@ -59,8 +60,7 @@ class GradientReducer:
         self.stage, self.group, self.world = stage, group, world
         self.averaging, self.accumulation_dtype = averaging, accumulation_dtype
         self.bucket_numel, self.max_in_flight = bucket_numel, MAX_IN_FLIGHT if overlap else 0
-        # With one rank there is nothing to send: each gradient goes to the shard at once, and its memory is free again.
-        self.at_once = stage >= 2 or world == 1
+        self.at_once = stage >= 2
         self._windows: dict[int, _Window] = {}
         self._window_of: dict[torch.nn.Parameter, _Window] = {}
 
@@ -68,7 +68,7 @@ class GradientReducer:
         """Begins to take the gradients of `shards`, and only of these."""
         self._windows, self._window_of = {}, {}
         for shard in shards:
-            window = _Window(shard, shard.buckets(0 if self.world == 1 else self.bucket_numel))
+            window = _Window(shard, shard.buckets(self.bucket_numel) if self.world > 1 else [])
             self._windows[id(shard)] = window
             self._window_of.update(dict.fromkeys(shard.params, window))
 
@@ -82,7 +82,9 @@ class GradientReducer:
         if window is None:
             raise RuntimeError("a gradient arrived for a parameter whose block is not active; was requires_grad set?")
         window.touched.add(param)
-        if self.at_once:
+        if self.world == 1:
+            self._add_alone(window, param)
+        elif self.at_once:
             if param in window.ready:
                 fqn = window.shard.fqns[window.shard.position[param]]
                 raise RuntimeError(
@@ -141,27 +143,32 @@ class GradientReducer:
             self._launch(window)
 
     @torch.no_grad()
+    def _add_alone(self, window: _Window, param: torch.nn.Parameter) -> None:
+        shard = window.shard
+        if window.result is None:
+            window.result = torch.zeros(shard.numel, dtype=self.accumulation_dtype, device=param.grad.device)
+        segment = shard.segments[shard.position[param]]
+        window.result[segment.offset : segment.offset + segment.numel].add_(param.grad.reshape(-1))
+        param.grad = None
+
+    @torch.no_grad()
     def _launch(self, window: _Window) -> None:
         bucket, shard = window.buckets[window.launched], window.shard
         window.launched += 1
         params = [shard.params[index] for index in bucket]
         grads = [window.whole.pop(param, param.grad) for param in params]
-        dtype = self.averaging.dtype if self.world > 1 else self.accumulation_dtype
-        packed = shard.pack(bucket, grads, dtype)
+        packed = shard.pack(bucket, grads, self.averaging.dtype)
         for param in params:
             param.grad = None
         del grads
-        span, handle = shard.span(bucket), None
-        if self.world > 1:
-            self.averaging.before(packed)
-            if self.stage == 0:
-                reduced = packed
-                handle = dist.all_reduce(packed, group=self.group, async_op=True)
-            else:
-                reduced = torch.empty(span.stop - span.start, dtype=packed.dtype, device=packed.device)
-                handle = dist.reduce_scatter_tensor(reduced, packed, group=self.group, async_op=True)
-        else:
+        span = shard.span(bucket)
+        self.averaging.before(packed)
+        if self.stage == 0:
             reduced = packed
+            handle = dist.all_reduce(packed, group=self.group, async_op=True)
+        else:
+            reduced = torch.empty(span.stop - span.start, dtype=packed.dtype, device=packed.device)
+            handle = dist.reduce_scatter_tensor(reduced, packed, group=self.group, async_op=True)
         window.in_flight.append(((handle, packed), reduced, span))
         self._drain(window, self.max_in_flight)
 
@@ -169,9 +176,8 @@ class GradientReducer:
     def _drain(self, window: _Window, remaining: int) -> None:
         while len(window.in_flight) > remaining:
             (handle, _packed), reduced, span = window.in_flight.pop(0)
-            if handle is not None:
-                handle.wait()
-                self.averaging.after(reduced, self.world)
+            handle.wait()
+            self.averaging.after(reduced, self.world)
             if window.result is None:
                 window.result = torch.empty(
                     window.shard.numel, dtype=self.accumulation_dtype, device=reduced.device

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,7 @@ from deepspeed.runtime.base_optimizer import ZeROOptimizer
 
 from hift_ds import checkpoint
 from hift_ds.blocks import BlockPlan
+from hift_ds.fragments import Fragments
 from hift_ds.gradients import GradientReducer
 from hift_ds.rotation import Rotation
 from hift_ds.rules import Rule
@@ -95,7 +96,7 @@ class HiFTOptimizer(ZeROOptimizer):
         self.dynamic_loss_scale = bool(loss_scaler.dynamic)
         self.overflow = False
         self._global_grad_norm = 0.0
-        self.load_weights_only = False
+        self.load_weights_only = self._loads = False
         self.scheduler: Any = None  # the one that the engine steps; set when the engine has built it
         self.rate = DelayedRate(holder.param_groups, lr_update, rotation.steps_per_cycle)
         if settings.stage > 0:
@@ -116,6 +117,7 @@ class HiFTOptimizer(ZeROOptimizer):
         self._warned: set[str] = set()
         self._register_hooks()
         self.activate()
+        Fragments(self)  # deepspeed.utils.safe_get_full_fp32_param and its kin
 
     # What DeepSpeed's engine, its checkpoint files and its schedulers read.
 
@@ -164,7 +166,7 @@ class HiFTOptimizer(ZeROOptimizer):
 
     def checkpoint_event_epilogue(self) -> None:
         """Stage 3: gathers the small persistent parameters again. Collective."""
-        if self.offload is not None and self.offload.persistent_parameters:
+        if self.offload is not None and self.offload.persistent_parameters and not self._loads:
             self.offload.persistent_parameters[0].all_gather(self.offload.persistent_parameters)
 
     def refresh_fp32_params(self) -> None:
@@ -179,19 +181,19 @@ class HiFTOptimizer(ZeROOptimizer):
         return checkpoint.optimizer_state(self)
 
     def load_state_dict(self, state_dict_list: Any, load_optimizer_states: bool = True, **_: Any) -> None:
-        """Restores `state_dict`; DeepSpeed passes one per rank (stages 1-3) or the whole (stage 0). Collective."""
+        """Restores `state_dict`; DeepSpeed passes one per rank (stages 1-3) or the whole (stage 0)."""
         checkpoint.load_optimizer_state(self, state_dict_list, load_optimizer_states and not self.load_weights_only)
 
     # Rotation.
 
     def active_states(self) -> list[BlockState]:
-        """The active block's state, then the always-active parameters'."""
-        active = self.states[self.rotation.active_block]
-        return [active] if self.always is None else [active, self.always]
+        """The active block's state, then the always-active parameters', as `activate` left them."""
+        return self._active
 
     def activate(self) -> None:
         """Makes the rotation's active block, and no other, require gradients."""
-        active = self.active_states()
+        active = [self.states[self.rotation.active_block]]
+        self._active = active = active if self.always is None else [*active, self.always]
         wanted = {id(param) for state in active for param in state.shard.params}
         for state in self._all_states():
             for param in state.shard.params:
@@ -201,24 +203,43 @@ class HiFTOptimizer(ZeROOptimizer):
             self._swap_coordinator()
 
     @contextmanager
-    def all_trainable(self) -> Iterator[None]:
-        """Inside, inactive parameters do not look frozen to DeepSpeed's checkpoint code."""
-        params = [param for state in self._all_states() for param in state.shard.params]
-        flags = [param.requires_grad for param in params]
+    def all_trainable(self, also: Iterable[torch.nn.Parameter] = ()) -> Iterator[None]:
+        """Inside, inactive parameters (`also` others) do not look frozen to DeepSpeed's checkpoint code."""
+        params = {param: param.requires_grad for state in self._all_states() for param in state.shard.params}
+        params.update((param, param.requires_grad) for param in also if param.is_floating_point())
         try:
             for param in params:
                 param.requires_grad_(True)
             yield
         finally:
-            for param, flag in zip(params, flags):
+            for param, flag in params.items():
                 param.requires_grad_(flag)
+
+    @contextmanager
+    def loading(self, weights_only: bool, params: Iterable[torch.nn.Parameter]) -> Iterator[None]:
+        """Around DeepSpeed's load, which issues no collective inside: a rank that fails leaves no other waiting.
+
+        Args:
+            weights_only: What `load_state_dict` shall take.
+            params: The whole model's.
+        """
+        self.load_weights_only, self._loads = weights_only, True
+        # Below stage 3 the model file has every weight, and DeepSpeed would want what is frozen now to have been then.
+        whole_in_model_file = self.settings.stage < 3
+        try:
+            with self.all_trainable(params if whole_in_model_file else ()):
+                yield
+        finally:
+            self.load_weights_only = self._loads = False
+            self.activate()
+        self.checkpoint_event_epilogue()
 
     def _all_states(self) -> list[BlockState]:
         return self.states if self.always is None else [*self.states, self.always]
 
     def _swap_coordinator(self) -> None:
         # ZeRO-3 records which modules run in which order and prefetches by it. Each block has its own trace (its
-        # backward stops elsewhere); one shared coordinator would throw its trace away again and again in top-down order.
+        # backward stops elsewhere); one coordinator for all would throw its trace away again and again top-down.
         block = self.rotation.active_block
         if block not in self._coordinators:
             first = not self._coordinators
@@ -251,11 +272,10 @@ class HiFTOptimizer(ZeROOptimizer):
         no rotation.
         """
         states = self.active_states()
-        taken = [self.reducer.take(state.shard) for state in states]
-        grads = [grad for grad, _ in taken]
+        grads, touched = map(list, zip(*(self.reducer.take(state.shard) for state in states), strict=True))
         if self.offload is not None:
             self.offload.partition_all_parameters()
-        norm, finite = self._measure(grads, states, [touched for _, touched in taken])
+        norm, finite = self._measure(grads, states, touched)
         self.overflow = not finite
         if finite:
             self._global_grad_norm = norm / self.loss_scale
@@ -368,13 +388,13 @@ class HiFTOptimizer(ZeROOptimizer):
         """Why a step of the active block cannot be made, and what to do."""
         block = self.rotation.active_block
         return (
-            f"block {block} ({self.plan.blocks[block].name}) received no gradient on any rank, its update would be lost: "
-            "either the loss does not depend on it (add it to hift.frozen), or reentrant activation checkpointing cut "
-            "it off (pass use_reentrant=False)"
+            f"block {block} ({self.plan.blocks[block].name}) received no gradient on any rank, so its update would be "
+            "lost: either the loss does not depend on it (add it to hift.frozen), or reentrant activation checkpointing "
+            "cut it off (pass use_reentrant=False)"
         )
 
     def _warn_partial(self, block: int, state: BlockState, touched: set[torch.nn.Parameter]) -> None:
-        missing = [fqn for fqn, param in zip(state.shard.fqns, state.shard.params) if param not in touched]
+        missing = [fqn for fqn, param in zip(state.shard.fqns, state.shard.params, strict=True) if param not in touched]
         key = f"partial {block}"
         if missing and key not in self._warned:
             self._warned.add(key)

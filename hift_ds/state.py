@@ -1,7 +1,7 @@
 """Master weights and optimizer state of one block's shard, at home on the host.
 
-On a CPU run host and device are the same memory and nothing is copied. On an accelerator the tensors are pinned, come to
-the device tile by tile for the update and go back; the copies are ordered by the device's current stream.
+On a CPU run host and device are the same memory and nothing is copied. On an accelerator the tensors are pinned, come
+to the device tile by tile for the update and go back; the copies are ordered by the device's current stream.
 """
 
 from __future__ import annotations
@@ -55,7 +55,12 @@ class BlockState:
         apart = device.type != "cpu" if copies is None else copies
         self.copies = apart and not resident
         pin = self.copies and device.type == "cuda"
-        new = (lambda: torch.empty(shard.numel, dtype=torch.float32, device=device)) if resident else (lambda: host_empty(shard.numel, pin))
+
+        def new() -> torch.Tensor:
+            if resident:
+                return torch.empty(shard.numel, dtype=torch.float32, device=device)
+            return host_empty(shard.numel, pin)
+
         self.master = None
         if any(param.dtype != torch.float32 for param in shard.params):
             self.master = shard.read_weights(new())

@@ -21,17 +21,17 @@ HERE = Path(__file__).resolve().parent
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    from hift_ds.recipes.arguments import add_arguments
-
-    add_arguments(parser, HERE / "demo.json")
-    args = parser.parse_args()
     from hift_ds.recipes.setup import fail, prepare_process
 
-    prepare_process(args.verbose)
+    prepare_process("--verbose" in sys.argv)
+    from hift_ds.recipes.arguments import add_arguments
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser, HERE / "demo.json")
+    args = parser.parse_args()
     try:
         train(args)
-    except (ValueError, TypeError, FileNotFoundError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
         return fail(error, args.verbose)
     return 0
 
@@ -39,16 +39,17 @@ def main() -> int:
 def train(args: argparse.Namespace) -> None:
     """One run: load, evaluate, train, evaluate, save. Collective."""
     import hift_ds
-    from hift_ds.launching import agree
     from hift_ds.recipes import loop
     from hift_ds.recipes.display import Display
     from hift_ds.recipes.setup import load_run
 
     hift_ds.init_distributed()
     display = Display(int(os.environ["RANK"]))
-    run = agree(lambda: load_run(args))
-    display.print(f"model {args.model_name_or_path}, data {run.data.name}: {len(run.data.train)} rows to train on, ",
-                  f"{len(run.data.eval)} held out; {run.max_steps} steps")  # fmt: skip
+    run = load_run(args)
+    display.print(
+        f"model {args.model_name_or_path}, data {run.data.name}: {len(run.data.train)} rows to train on, "
+        f"{len(run.data.eval)} held out; {run.max_steps} steps", markup=False,
+    )  # fmt: skip
     engine, _, _, _ = hift_ds.initialize(
         model=run.model, model_parameters=run.model.parameters(), config=run.ds_config
     )
@@ -63,7 +64,7 @@ def train(args: argparse.Namespace) -> None:
         display.print(f"held-out loss {before:.3f} -> {after:.3f}")
     folder = Path(args.output_dir) / "model"
     loop.save_model(engine, run.tokenizer, folder)
-    display.print(f"saved: AutoModelForCausalLM.from_pretrained({str(folder)!r})")
+    display.print(f"saved: AutoModelForCausalLM.from_pretrained({str(folder)!r})", markup=False, soft_wrap=True)
 
 
 def evaluate(engine: Any, run: Any, display: Any, when: str) -> float | None:
@@ -123,7 +124,7 @@ def resume(engine: Any, args: argparse.Namespace, display: Any) -> int:
     path, state = engine.load_checkpoint(str(folder))
     if path is None:
         raise FileNotFoundError(f"--resume: no checkpoint in {str(folder)!r}; train with --save_every first")
-    display.print(f"resumed at step {engine.global_steps} from {path}")
+    display.print(f"resumed at step {engine.global_steps} from {path}", markup=False)
     return state["micro_steps"]
 
 
@@ -132,7 +133,7 @@ def show_memory(engine: Any, display: Any) -> None:
     from hift_ds.memory.account import full_roles, hift_roles
     from hift_ds.recipes.display import memory_table
 
-    where = "on this CPU, device and host are one memory" if engine.device.type == "cpu" else "activations not counted"
+    where = "on a CPU both are one memory" if engine.device.type == "cpu" else "activations not counted"
     display.print(memory_table(hift_roles(engine), full_roles(engine), f"counted from tensor sizes; {where}"))
 
 

@@ -14,6 +14,8 @@ from hift_ds.shards import full_numel, is_partitioned
 
 if TYPE_CHECKING:
     from hift_ds.engine import HiFTEngine
+    from hift_ds.gradients import GradientReducer
+    from hift_ds.shards import BlockShard
     from hift_ds.state import BlockState
 
 
@@ -35,7 +37,7 @@ class Roles:
 
     @property
     def device(self) -> int:
-        """Everything on the device."""
+        """Everything on the device: an upper bound, as gradients and state peak one after the other."""
         return self.weights + self.gradients + self.state
 
 
@@ -83,15 +85,36 @@ def _weight_bytes(engine: HiFTEngine) -> int:
 
 
 def _gradient_bytes(engine: HiFTEngine, state: BlockState) -> int:
-    """Whole gradients of the block, one bucket on its way, and the shard; with the always-active parameters'."""
-    total, reducer = 0, engine.optimizer.reducer
-    states = [state] if engine.optimizer.always is None else [state, engine.optimizer.always]
-    for part in states:
-        params, shard = part.shard.params, part.shard
-        whole = sum(full_numel(param) * param.element_size() for param in params)
-        shard_bytes = shard.numel * reducer.accumulation_dtype.itemsize
-        total += shard_bytes if reducer.world == 1 else shard_bytes + whole
-    return total
+    always, reducer = engine.optimizer.always, engine.optimizer.reducer
+    # From the second micro step on, what the first has reduced is there before the first bucket is.
+    accumulates = reducer.at_once and engine.gradient_accumulation_steps() > 1
+    shards = [state.shard] if always is None else [state.shard, always.shard]
+    return sum(_reduction_bytes(shard, reducer, accumulates) for shard in shards)
+
+
+def _reduction_bytes(shard: BlockShard, reducer: GradientReducer, accumulates: bool) -> int:
+    """Largest sum, from bucket to bucket of `GradientReducer`, of gradients, buckets on their way and the shard."""
+    averaged = shard.numel * reducer.accumulation_dtype.itemsize
+    if reducer.world == 1:
+        return averaged + max(full_numel(param) * param.element_size() for param in shard.params)
+    whole, packed, on_the_way = [], [], []
+    for bucket in shard.buckets(reducer.bucket_numel):
+        params = [shard.params[index] for index in bucket]
+        # At stages 0 and 1 gradients wait for the boundary, in the dtype that they accumulate in.
+        sizes = [p.element_size() if reducer.at_once else reducer.accumulation_dtype.itemsize for p in params]
+        whole.append(sum(full_numel(param) * size for param, size in zip(params, sizes, strict=True)))
+        span = shard.span(bucket)
+        part = (span.stop - span.start) * reducer.averaging.dtype.itemsize
+        packed.append(part * shard.world)
+        on_the_way.append(part * (shard.world + (reducer.stage > 0)))  # stage 0 reduces in place
+    peak, limit = 0, reducer.max_in_flight
+    for index in range(len(whole)):
+        earlier = sum(on_the_way[max(0, index - limit) : index])
+        later = 0 if reducer.at_once else sum(whole[index + 1 :])
+        packing = whole[index] + packed[index] + (averaged if accumulates or index > limit else 0)
+        sending = on_the_way[index] + (averaged if accumulates or index >= limit or index + 1 == len(whole) else 0)
+        peak = max(peak, earlier + later + max(packing, sending))
+    return peak
 
 
 def _update_bytes(state: BlockState) -> int:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hift_ds.config import INACTIVE_STATES, LR_UPDATES, ORDERS
-from hift_ds.launching import load_ds_config
-from hift_ds.recipes.models import SAMPLE
+
+# Nothing here imports torch or DeepSpeed at the top: --help is quick, and the number of threads can still be chosen.
+_MICRO, _ACCUMULATION, _TRAIN = "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"
 
 _HIFT = {
     "layers_per_block": dict(type=int, metavar="M", help="consecutive layers trained together"),
@@ -25,6 +27,8 @@ _HIFT = {
 
 def add_arguments(parser: argparse.ArgumentParser, default_config: Path) -> None:
     """Adds what all launch scripts share."""
+    from hift_ds.recipes.models import SAMPLE
+
     add = parser.add_argument
     add("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     add("--deepspeed_config", default=str(default_config), metavar="JSON", help="any DeepSpeed config")
@@ -57,26 +61,26 @@ def build_ds_config(args: argparse.Namespace, max_steps: int | None = None) -> d
     Without `--hift` there is no "hift" section, so the same file serves full fine-tuning.
 
     Raises:
-        ValueError: No such file, not JSON, or a `--hift_...` option without `--hift`.
+        ValueError: No such file, not JSON, a `--hift_...` option without `--hift`, or a `--lr` that would do nothing.
+        TypeError: A "hift" section that is not an object.
     """
+    from hift_ds.launching import load_ds_config
+
     config = load_ds_config(args.deepspeed_config)
     if not isinstance(config, dict):
-        raise ValueError(f"--deepspeed_config {args.deepspeed_config!r}: no such file; give the path of a DeepSpeed JSON")
+        raise ValueError(f"--deepspeed_config {args.deepspeed_config!r}: no such file; give a DeepSpeed JSON's path")
     config = copy.deepcopy(config)
-    section = config.pop("hift", {})
+    section = config.pop("hift", None) or {}
     overrides = {key: getattr(args, f"hift_{key}") for key in _HIFT if getattr(args, f"hift_{key}") is not None}
+    if args.hift and not isinstance(section, Mapping):
+        raise TypeError(f'hift={section!r}: must be an object such as {{"layers_per_block": 1}}')
     if args.hift:
         config["hift"] = {**section, "enabled": True, **overrides}
     elif overrides:
         raise ValueError(f"--hift_{next(iter(overrides))}: has no effect without --hift; add --hift")
-    if args.micro_batch:
-        config["train_micro_batch_size_per_gpu"] = args.micro_batch
-    if args.accumulation:
-        config["gradient_accumulation_steps"] = args.accumulation
-    if args.micro_batch or args.accumulation:
-        config.pop("train_batch_size", None)
+    _override_batch(config, args.micro_batch, args.accumulation)
     if args.lr is not None:
-        config.setdefault("optimizer", {"type": "AdamW"}).setdefault("params", {})["lr"] = args.lr
+        _override_rate(config, args.lr)
     if args.tensorboard:
         config["tensorboard"] = {"enabled": True, "output_path": args.output_dir, "job_name": "tensorboard"}
     if max_steps is not None:
@@ -84,9 +88,57 @@ def build_ds_config(args: argparse.Namespace, max_steps: int | None = None) -> d
     return config
 
 
+def resolve_batch(config: dict[str, Any], world: int) -> tuple[int, int]:
+    """Rows per forward and micro steps per optimizer step, by DeepSpeed's rule train = micro x accumulation x ranks.
+
+    What follows from the sizes given is written into `config`.
+
+    Raises:
+        ValueError: Sizes that are missing, no whole numbers of 1 or more, or that contradict each other.
+    """
+    for key in (_MICRO, _ACCUMULATION, _TRAIN):
+        value = config.get(key)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ValueError(f"{key}={value!r}: must be a whole number, 1 or more; change the config")
+    micro, accumulation, train = (config.get(key) for key in (_MICRO, _ACCUMULATION, _TRAIN))
+    if micro is None and train is None:
+        raise ValueError(f"{_MICRO}: missing; put it into the config, or pass --micro_batch")
+    if micro is None:
+        accumulation = accumulation or 1
+        micro = train // (accumulation * world)
+    elif accumulation is None:
+        accumulation = 1 if train is None else train // (micro * world)
+    if train is not None and train != micro * accumulation * world:
+        raise ValueError(
+            f"{_TRAIN}={train}: must be {_MICRO} x {_ACCUMULATION} x {world} ranks, here {micro} x {accumulation} x "
+            f"{world}; change one of them, or pass --micro_batch and --accumulation"
+        )
+    config.update({_MICRO: micro, _ACCUMULATION: accumulation, _TRAIN: micro * accumulation * world})
+    return micro, accumulation
+
+
+def _override_batch(config: dict[str, Any], micro: int | None, accumulation: int | None) -> None:
+    """Where the config fixes `train_batch_size`, one size given changes the other; both given change the batch."""
+    given = {_MICRO: micro, _ACCUMULATION: accumulation}
+    if _TRAIN in config and any(given.values()):
+        for key in (_TRAIN,) if all(given.values()) else given:
+            config.pop(key, None)
+    config.update({key: value for key, value in given.items() if value})
+
+
+def _override_rate(config: dict[str, Any], lr: float) -> None:
+    """`--lr`, also where the schedule and not the optimizer says how high the rate goes."""
+    config.setdefault("optimizer", {"type": "AdamW"}).setdefault("params", {})["lr"] = lr
+    scheduler = config.get("scheduler") or {}
+    if scheduler.get("type") in ("OneCycle", "LRRangeTest"):
+        raise ValueError(f"--lr {lr}: has no effect on scheduler.type={scheduler['type']!r}; change its params instead")
+    if "warmup_max_lr" in (scheduler.get("params") or {}):
+        scheduler["params"]["warmup_max_lr"] = lr
+
+
 def _fit_schedule(config: dict[str, Any], max_steps: int) -> None:
     """Ends the schedule with the run, and its warm-up within the first tenth."""
-    params = config.get("scheduler", {}).get("params", {})
+    params = (config.get("scheduler") or {}).get("params") or {}
     if "total_num_steps" in params:
         params["total_num_steps"] = max(max_steps, 2)
         if "warmup_num_steps" in params:

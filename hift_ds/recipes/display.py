@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from typing import Any
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from hift_ds.launching import MPI_VARIABLES
 from hift_ds.memory.account import Roles
 
 LINE_EVERY_S = 10.0
@@ -20,8 +22,10 @@ class Display:
 
     def __init__(self, rank: int) -> None:
         self.active = rank == 0
-        width = None if sys.stdout.isatty() else 80
-        self.console = Console(quiet=not self.active, width=width, highlight=False)
+        # mpirun gives its ranks a terminal, whatever its own output goes to.
+        terminal = sys.stdout.isatty() and not any(name in os.environ for name in MPI_VARIABLES)
+        options = {} if terminal else {"width": 80, "force_terminal": False}
+        self.console = Console(quiet=not self.active, highlight=False, emoji=False, **options)
 
     def print(self, *parts: Any, **options: Any) -> None:
         """Prints text or rich renderables."""
@@ -72,7 +76,7 @@ def memory_table(hift: Roles, full: Roles, note: str) -> Table:
         table.add_row(label, _mib(getattr(hift, attribute)), _mib(getattr(full, attribute)))
     table.add_section()
     saved = 100 * (1 - hift.device / full.device)
-    table.add_row("device, without activations", f"{_mib(hift.device)} (-{saved:.0f} %)", _mib(full.device))
+    table.add_row("device, without activations", f"{_mib(hift.device)} ({-saved:+.0f} %)", _mib(full.device))
     table.add_row("host memory: masters and state", _mib(hift.host), _mib(full.host))
     return table
 

@@ -1,4 +1,4 @@
-"""The parts of a training run that know neither HiFT nor the display: batches, held-out loss, an answer, a saved model."""
+"""Parts of a training run that know neither HiFT nor the display: batches, held-out loss, an answer, a saved model."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def batches(
 
 @torch.no_grad()
 def held_out_loss(engine: Any, data: TextData, micro_batch: int, device: torch.device) -> float:
-    """Mean loss per held-out token that counts. Collective: each rank takes its share, all run equally many forwards."""
+    """Mean loss per held-out token that counts. Collective: each rank takes its share; all run as many forwards."""
     rank, world = dist.get_rank(), dist.get_world_size()
     rounds = -(-len(data.eval) // (micro_batch * world))
     sums = torch.zeros(2, dtype=torch.float64, device=device)
@@ -68,10 +68,10 @@ def answer(engine: Any, tokenizer: Any, question: str, device: torch.device, max
         return ""
     prompt = {key: tensor.to(device) for key, tensor in build_prompt(tokenizer, question).items()}
     engine.module.eval()
-    checkpointed = getattr(engine.module.config, "use_cache", True)
+    use_cache = getattr(engine.module.config, "use_cache", True)  # off with activation checkpointing
     output = engine.module.generate(
         **prompt, max_new_tokens=max_new_tokens, do_sample=False, synced_gpus=partitioned,
-        pad_token_id=tokenizer.pad_token_id, use_cache=checkpointed,
+        pad_token_id=tokenizer.pad_token_id, use_cache=use_cache,
     )  # fmt: skip
     engine.module.train()
     return tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True).strip()

@@ -8,10 +8,10 @@ import os
 import sys
 import traceback
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
-
-from hift_ds.recipes.arguments import build_ds_config
 
 EPOCHS = 3  # of a run without --max_steps
 FAILED = 2
@@ -30,7 +30,7 @@ class Run:
 
 
 def prepare_process(verbose: bool) -> None:
-    """Threads and log levels of this rank, before torch and DeepSpeed are imported."""
+    """Threads and log levels of this rank. Call it before torch and DeepSpeed are imported: they look only then."""
     world = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ.get("WORLD_SIZE") or
                 os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") or 1)  # fmt: skip
     # Ranks that each use every core of a machine slow each other down.
@@ -44,34 +44,59 @@ def prepare_process(verbose: bool) -> None:
 
 
 def load_run(args: argparse.Namespace) -> Run:
-    """Loads everything; the same on every rank.
+    """Loads everything; the same on every rank. Collective.
 
     Raises:
-        ValueError, TypeError, FileNotFoundError: In one sentence, what is wrong with an argument, the config, the data.
+        ValueError, TypeError, OSError: In one sentence, what is wrong with an argument, the config, the data.
+        RuntimeError: The same of another rank.
     """
-    import torch
-    from deepspeed import comm as dist
-
-    from hift_ds.config import HiFTConfig
-    from hift_ds.recipes.datasets import load_text_dataset
-    from hift_ds.recipes.models import load_model, load_tokenizer
+    from hift_ds.launching import agree
 
     if not args.verbose:
         _quiet()
+    # At stage 3 loading a model is collective: a rank that fails before must be heard before.
+    ds_config, tokenizer, data, micro_batch, max_steps = agree(lambda: _load_data(args))
+    model = agree(lambda: _load_model(args, ds_config))
+    return Run(model, tokenizer, data, ds_config, micro_batch, max_steps)
+
+
+def _load_data(args: argparse.Namespace) -> tuple[dict[str, Any], Any, Any, int, int]:
+    from deepspeed import comm as dist
+
+    from hift_ds.config import HiFTConfig
+    from hift_ds.recipes.arguments import build_ds_config, resolve_batch
+    from hift_ds.recipes.datasets import load_text_dataset
+    from hift_ds.recipes.models import load_tokenizer
+
+    world = dist.get_world_size()
+    try:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output_dir {args.output_dir!r}: {error.strerror}; name another folder") from None
     ds_config = build_ds_config(args)
     HiFTConfig.from_ds_config(ds_config)  # a typo is found before minutes of loading
+    micro_batch, accumulation = resolve_batch(ds_config, world)
     tokenizer = load_tokenizer(args.model_name_or_path)
     data = load_text_dataset(args.dataset, tokenizer, seq_len=args.seq_len, pack=args.pack, seed=args.seed)
-    micro_batch = ds_config.get("train_micro_batch_size_per_gpu") or 1
-    accumulation = ds_config.get("gradient_accumulation_steps") or 1
-    per_step = micro_batch * accumulation * dist.get_world_size()
-    max_steps = args.max_steps or max(1, EPOCHS * len(data.train) // per_step)
+    max_steps = args.max_steps or max(1, EPOCHS * len(data.train) // (micro_batch * accumulation * world))
     ds_config = build_ds_config(args, max_steps)
-    zero3 = ds_config.get("zero_optimization", {}).get("stage") == 3
-    kept = _zero3_loading(ds_config, dist.get_world_size()) if zero3 else None
+    resolve_batch(ds_config, world)
+    return ds_config, tokenizer, data, micro_batch, max_steps
+
+
+def _load_model(args: argparse.Namespace, ds_config: dict[str, Any]) -> Any:
+    import torch
+    from transformers.integrations import HfDeepSpeedConfig
+
+    from hift_ds.recipes.models import load_model
+
+    zero = ds_config.get("zero_optimization")
+    zero3 = isinstance(zero, Mapping) and zero.get("stage") == 3
+    # While this object lives, from_pretrained partitions each parameter as it is created.
+    kept = HfDeepSpeedConfig(ds_config) if zero3 else None
     dtype = torch.float32
     for key, candidate in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        if ds_config.get(key, {}).get("enabled"):
+        if (ds_config.get(key) or {}).get("enabled"):
             dtype = candidate
     model = load_model(
         args.model_name_or_path, dtype=dtype, attn_implementation=args.attn_implementation, zero3=kept is not None
@@ -79,15 +104,7 @@ def load_run(args: argparse.Namespace) -> Run:
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.config.use_cache = False
-    return Run(model, tokenizer, data, ds_config, micro_batch, max_steps)
-
-
-def _zero3_loading(ds_config: dict[str, Any], world: int) -> Any:
-    """While the returned object lives, from_pretrained partitions each parameter as it is created."""
-    from transformers.integrations import HfDeepSpeedConfig
-
-    micro, accumulation = ds_config.get("train_micro_batch_size_per_gpu", 1), ds_config.get("gradient_accumulation_steps", 1)
-    return HfDeepSpeedConfig({**ds_config, "train_batch_size": micro * accumulation * world})
+    return model
 
 
 def _quiet() -> None:
@@ -95,7 +112,10 @@ def _quiet() -> None:
     from transformers.utils import logging as hf_logging
 
     logger.setLevel(logging.WARNING)
+    # DeepSpeed's schedulers say this of every run, from their own constructors (runtime/lr_schedules.py).
+    logger.addFilter(lambda record: "before it has started" not in record.getMessage())
     hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
 
 
 def fail(error: Exception, verbose: bool) -> int:

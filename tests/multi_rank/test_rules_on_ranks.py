@@ -1,0 +1,40 @@
+"""Every update rule on ZeRO, from the config and from a client optimizer, against torch.optim per block."""
+
+import pytest
+from hift_testing import parity_cases, tolerances
+
+pytestmark = pytest.mark.multi_rank
+
+RULES = tuple(parity_cases.RULES)
+# DeepSpeed's Lion classes compile an operator when they are made, and torch.optim has none.
+CLIENTS = tuple(rule for rule in RULES if rule != "lion")
+
+
+def agree(pool, stage, rule, client):
+    if rule == "adafactor":
+        tolerance = tolerances.ADAFACTOR
+    else:
+        tolerance = tolerances.STAGE3 if stage == 3 else tolerances.EXACT
+    for facts in pool.run(parity_cases.parity, stage, "fp32", {"layers_per_block": 3}, rule=rule, client=client):
+        assert facts["weights"] <= tolerance.bound, (facts, tolerance.reason)
+        assert facts["moved"] > 1e-3, facts
+        assert facts["blocks"] == 2, facts
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("stage", (0, 2, 3))
+def test_a_rule_from_the_config_equals_torch_per_block(two_ranks, stage, rule):
+    agree(two_ranks, stage, rule, client=False)
+
+
+@pytest.mark.parametrize("rule", CLIENTS)
+@pytest.mark.parametrize("stage", (0, 2, 3))
+def test_a_client_optimizer_equals_torch_per_block(two_ranks, stage, rule):
+    agree(two_ranks, stage, rule, client=True)
+
+
+@pytest.mark.parametrize("rule", ("adafactor", "lion"))
+def test_a_rule_that_is_not_elementwise_in_bf16_keeps_fp32_masters(two_ranks, rule):
+    for facts in two_ranks.run(parity_cases.parity, 2, "bf16", {"layers_per_block": 3}, rule=rule):
+        assert facts["share"] <= tolerances.CLIPPED_BF16_SHARE.bound, facts
+        assert facts["moved"] > 1e-3, facts

@@ -1,0 +1,64 @@
+"""The delayed learning rate on a running engine, against rates computed by hand: six blocks, three cycles."""
+
+from __future__ import annotations
+
+import pytest
+from hift_testing import invariant_cases as cases
+
+pytestmark = pytest.mark.multi_rank
+
+STEPS = 18
+# WarmupDecayLR, 4 warm-up steps to 0.014, 0 at step 18. DeepSpeed's schedulers begin one step late (iteration -1), so
+# step s trains with the value of iteration s - 1.
+CONFIGURED = [0.0, 0.0, 0.0035, 0.007, 0.0105, *[(19 - step) / 1000 for step in range(5, 18)]]
+EXPECTED = {
+    # at the cycles' middle steps 3, 9 and 15
+    ("config", "cycle"): [0.007] * 6 + [0.010] * 6 + [0.004] * 6,
+    # one step of the scheduler per cycle: iterations -1, 0 and 1
+    ("config", "paper"): [0.0] * 12 + [0.0035] * 6,
+    ("config", "step"): CONFIGURED,
+    # (step + 1) / 1000
+    ("object", "cycle"): [0.004] * 6 + [0.010] * 6 + [0.016] * 6,
+    ("object", "paper"): [0.001] * 6 + [0.002] * 6 + [0.003] * 6,
+    ("object", "step"): [(step + 1) / 1000 for step in range(18)],
+    # 0.001, halved at steps 5, 10 and 15
+    ("callable", "cycle"): [0.001] * 6 + [0.0005] * 6 + [0.000125] * 6,
+    ("callable", "paper"): [0.001] * 18,
+    ("callable", "step"): [0.001] * 5 + [0.0005] * 5 + [0.00025] * 5 + [0.000125] * 3,
+    # step / 1000, unknown to the engine: latched at the cycle's start, and once more because it was 0 there
+    ("outside", "cycle"): [0.0] + [0.001] * 5 + [0.006] * 6 + [0.012] * 6,
+    ("outside", "step"): [step / 1000 for step in range(18)],
+}
+
+
+@pytest.mark.parametrize(("scheduler", "lr_update"), EXPECTED)
+def test_rates_in_force_equal_those_computed_by_hand(two_ranks, scheduler, lr_update):
+    stage = list(EXPECTED).index((scheduler, lr_update)) % 3  # the schedule knows no stage; each is used
+    for found in two_ranks.run(cases.rates, stage, lr_update, scheduler, STEPS):
+        assert found["rates"] == pytest.approx(EXPECTED[scheduler, lr_update], abs=1e-12)
+        assert found["blocks"] == [1, 2, 3, 4, 5, 0] * 3
+        assert found["warnings"] == []
+
+
+def test_look_ahead_leaves_the_users_scheduler_where_it_was(two_ranks):
+    for found in two_ranks.run(cases.rates, 1, "cycle", "object", STEPS):
+        assert found["scheduled"] == pytest.approx([(step + 2) / 1000 for step in range(18)], abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("lr_update", "expected"),
+    [("step", [0.001, 0.002, 0.002, 0.003, 0.003, 0.004]), ("cycle", [0.004] * 6)],
+)
+def test_a_skipped_step_moves_neither_schedule_nor_rotation(two_ranks, lr_update, expected):
+    for found in two_ranks.run(cases.rates, 2, lr_update, "object", 6, poisoned=(2, 4)):
+        assert found["rates"] == pytest.approx(expected, abs=1e-12)
+        assert found["blocks"] == [1, 2, 2, 3, 3, 4]
+        assert found["scheduled"] == pytest.approx([0.002, 0.003, 0.003, 0.004, 0.004, 0.005], abs=1e-12)
+        assert found["warnings"] == []
+
+
+def test_a_cycle_whose_first_steps_are_skipped_latches_its_rate_all_the_same(two_ranks):
+    for found in two_ranks.run(cases.rates, 0, "cycle", "object", 8, poisoned=(0, 1)):
+        # nothing in force before the first applied step: the scheduler's own
+        assert found["rates"] == pytest.approx([0.001] * 2 + [0.004] * 6, abs=1e-12)
+        assert found["blocks"] == [0, 0, 1, 2, 3, 4, 5, 0]
