@@ -147,11 +147,11 @@ def _identity(optimizer: HiFTOptimizer) -> dict[str, Any]:
     return {
         STAGE: optimizer.settings.stage,
         RANKS: optimizer.settings.world,
+        BLOCKS: [list(state.shard.fqns) for state in states],
         "optimizer.type": optimizer.rule.name,
         "hift.order and hift.seed": list(optimizer.rotation.order),
         "hift.steps_per_block": optimizer.rotation.steps_per_block,
         "fp16 or bf16": sorted({str(param.dtype).removeprefix("torch.") for s in states for param in s.shard.params}),
-        BLOCKS: [list(state.shard.fqns) for state in states],
     }
 
 

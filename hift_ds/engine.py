@@ -91,9 +91,16 @@ class HiFTEngine(DeepSpeedEngine):
                 publish_numel=self.zero_allgather_bucket_size(),
                 reset_state=config.inactive_state == "reset",
                 separate_host=self.separate_host,
+                pin_memory=self._pins_memory(),
             ),
         )
         self.hift = HiFT(self)
+
+    def _pins_memory(self) -> bool:
+        # Only a written `false` counts: DeepSpeed's own default of the key is false too.
+        zero = self.config.get("zero_optimization")
+        offload = (zero.get("offload_optimizer") if isinstance(zero, Mapping) else None) or {}
+        return offload.get("pin_memory") is not False
 
     def _hyper_parameters(self, client_optimizer: Any, model_parameters: Any) -> tuple[torch.optim.Optimizer, Rule]:
         if client_optimizer is None:
@@ -125,6 +132,8 @@ class HiFTEngine(DeepSpeedEngine):
 
     def _make_offload(self) -> Any:
         """DeepSpeed's ZeRO-3 parameter manager over the whole module, able to make one coordinator per block."""
+        if self.zero_allgather_sequential():  # DeepSpeed does this where it builds its own stage 3 optimizer
+            self._config.zero_config.prefetch_bucket_size = 1
         original, made_with = parameter_offload.PartitionedParameterCoordinator, {}
 
         def recording(*args: Any, **kwargs: Any) -> Any:
@@ -293,7 +302,7 @@ def initialize(
     if not isinstance(ds_config, Mapping) or "hift" not in ds_config:
         return deepspeed.initialize(**forwarded)
     init_distributed(distributed_port, dist_init_required)
-    prepared = agree(lambda: _prepare(ds_config, model, optimizer, mpu))
+    prepared = agree(lambda: _prepare(ds_config, model, optimizer, mpu, mesh_param))
     _require_alike("hift section or model", None if prepared is None else prepared[:2])
     if prepared is None:
         return deepspeed.initialize(**forwarded)
@@ -306,7 +315,7 @@ def initialize(
 
 
 def _prepare(
-    ds_config: Mapping[str, Any], model: Any, optimizer: Any, mpu: Any
+    ds_config: Mapping[str, Any], model: Any, optimizer: Any, mpu: Any, mesh_param: Any
 ) -> tuple[HiFTConfig, BlockPlan, list[str]] | None:
     """Every check that needs no engine, so that what is not supported is refused before anything is built."""
     config = HiFTConfig.from_ds_config(ds_config)
@@ -318,6 +327,8 @@ def _prepare(
         raise TypeError(f"model={type(model).__name__}: must be a torch.nn.Module")
     if mpu is not None:
         raise ValueError(f"mpu={type(mpu).__name__}: HiFT has no model parallelism; leave mpu out")
+    if mesh_param is not None:
+        raise ValueError(f"mesh_param={mesh_param!r}: HiFT has no sequence parallelism; leave mesh_param out")
     section = ds_config.get("optimizer")
     if optimizer is None:
         if not section or "type" not in section:

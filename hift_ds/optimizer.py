@@ -38,6 +38,7 @@ class Settings:
         publish_numel: `allgather_bucket_size`.
         reset_state: `inactive_state: reset`.
         separate_host: Treat host and device as separate memories; `None` = unless the device is the CPU.
+        pin_memory: Page-lock the host copies (`offload_optimizer.pin_memory`, where it is given).
     """
 
     stage: int
@@ -46,6 +47,7 @@ class Settings:
     publish_numel: int
     reset_state: bool
     separate_host: bool | None = None
+    pin_memory: bool = True
 
 
 class HiFTOptimizer(ZeROOptimizer):
@@ -109,7 +111,9 @@ class HiFTOptimizer(ZeROOptimizer):
             return BlockShard([(fqn, params[fqn]) for fqn in fqns], group_of, self._shard_world, rank)
 
         def state(shard: BlockShard, resident: bool = False) -> BlockState:
-            return BlockState(shard, rule, holder.param_groups, device, resident, settings.separate_host)
+            return BlockState(
+                shard, rule, holder.param_groups, device, resident, settings.separate_host, settings.pin_memory
+            )
 
         self.states = [state(shard(block.fqns)) for block in plan.blocks]
         self.always = state(shard(plan.always_active), resident=True) if plan.always_active else None

@@ -39,6 +39,7 @@ class BlockState:
         device: Where updates run.
         resident: Keep the state on the device (always-active parameters).
         copies: Treat host and device as separate memories; `None` = unless the device is the CPU.
+        pin_memory: Page-lock the host copies on a CUDA machine.
     """
 
     def __init__(
@@ -49,12 +50,13 @@ class BlockState:
         device: torch.device,
         resident: bool = False,
         copies: bool | None = None,
+        pin_memory: bool = True,
     ) -> None:
         self.shard, self.rule, self.device = shard, rule, device
         self._groups = param_groups
         apart = device.type != "cpu" if copies is None else copies
         self.copies = apart and not resident
-        pin = self.copies and device.type == "cuda"
+        pin = pin_memory and self.copies and device.type == "cuda"
 
         def new() -> torch.Tensor:
             if resident:

@@ -28,7 +28,7 @@ SURFACE: dict[str, dict[str, tuple[str, ...]]] = {
             "dynamic_loss_scale", "dynamic_loss_scale_args", "fp16_enabled", "get_data_types", "gradient_accumulation_steps",
             "gradient_clipping", "gradient_predivide_factor", "is_gradient_accumulation_boundary", "loss_scale",
             "managed_gradient_accumulation", "optimizer_name", "optimizer_params", "postscale_gradients",
-            "zero_allgather_bucket_size", "zero_optimization_stage", "zero_overlap_comm", "zero_reduce_bucket_size",
+            "zero_allgather_bucket_size", "zero_allgather_sequential", "zero_optimization_stage", "zero_overlap_comm", "zero_reduce_bucket_size",
         ),
     },
     "deepspeed.runtime.base_optimizer": {

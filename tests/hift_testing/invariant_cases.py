@@ -6,14 +6,27 @@ import hashlib
 import logging
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from hift_testing.reference import ReferenceHiFT
+from hift_testing.training import (
+    ADAMW,
+    batch_of,
+    cast_parameters,
+    ds_config,
+    engine_of,
+    largest_difference,
+    run_steps,
+    small_llama,
+    whole_weights,
+)
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, StepLR
-
-from hift_testing.training import batch_of, ds_config, engine_of, run_steps, small_llama, whole_weights
 
 
 def digest(tensors: Any) -> str:
@@ -261,3 +274,104 @@ def poison_next_gradient(engine: Any, value: float = float("nan")) -> None:
         return grad
 
     handle = dict(engine.module.named_parameters())[fqn].register_hook(poison)
+
+
+@contextmanager
+def fp16_allowed() -> Iterator[None]:
+    """DeepSpeed refuses fp16 on a CPU without fp16 instructions; torch computes there all the same, only slowly."""
+    accelerator = get_accelerator()
+    if accelerator.is_fp16_supported():
+        yield
+        return
+    accelerator.is_fp16_supported = lambda: True
+    try:
+        yield
+    finally:
+        del accelerator.is_fp16_supported
+
+
+class ScaledReference(ReferenceHiFT):
+    """The loss is multiplied by `loss_scale` before backward, the averaged fp32 gradient divided by it."""
+
+    loss_scale = 1.0
+
+    def _gradients(self, batch, active, micro_steps):
+        return super()._gradients(batch, active, micro_steps / self.loss_scale)
+
+    def _averaged_gradients(self, batches, active):
+        grads = super()._averaged_gradients(batches, active)
+        return {name: grad / self.loss_scale for name, grad in grads.items()}
+
+
+def _adamw(members: list[tuple[str, torch.Tensor]]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([tensor for _, tensor in members], foreach=False, **ADAMW["params"])
+
+
+def fp16_run(stage: int, fp16: dict[str, Any], applied: int, compare: bool = True) -> dict[str, Any]:
+    """Trains until `applied` steps have been applied, the same batch again after a skipped one.
+
+    Returns:
+        `attempts`: per engine.step() whether it overflowed, the loss scale after it, and what it changed; `difference`:
+        of the weights from a reference that starts at the scale which the run ended with; `norm`: of the last norm.
+    """
+    with fp16_allowed():
+        config = ds_config(stage, "fp16", {"lr_update": "step"})
+        warmup = {"warmup_num_steps": 10, "warmup_type": "linear", "warmup_min_lr": 1e-3, "warmup_max_lr": 2e-3}
+        config["scheduler"] = {"type": "WarmupLR", "params": warmup}
+        config["fp16"] = {"enabled": True, **fp16}
+        engine = engine_of(config)
+    attempts, step = [], 0
+    while step < applied:
+        if len(attempts) > 40:
+            raise RuntimeError("the loss scale does not come down")
+        weights, state, active = weights_by_block(engine), state_by_block(engine), engine.hift.active_block
+        iteration, skipped = engine.lr_scheduler.last_batch_iteration, engine.skipped_steps
+        run_steps(engine, 1, start=step)
+        attempts.append(
+            {
+                "overflow": engine.optimizer.overflow,
+                "applied": engine.was_step_applied(),
+                "skipped": engine.skipped_steps - skipped,
+                "scheduled": engine.lr_scheduler.last_batch_iteration - iteration,
+                "scale": engine.optimizer.loss_scale,
+                "rotated": engine.hift.active_block != active,
+                "weights": changed(weights, weights_by_block(engine)),
+                "state": changed(state, state_by_block(engine)),
+                "lr": engine.get_lr()[0],
+            }
+        )
+        step += not engine.optimizer.overflow
+    found: dict[str, Any] = {"attempts": attempts, "active": [block % 6 for block in range(applied)]}
+    if compare:
+        lrs = [attempt["lr"] for attempt in attempts if not attempt["overflow"]]
+        model = cast_parameters(small_llama(), torch.float16)
+        oracle = ScaledReference(
+            model, [block.fqns for block in engine.hift.blocks], engine.hift.order, _adamw, lambda step: lrs[step],
+            accumulate_before_reducing=stage < 2,
+        )  # fmt: skip
+        oracle.loss_scale = engine.optimizer.loss_scale
+        for step in range(applied):
+            oracle.step([[batch_of(step, 0, rank)] for rank in range(dist.get_world_size())])
+        found["difference"] = largest_difference(whole_weights(engine), dict(model.named_parameters()))
+        found["moved"] = largest_difference(
+            whole_weights(engine), dict(cast_parameters(small_llama(), torch.float16).named_parameters())
+        )
+        found["norm"] = abs(engine.get_global_grad_norm() - oracle.norms[-1]) / oracle.norms[-1]
+    return found
+
+
+def poisoned_run(stage: int, dtype: str, value: float, steps: int, poisoned: int) -> dict[str, Any]:
+    """One non-finite gradient element, on the last rank, at step `poisoned` (counted in engine.step() calls)."""
+    engine = engine_of(ds_config(stage, dtype, {}))
+    found: dict[str, Any] = {"changed": [], "blocks": [], "applied": []}
+    for step in range(steps):
+        before = {**weights_by_block(engine), **{f"state {k}": v for k, v in state_by_block(engine).items()}}
+        if step == poisoned:
+            poison_next_gradient(engine, value)
+        run_steps(engine, 1, start=step)
+        after = {**weights_by_block(engine), **{f"state {k}": v for k, v in state_by_block(engine).items()}}
+        found["changed"].append(changed(before, after))
+        found["blocks"].append(engine.hift.active_block)
+        found["applied"].append(engine.was_step_applied())
+    found.update(skipped=engine.skipped_steps, digest=digest_of(weights_by_block(engine)))
+    return found

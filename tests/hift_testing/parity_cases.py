@@ -9,9 +9,6 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed import comm as dist
-
-from transformers.modeling_outputs import ModelOutput
-
 from hift_testing.reference import LionByHand, ReferenceHiFT
 from hift_testing.tiny_models import tiny_model
 from hift_testing.training import (
@@ -25,6 +22,7 @@ from hift_testing.training import (
     small_llama,
     whole_weights,
 )
+from transformers.modeling_outputs import ModelOutput
 
 # rule -> (the config's section, torch.optim class, its hyper-parameters). eps: see training.ADAMW; Adagrad's first step
 # moves a weight by lr * noise / eps.
@@ -33,7 +31,11 @@ RULES: dict[str, tuple[dict[str, Any], type[torch.optim.Optimizer], dict[str, An
     "adam_l2": (
         {"type": "Adam", "params": {**ADAMW["params"], "adam_w_mode": False}}, torch.optim.Adam, ADAMW["params"],
     ),
-    "sgd": ({"type": "SGD", "params": {"lr": 0.05, "weight_decay": 0.1}}, torch.optim.SGD, {"lr": 0.05, "weight_decay": 0.1}),
+    "sgd": (
+        {"type": "SGD", "params": {"lr": 0.05, "weight_decay": 0.1}},
+        torch.optim.SGD,
+        {"lr": 0.05, "weight_decay": 0.1},
+    ),
     "sgd_momentum": (
         {"type": "SGD", "params": {"lr": 0.05, "momentum": 0.9}}, torch.optim.SGD, {"lr": 0.05, "momentum": 0.9},
     ),
@@ -78,8 +80,9 @@ def parity(
         reference: Further arguments of ReferenceHiFT; dtypes by their name in training.DTYPES.
 
     Returns:
-        `weights`: largest difference of any weight; `share`: how many elements differ at all; `norm`: largest relative difference of the gradient norm; `moved`:
-        how far the block that moved least moved; `blocks`: how many there are; `losses`: this rank's, by micro step.
+        `weights`: largest difference of any weight. `share`: how many elements differ at all. `norm`: largest relative
+        difference of the gradient norm. `moved`: how far the block that moved least moved. `blocks`: how many there
+        are. `losses`: this rank's, by micro step.
     """
     section, optimizer_class, hyper = RULES[rule]
     config = ds_config(stage, dtype, hift, gradient_accumulation_steps=accumulation, gradient_clipping=clip,
@@ -90,7 +93,6 @@ def parity(
     module = _build_under_zero_init(family, config) if zero_init else build(family)
     arguments: dict[str, Any] = {}
     if client:
-        # deepspeed casts the model before it counts parameters: the optimizer must hold the same objects, and does.
         arguments["optimizer"] = _torch_optimizer(optimizer_class, list(module.named_parameters()), hyper, groups)
     elif groups:
         arguments["model_parameters"] = decay_groups(list(module.named_parameters()))
@@ -125,7 +127,7 @@ def parity(
     return {
         "weights": largest_difference(weights, _weights(model)),
         "share": _share_that_differs(weights, _weights(model)),
-        "norm": max(abs(a - b) / b for a, b in zip(norms, oracle.norms)),
+        "norm": max(abs(a - b) / b for a, b in zip(norms, oracle.norms, strict=True)),
         "moved": min(
             largest_difference({n: weights[n] for n in block.fqns}, {n: start[n] for n in block.fqns})
             for block in view.blocks
@@ -151,8 +153,9 @@ def full_equivalence(
     weights, norms, starts = [], [], []
     for hift in ({"layers_per_block": 100}, None):
         config = ds_config(
-            stage if hift or stock_stage is None else stock_stage, dtype, hift, gradient_accumulation_steps=accumulation,
-            gradient_clipping=clip, zero_allow_untested_optimizer=True, **(extra or {}),
+            stage if hift or stock_stage is None else stock_stage, dtype, hift,
+            gradient_accumulation_steps=accumulation, gradient_clipping=clip, zero_allow_untested_optimizer=True,
+            **(extra or {}),
         )  # fmt: skip
         del config["optimizer"]
         module = small_llama()

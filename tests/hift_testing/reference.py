@@ -19,7 +19,7 @@ class ReferenceHiFT:
         blocks: Lists of parameter names, each list a block.
         order: Block indices in visiting order.
         make_optimizer: (name, master) pairs of one block -> torch optimizer.
-        rate: Learning rate at an optimizer step (counted from 0); `None` = each group of `make_optimizer` keeps its own.
+        rate: Learning rate at an optimizer step (counted from 0); `None` = each param group keeps its own.
         clip: Largest gradient norm of the active block, 0 = off.
         steps_per_block: Optimizer steps of a turn.
         always: Names of parameters trained at every step.
@@ -121,7 +121,9 @@ class ReferenceHiFT:
     ) -> dict[str, torch.Tensor]:
         for param in self.params.values():
             param.grad = None
-        (self.model(**batch).loss / micro_steps).backward()
+        loss = self.model(**batch).loss / micro_steps
+        if loss.requires_grad:  # a batch may reach no parameter of the block
+            loss.backward()
         zero = {name: torch.zeros_like(self.params[name]) for name in active if self.params[name].grad is None}
         return {name: zero.get(name, self.params[name].grad) for name in active}
 
@@ -140,7 +142,9 @@ class LionByHand(torch.optim.Optimizer):
     Source: arXiv 2302.06675, Algorithm 2.
     """
 
-    def __init__(self, params: Sequence[torch.Tensor], lr: float, betas: tuple[float, float], weight_decay: float) -> None:
+    def __init__(
+        self, params: Sequence[torch.Tensor], lr: float, betas: tuple[float, float], weight_decay: float
+    ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
     @torch.no_grad()

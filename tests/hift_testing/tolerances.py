@@ -27,21 +27,21 @@ NORM = Tolerance(
 
 STAGE3 = Tolerance(
     1e-5,
-    "fp32: ZeRO-3's hooks add nodes to the autograd graph, so that the gradient of a tensor with three or more users (a "
-    "residual and both uses inside an RMSNorm; q, k, v and the residual) is summed in another order; forward passes are "
-    "bit-equal, and with LayerNorm models and in bf16, where two terms meet, the difference is 0. Measured 4.3e-6",
+    "fp32: ZeRO-3's hooks add nodes to the autograd graph, so that the gradient of a tensor with three or more users "
+    "(the residual and both uses in an RMSNorm) is summed in another order; forward passes are bit-equal, and with "
+    "LayerNorm and in bf16, where two terms meet, the difference is 0. Measured 4.3e-6",
 )
 
 STAGE3_RESET = Tolerance(
     1e-4,
-    "as STAGE3 with a fresh state at each turn: at its first step Adam divides the gradient by its own size, so noise d "
-    "moves a weight by up to lr * d / eps = 1e-3 * 1e-8 / 1e-6 a turn. Measured 1.9e-5",
+    "as STAGE3 with a fresh state at each turn: at its first step Adam divides the gradient by its own size, so noise "
+    "d moves a weight by up to lr * d / eps = 1e-3 * 1e-8 / 1e-6 a turn. Measured 1.9e-5",
 )
 
 CLIPPED = Tolerance(
     1e-5,
-    "fp32: the two norms differ by 1e-6 relative (NORM), which scales every gradient, and Adam turns that into up to lr "
-    "times as much where |gradient| is near eps. Measured 1.3e-6",
+    "fp32: the two norms differ by 1e-6 relative (NORM), which scales every gradient and changes its rounding, and "
+    "Adam divides that by |gradient| + eps. Measured 1.3e-6",
 )
 
 CLIPPED_STAGE3 = Tolerance(2e-5, "STAGE3 and CLIPPED together. Measured 4.6e-6")

@@ -16,7 +16,7 @@ EXPERT_BLOCKS = {"blocks": [["embed", "head"], ["widen", "narrow"], ["experts.0"
 
 def agree(pool, stage, hift, blocks, exact, **kwargs):
     tolerance = tolerances.EXACT if exact else tolerances.STAGE3
-    for facts in pool.run(parity_cases.parity, stage, "fp32", hift, 1, 0.0, 1, **kwargs):
+    for facts in pool.run(parity_cases.parity, stage, "fp32", hift, 1, 0.0, 1, timeout_s=40, **kwargs):
         assert all(math.isfinite(loss) for loss in facts["losses"]), facts
         assert facts["weights"] <= tolerance.bound, (facts, tolerance.reason)
         assert facts["moved"] > 1e-4, facts
@@ -34,6 +34,7 @@ def test_an_expert_that_one_rank_does_not_use_counts_as_zero(two_ranks, stage):
     agree(two_ranks, stage, {}, 4, exact=True, family="moe", extra=MOE_LEAF)
 
 
-@pytest.mark.parametrize("stage", (0, 1, 2, 3))
+# Not at stage 3, as in DeepSpeed: a rank that runs no backward takes no part in the gathers of the others' backward.
+@pytest.mark.parametrize("stage", (0, 1, 2))
 def test_a_block_that_one_rank_s_loss_does_not_reach_counts_as_zero(two_ranks, stage):
-    agree(two_ranks, stage, EXPERT_BLOCKS, 4, exact=True, family="moe", extra=MOE_LEAF)
+    agree(two_ranks, stage, EXPERT_BLOCKS, 4, exact=True, family="moe")

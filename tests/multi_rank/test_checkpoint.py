@@ -1,0 +1,124 @@
+"""Save and load on two ranks: exact resumption, weights alone, and refusals that reach every rank."""
+
+from __future__ import annotations
+
+import pytest
+from hift_testing import checkpoint_cases as cases
+
+pytestmark = pytest.mark.multi_rank
+
+# stage, dtype, hift section, steps before the checkpoint (six blocks, so 8 is inside the second cycle), scheduler
+RUNS = {
+    "zero0-fp32": (0, "fp32", {}, 8, False),
+    "zero1-fp32": (1, "fp32", {}, 8, True),
+    "zero2-fp32": (2, "fp32", {"order": "random"}, 8, False),
+    "zero3-fp32": (3, "fp32", {}, 8, True),
+    "zero0-bf16": (0, "bf16", {"order": "random"}, 8, True),
+    "zero1-bf16-always": (1, "bf16", {"always_active": ["down_proj"], "frozen": ["layers.1.mlp.up"]}, 8, False),
+    "zero2-bf16": (2, "bf16", {"lr_update": "paper"}, 8, True),
+    "zero3-bf16-always": (3, "bf16", {"always_active": ["down_proj"], "frozen": ["layers.1.mlp.up"]}, 8, True),
+    "zero2-bf16-first-cycle": (2, "bf16", {"steps_per_block": 2, "inactive_state": "reset"}, 3, True),
+    "zero3-bf16-first-cycle": (3, "bf16", {}, 2, False),
+    "zero2-bf16-at-start": (2, "bf16", {}, 0, True),
+    "zero1-fp16": (1, "fp16", {}, 8, False),
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_by_bit(two_ranks, tmp_path, run):
+    stage, dtype, hift, saved_at, scheduler = RUNS[run]
+    for result in two_ranks.run(cases.resume, str(tmp_path), stage, dtype, hift, saved_at, 5, scheduler):
+        assert len(result["different"]) >= 6
+        assert result["mine"] == saved_at
+        assert result["resumed"] == result["expected"]
+        assert result["rolled_back"] == result["expected"]
+        assert result["whole_module"] == (stage < 3)
+
+
+@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize(("argument", "value"), [("load_module_only", True), ("load_optimizer_states", False)])
+def test_weights_alone_are_taken_by_a_run_with_other_blocks(two_ranks, tmp_path, stage, argument, value):
+    dtype = "fp32" if stage == 1 else "bf16"
+    for facts in two_ranks.run(cases.weights_alone, str(tmp_path), stage, dtype, {argument: value}):
+        assert facts["equal"] == facts["masters"] == []
+        assert facts["steps"] == [0, 0, 1]
+        assert facts["position"] == 1
+        assert facts["global_steps"] == (1 if argument == "load_module_only" else 8)
+        assert facts["next"] == ["1"]
+        # masters were taken anew (fp32 weights are their own)
+        assert facts["state"] == ([] if dtype == "fp32" else ["0", "1", "2"])
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_weights_alone_may_be_frozen_now_where_they_are_whole(two_ranks, tmp_path, stage):
+    for facts in two_ranks.run(cases.newly_frozen, str(tmp_path), stage):
+        assert facts["same"] == (stage < 3)
+        assert facts["error"].startswith("RuntimeError: the checkpoint was written with another" if stage == 3 else "")
+        assert bool(facts["error"]) == (stage == 3)
+
+
+def test_checkpoints_that_do_not_fit_are_refused_on_every_rank(two_ranks, tmp_path):
+    results = two_ranks.run(cases.refusals, str(tmp_path))
+    alone = "load_module_only=True"
+    for rank, found in enumerate(results):
+
+        def other(key: str, says: str, advice: bool = True, found: dict = found) -> None:
+            sentence = found[key]
+            assert sentence.startswith("RuntimeError: the checkpoint was written with another"), (key, sentence)
+            assert says in sentence
+            assert (alone in sentence) == advice, sentence
+
+        other("stage", "zero_optimization.stage (1; this run: 2)")
+        other("to stage 0", "zero_optimization.stage (1; this run: 0)")
+        other("to stage 3", "zero_optimization.stage (1; this run: 3)", advice=False)
+        other("from stage 3", "zero_optimization.stage (3; this run: 2)", advice=False)
+        other("from stage 3, weights alone", "zero_optimization.stage (3; this run: 2)", advice=False)
+        other("ranks", "number of data-parallel ranks (4; this run: 2)")
+        other("blocks", "hift.layers_per_block")
+        other("always active", "hift.always_active")
+        other("order", "hift.order and hift.seed ([0, 1, 2, 3, 4, 5]; this run: [5, 4, 3, 2, 1, 0])")
+        other("steps_per_block", "hift.steps_per_block (1; this run: 2)")
+        other("optimizer", "optimizer.type ('adamw'; this run: 'lion')")
+        other("dtype", "fp16 or bf16 (['bfloat16']; this run: ['float32'])")
+        assert "was not written by HiFT" in found["plain"]
+        assert alone in found["plain"]
+        assert found["plain, weights alone"] == "[]"
+        assert found["no tag"].startswith("ValueError: checkpoint")
+        assert "no such folder" in found["no tag"]
+        assert found["tags differ"] == (
+            "RuntimeError: checkpoint tag: ranks 0 and 1 differ; every rank must be given the same"
+        )
+        assert found["empty"] == "(None, None)"  # as DeepSpeed, which warns
+        assert found["empty changed"] == "[]"
+        assert found["broken on rank 1"].startswith("RuntimeError: rank 1 failed:" if rank == 0 else "RuntimeError: ")
+
+
+@pytest.mark.parametrize(("stage", "dtype"), [(3, "bf16"), (3, "fp32"), (1, "bf16")])
+def test_exported_weights_are_whole(two_ranks, tmp_path, stage, dtype):
+    for result in two_ranks.run(cases.exported, str(tmp_path), stage, dtype):
+        assert result["saved"]
+        assert result["wrong"] == []
+        assert result["dtypes"] == [f"torch.{'bfloat16' if dtype == 'bf16' else 'float32'}"]
+
+
+def test_deepspeed_utils_answer_for_every_parameter_at_every_stage(two_ranks):
+    results = [result for stage in range(4) for result in two_ranks.run(cases.fragments, stage, "bf16")]
+    for result in results:
+        assert result["wrong"] == result["after_step"] == result["still"] == []
+        assert result["finer"] > 10  # of 39: the masters, not the bf16 weights
+        assert result["with_grad"]
+        # bf16 runs are equal at all stages; at stage 0 nothing is cut
+        assert {key: result[key] for key in ("masters", "moments", "grads")} == {
+            key: results[0][key] for key in ("masters", "moments", "grads")
+        }
+        assert result["error"] == "ValueError: optim_state_key='momentum': adamw keeps exp_avg, exp_avg_sq"
+
+
+@pytest.mark.parametrize(("stage", "dtype"), [(0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")])
+def test_deepspeed_utils_write_master_state_and_gradient(two_ranks, stage, dtype):
+    for facts in two_ranks.run(cases.fragments_set, stage, dtype):
+        assert facts["model.embed_tokens.weight"] == facts["lm_head.weight"] == [True, True, True]
+        assert facts["others"] == []
+        assert facts["grad"]
+        assert facts["norm"] == pytest.approx((96 * 40) ** 0.5)
+        assert facts["inactive grad"].startswith("RuntimeError: no gradient to set")
