@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import base64
 import os
 import socket
 from collections.abc import Callable, Mapping
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import deepspeed
+import hjson
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 
@@ -19,20 +20,39 @@ MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK", "MV2_COMM_WORL
 
 
 def load_ds_config(source: Any) -> Any:
-    """Reads a DeepSpeed config: a mapping is returned as it is, a path is read as JSON, anything else is left to
-    DeepSpeed (which also takes base64).
+    """Reads a DeepSpeed config as DeepSpeed does: a mapping, a file (JSON, or Hjson with its comments), or base64.
+
+    Returns:
+        The config; a source that is none of these as it is, for DeepSpeed to refuse.
 
     Raises:
-        ValueError: The file is not JSON, or not an object.
+        ValueError: The file is not JSON, not an object, or has a key twice.
     """
-    if isinstance(source, Mapping) or not isinstance(source, (str, os.PathLike)) or not Path(source).is_file():
+    if not isinstance(source, (str, os.PathLike)):
         return source
+    if os.path.isfile(source):
+        return _read_ds_config(Path(source))
     try:
-        content = json.loads(Path(source).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"DeepSpeed config {str(source)!r}: not JSON ({error})") from None
+        content = hjson.loads(base64.urlsafe_b64decode(os.fspath(source)).decode("utf-8"))
+    except ValueError:
+        return source
+    return dict(content) if isinstance(content, Mapping) else source
+
+
+def _read_ds_config(path: Path) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"key {twice[0]!r} stands twice in one object")
+        return dict(pairs)
+
+    try:
+        content = hjson.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+    except ValueError as error:  # also of decoding
+        raise ValueError(f"DeepSpeed config {str(path)!r}: not JSON ({error})") from None
     if not isinstance(content, dict):
-        raise ValueError(f"DeepSpeed config {str(source)!r}: must be a JSON object, is a {type(content).__name__}")
+        raise ValueError(f"DeepSpeed config {str(path)!r}: must be a JSON object, is a {type(content).__name__}")
     return content
 
 

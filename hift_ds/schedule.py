@@ -36,47 +36,58 @@ class DelayedRate:
                 begins at 0 would otherwise make the whole first cycle a no-op).
         """
         if self.lr_update == "step":
-            self.rates = self._present()
+            self.rates = _present(self.param_groups)
         elif at_cycle_start or self.rates is None:
             ahead = self.lr_update == "cycle" and scheduler is not None
-            self.rates = look_ahead(scheduler, self.param_groups, self.steps_per_cycle // 2) if ahead else self._present()
+            steps = self.steps_per_cycle // 2
+            self.rates = look_ahead(scheduler, self.param_groups, steps) if ahead else _present(self.param_groups)
         elif scheduler is None and not any(self.rates):
-            self.rates = self._present()
+            self.rates = _present(self.param_groups)
         return self.rates
-
-    def _present(self) -> list[float]:
-        return [float(group["lr"]) for group in self.param_groups]
 
 
 def look_ahead(scheduler: Any, param_groups: list[dict[str, Any]], steps: int) -> list[float]:
     """The rates that `scheduler` will set `steps` steps from now; scheduler and groups are left as they were.
 
     Works for any scheduler with `step()` whose state is in its attributes and in `param_groups` (all of torch's and
-    DeepSpeed's): it is stepped and put back. A scheduler that refuses to go on (OneCycleLR past its end) or that needs
-    an argument (ReduceLROnPlateau) gives the last rates that it reached.
+    DeepSpeed's): it is stepped and put back. A scheduler that refuses to go on (OneCycleLR or a table past its end) or
+    that needs an argument (ReduceLROnPlateau) gives the last rates that it reached.
     """
     attributes = _snapshot(scheduler, keep=param_groups)
-    groups = [{key: _copied(value) for key, value in group.items() if key != "params"} for group in param_groups]
+    groups = [
+        {key: (value, _copied(value)) for key, value in group.items() if key != "params"} for group in param_groups
+    ]
+    rates = _present(param_groups)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for _ in range(steps):
                 try:
                     scheduler.step()
-                except (TypeError, ValueError):
+                except Exception:  # whatever it is, the user's own step() meets it when the run gets there
                     break
-        return [float(group["lr"]) for group in param_groups]
+                rates = _present(param_groups)
+        return rates
     finally:
         _restore(attributes)
-        for group, saved in zip(param_groups, groups):
+        for group, saved in zip(param_groups, groups, strict=True):
             for key in [key for key in group if key != "params" and key not in saved]:
                 del group[key]
-            group.update(saved)
+            for key, (value, copied) in saved.items():
+                group[key] = _put_back(value, copied)
+
+
+def _present(param_groups: list[dict[str, Any]]) -> list[float]:
+    return [float(group["lr"]) for group in param_groups]
 
 
 def _copied(value: Any) -> Any:
-    # A tensor rate is written in place by torch's schedulers: a shallow copy would share its storage.
     return value.clone() if hasattr(value, "clone") else copy.copy(value)
+
+
+def _put_back(value: Any, copied: Any) -> Any:
+    # torch's schedulers write a tensor rate in place; whoever else holds that tensor must find the old value in it.
+    return value.copy_(copied) if hasattr(value, "clone") else copied
 
 
 def _snapshot(scheduler: Any, keep: list[dict[str, Any]]) -> list[tuple[Any, dict[str, Any]]]:
