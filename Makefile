@@ -6,10 +6,14 @@ READY = $(VENV)/.ready
 # absolute, because the deepspeed launcher starts `python` and `ninja` by name
 RUN = PATH="$(CURDIR)/$(BIN):$$PATH"
 
-.PHONY: demo test lint speed clean
+.PHONY: demo demo-results test lint speed clean
 
 demo: $(READY)
 	$(RUN) launch/demo.sh
+
+# The demo's summary as a dated file of launch/results/
+demo-results: demo
+	cp outputs/demo/summary.json launch/results/$$(date +%F)_demo.json
 
 test: lint
 	$(RUN) python -m pytest -q

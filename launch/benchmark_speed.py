@@ -1,20 +1,16 @@
 #!/usr/bin/env python3
-"""Tokens per second of HiFT over full fine-tuning: same model, ranks, ZeRO stage, batch, in one run, step by step in turn.
+"""Tokens per second of HiFT over full fine-tuning: same model, ranks, ZeRO stage and batches, in turn in one run.
 
-    deepspeed --num_accelerators 2 launch/benchmark_speed.py                 # the sample model, ZeRO-2
+    deepspeed --num_accelerators 2 launch/benchmark_speed.py     # the sample model, ZeRO-2
     deepspeed launch/benchmark_speed.py --stage 3 --layers_per_block 4 --cycles 3
 
-Full fine-tuning is DeepSpeed's own engine and optimizer. Each HiFT step is followed by a full step on the same batch, so
-that a drift of the machine's speed falls on both. Writes a dated folder into launch/results/.
+Full fine-tuning is DeepSpeed's own engine and optimizer. Each HiFT step is followed by a full step on the same batch,
+so that a drift of the machine's speed falls on both. Writes a dated folder into launch/results/.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import platform
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -57,7 +53,11 @@ def build(args: argparse.Namespace, hift: bool) -> Any:
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 1.0,
         "optimizer": {"type": "AdamW", "params": params},
-        "zero_optimization": {"stage": args.stage, "reduce_bucket_size": 50_000_000, "allgather_bucket_size": 50_000_000},
+        "zero_optimization": {
+            "stage": args.stage,
+            "reduce_bucket_size": 50_000_000,
+            "allgather_bucket_size": 50_000_000,
+        },
         "steps_per_print": None,
     }
     if args.dtype != "fp32":
@@ -116,17 +116,14 @@ def report(args: argparse.Namespace, hift: Any, rows: list[dict[str, Any]]) -> N
     """Prints the ratios and writes them with every row."""
     from statistics import mean, median
 
-    import deepspeed
-    import torch
-    import transformers
+    from hift_ds.recipes.results import provenance, write_results
 
     blocks = hift.hift.blocks
     tokens = args.micro_batch * args.seq_len * hift.dp_world_size
     mean_s = {name: mean(row[f"{name}_s"] for row in rows) for name in ("hift", "full")}
     per_block = [[row["full_s"] / row["hift_s"] for row in rows if row["block"] == block.index] for block in blocks]
     result = {
-        "date": datetime.date.today().isoformat(),
-        "commit": _commit(),
+        **provenance(hift.device),
         "model": args.model_name_or_path,
         "parameters": sum(block.numel for block in blocks),
         "stage": args.stage,
@@ -135,8 +132,6 @@ def report(args: argparse.Namespace, hift: Any, rows: list[dict[str, Any]]) -> N
         "micro_batch": args.micro_batch,
         "sequence": args.seq_len,
         "blocks": len(blocks),
-        "device": f"{hift.device.type}: {_processor() if hift.device.type == 'cpu' else torch.cuda.get_device_name()}",
-        "versions": f"torch {torch.__version__}, deepspeed {deepspeed.__version__}, transformers {transformers.__version__}",
         "full fine-tuning's optimizer": "torch AdamW" if args.full_optimizer == "torch" else "DeepSpeed FusedAdam",
         "steps": len(rows),
         "tokens_per_s_hift": tokens / mean_s["hift"],
@@ -147,23 +142,12 @@ def report(args: argparse.Namespace, hift: Any, rows: list[dict[str, Any]]) -> N
         "bytes_per_step_full": mean(row["full_bytes"] for row in rows),
     }
     result["bytes_ratio"] = result["bytes_per_step_hift"] / result["bytes_per_step_full"]
-    folder = Path(args.results_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = f"{result['date']}_speed_zero{args.stage}_{args.dtype}_{result['ranks']}ranks_{len(blocks)}blocks_{args.full_optimizer}"
-    (folder / f"{stem}.json").write_text(json.dumps({**result, "rows": rows}, indent=1) + "\n")
+    setting = f"zero{args.stage}_{args.dtype}_{result['ranks']}ranks_{len(blocks)}blocks_{args.full_optimizer}"
+    path = Path(args.results_dir) / f"{result['date']}_speed_{setting}.json"
+    write_results(path, {**result, "rows": rows})
     for key, value in result.items():
         print(f"{key}: {value:.4g}" if isinstance(value, float) else f"{key}: {value}")
-    print(f"wrote {folder / stem}.json")
-
-
-def _commit() -> str:
-    found = subprocess.run(["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return found.stdout.strip() or "unknown"
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    print(f"wrote {path}")
 
 
 def _arguments() -> argparse.Namespace:
@@ -177,7 +161,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seq_len", type=int, default=128)
     parser.add_argument("--cycles", type=int, default=1, help="measured cycles, after one that warms up")
     parser.add_argument("--full_optimizer", default="deepspeed", choices=("deepspeed", "torch"),
-                        help="deepspeed compiles its fused Adam at the first run (a C++ compiler is needed)")  # fmt: skip
+                        help="deepspeed compiles its fused Adam at the first run (needs a C++ compiler)")  # fmt: skip
     parser.add_argument("--results_dir", default=str(HERE / "results"))
     return parser.parse_args()
 

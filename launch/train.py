@@ -33,6 +33,9 @@ def main() -> int:
         train(args)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         return fail(error, args.verbose)
+    from deepspeed import comm as dist
+
+    dist.destroy_process_group()  # NCCL warns otherwise
     return 0
 
 
@@ -58,10 +61,13 @@ def train(args: argparse.Namespace) -> None:
         show_memory(engine, display)
     start = resume(engine, args, display) if args.resume else 0
     before = evaluate(engine, run, display, "before training")
+    began = time.monotonic()
     steps(engine, run, args, display, start)
+    seconds = time.monotonic() - began
     after = evaluate(engine, run, display, "after training")
     if before is not None:
         display.print(f"held-out loss {before:.3f} -> {after:.3f}")
+    save_summary(engine, run, args, display, {"held_out_loss": [before, after], "training_seconds": round(seconds, 1)})
     folder = Path(args.output_dir) / "model"
     loop.save_model(engine, run.tokenizer, folder)
     display.print(f"saved: AutoModelForCausalLM.from_pretrained({str(folder)!r})", markup=False, soft_wrap=True)
@@ -126,6 +132,24 @@ def resume(engine: Any, args: argparse.Namespace, display: Any) -> int:
         raise FileNotFoundError(f"--resume: no checkpoint in {str(folder)!r}; train with --save_every first")
     display.print(f"resumed at step {engine.global_steps} from {path}", markup=False)
     return state["micro_steps"]
+
+
+def save_summary(engine: Any, run: Any, args: argparse.Namespace, display: Any, results: dict[str, Any]) -> None:
+    """Writes what was run and what came of it into summary.json. Rank 0 writes."""
+    from dataclasses import asdict
+
+    from hift_ds.memory.account import full_roles, hift_roles
+    from hift_ds.recipes.results import provenance, write_results
+
+    if not display.active:
+        return
+    what = {"model": args.model_name_or_path, "dataset": args.dataset, "steps": run.max_steps, "hift": args.hift}
+    if args.hift:
+        results["bytes_per_rank"] = {"hift": asdict(hift_roles(engine)), "full": asdict(full_roles(engine))}
+    config = {key: value for key, value in run.ds_config.items() if key != "tensorboard"}
+    path = Path(args.output_dir) / "summary.json"
+    where = {**provenance(engine.device), "ranks": engine.dp_world_size}
+    write_results(path, {**where, **what, **results, "config": config})
 
 
 def show_memory(engine: Any, display: Any) -> None:
