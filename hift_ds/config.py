@@ -27,7 +27,7 @@ class HiFTConfig:
             `paper` = the scheduler advances once per cycle; `step` = no delay.
         inactive_state: `keep` a block's optimizer state between its turns, or `reset` it at each turn (with
             `steps_per_block` > 1 that is block coordinate descent as in BAdam).
-        blocks: A list of blocks, each a list of regexes on parameter names (`re.search`); `None` = found from the model.
+        blocks: Lists of regexes on parameter names (`re.search`), each list a block; `None` = found from the model.
         frozen: Regexes of parameters that are never trained.
         always_active: Regexes of parameters that train at every step beside the active block.
         kernel: Which implementation updates the active block; `None` = the best that this machine has.

@@ -36,7 +36,7 @@ def load_ds_config(source: Any) -> Any:
         content = hjson.loads(base64.urlsafe_b64decode(os.fspath(source)).decode("utf-8"))
     except ValueError:
         return source
-    return dict(content) if isinstance(content, Mapping) else source
+    return dict(content) if isinstance(content, Mapping) and content else source
 
 
 def _read_ds_config(path: Path) -> dict[str, Any]:
@@ -48,7 +48,10 @@ def _read_ds_config(path: Path) -> dict[str, Any]:
         return dict(pairs)
 
     try:
-        content = hjson.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+        text = path.read_text(encoding="utf-8")
+        if not text.strip():  # Hjson takes it for an empty object
+            raise ValueError("the file is empty")
+        content = hjson.loads(text, object_pairs_hook=unique)
     except ValueError as error:  # also of decoding
         raise ValueError(f"DeepSpeed config {str(path)!r}: not JSON ({error})") from None
     if not isinstance(content, dict):
@@ -89,7 +92,7 @@ def agree(work: Callable[[], T]) -> T:
     result = None
     try:
         result = work()
-    except Exception as caught:  # noqa: BLE001 - whatever it is, the other ranks must hear of it
+    except Exception as caught:  # whatever it is, the other ranks must hear of it
         error = caught
     if dist.is_initialized() and dist.get_world_size() > 1:
         reports: list[str | None] = [None] * dist.get_world_size()

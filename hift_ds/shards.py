@@ -101,7 +101,7 @@ class BlockShard:
         device = next((t.device for t in tensors if t is not None), self.params[bucket[0]].device)
         span = self.span(bucket)
         packed = torch.zeros(self.world, span.stop - span.start, dtype=dtype, device=device)
-        for index, tensor in zip(bucket, tensors):
+        for index, tensor in zip(bucket, tensors, strict=True):
             if tensor is not None:
                 self._scatter_into(packed, index, span.start, tensor.reshape(-1))
         return packed.view(-1)

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import dis
 import importlib
+from collections.abc import Iterator
 
 # module -> attribute path within it -> attributes that must exist
 SURFACE: dict[str, dict[str, tuple[str, ...]]] = {
@@ -24,11 +26,12 @@ SURFACE: dict[str, dict[str, tuple[str, ...]]] = {
             "_configure_optimizer", "_configure_lr_scheduler", "allreduce_gradients", "backward", "clip_fp32_gradients",
             "get_lr", "load_checkpoint", "save_checkpoint", "save_16bit_model",
             # called
-            "_check_for_duplicates", "_configure_zero_optimizer", "bfloat16_enabled", "communication_data_type",
-            "dynamic_loss_scale", "dynamic_loss_scale_args", "fp16_enabled", "get_data_types", "gradient_accumulation_steps",
-            "gradient_clipping", "gradient_predivide_factor", "is_gradient_accumulation_boundary", "loss_scale",
-            "managed_gradient_accumulation", "optimizer_name", "optimizer_params", "postscale_gradients",
-            "zero_allgather_bucket_size", "zero_allgather_sequential", "zero_optimization_stage", "zero_overlap_comm", "zero_reduce_bucket_size",
+            "_backward_prologue", "_check_for_duplicates", "_configure_zero_optimizer", "bfloat16_enabled",
+            "communication_data_type", "dynamic_loss_scale", "dynamic_loss_scale_args", "fp16_enabled",
+            "get_data_types", "gradient_accumulation_steps", "gradient_clipping", "gradient_predivide_factor",
+            "is_gradient_accumulation_boundary", "loss_scale", "managed_gradient_accumulation", "optimizer_name",
+            "optimizer_params", "postscale_gradients", "use_node_local_storage", "zero_allgather_bucket_size",
+            "zero_allgather_sequential", "zero_optimization_stage", "zero_overlap_comm", "zero_reduce_bucket_size",
         ),
     },
     "deepspeed.runtime.base_optimizer": {
@@ -45,18 +48,23 @@ SURFACE: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "deepspeed.runtime.zero.parameter_offload": {
         "": ("PartitionedParameterCoordinator",),
-        "DeepSpeedZeRoOffload": ("partition_all_parameters", "release_backward_leftovers", "mark_persistent_parameters"),
+        "DeepSpeedZeRoOffload": (
+            "mark_persistent_parameters", "partition_all_parameters", "release_backward_leftovers",
+        ),
     },
 }  # fmt: skip
 
-# Attributes that exist only on instances: read by name in the source of the method that sets them.
-INSTANCE_SURFACE: dict[str, tuple[str, str, tuple[str, ...]]] = {
-    "deepspeed.runtime.engine": (
-        "DeepSpeedEngine", "__init__", ("basic_optimizer", "client_optimizer", "lr_scheduler", "param_names"),
-    ),
-    "deepspeed.runtime.zero.parameter_offload": (
-        "DeepSpeedZeRoOffload", "__init__", ("param_coordinator", "persistent_parameters"),
-    ),
+# Attributes that exist only on instances: some method of the class must set them.
+INSTANCE_SURFACE: dict[str, dict[str, tuple[str, ...]]] = {
+    "deepspeed.runtime.engine": {
+        "DeepSpeedEngine": (
+            "_config", "basic_optimizer", "client_optimizer", "device", "global_rank", "gradient_average", "local_rank",
+            "lr_scheduler", "param_names", "seq_data_parallel_group", "seq_dp_world_size",
+        ),
+    },
+    "deepspeed.runtime.zero.parameter_offload": {
+        "DeepSpeedZeRoOffload": ("param_coordinator", "persistent_parameters"),
+    },
 }  # fmt: skip
 
 
@@ -81,11 +89,23 @@ def missing() -> list[str]:
 
 def _missing_on_instances() -> list[str]:
     found = []
-    for module_name, (owner_name, method, attributes) in INSTANCE_SURFACE.items():
-        code = getattr(getattr(importlib.import_module(module_name), owner_name, None), method, None)
-        names = code.__code__.co_names if code is not None else ()
-        found.extend(f"{module_name}.{owner_name}().{name}" for name in attributes if name not in names)
+    for module_name, owners in INSTANCE_SURFACE.items():
+        for owner_name, attributes in owners.items():
+            try:
+                owner = getattr(importlib.import_module(module_name), owner_name, object)
+            except ImportError:
+                owner = object
+            present = set(_set_by_methods(owner))
+            found.extend(f"{module_name}.{owner_name}().{name}" for name in attributes if name not in present)
     return found
+
+
+def _set_by_methods(owner: type) -> Iterator[str]:
+    """Names that the methods of a class and of its bases assign on some object: what instances will have."""
+    for member in (value for cls in owner.__mro__ for value in vars(cls).values()):
+        code = getattr(getattr(member, "__wrapped__", member), "__code__", None)
+        if code is not None:
+            yield from (step.argval for step in dis.get_instructions(code) if step.opname == "STORE_ATTR")
 
 
 def require() -> None:

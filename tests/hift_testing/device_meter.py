@@ -1,4 +1,4 @@
-"""Device bytes counted tensor by tensor on a machine without a device: what is not declared host memory is device memory."""
+"""Device bytes counted tensor by tensor on a machine without a device: what is not declared host memory is on it."""
 
 from __future__ import annotations
 

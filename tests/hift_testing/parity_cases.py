@@ -179,6 +179,20 @@ def full_equivalence(
     }
 
 
+def slices_against_zero3(dtype: str) -> dict[str, Any]:
+    """This rank's slice of every parameter against the one that DeepSpeed's ZeRO-3 made. Collective."""
+    engine = engine_of(ds_config(3, dtype, {}))
+    whole, wrong = whole_weights(engine), []
+    for state in engine.optimizer.states:
+        for index, (param, segment) in enumerate(zip(state.shard.params, state.shard.segments, strict=True)):
+            slot = param.ds_tensor.ds_numel
+            mine = whole[segment.fqn].view(-1)[segment.start : segment.start + segment.numel]
+            right = segment.start == min(dist.get_rank() * slot, param.ds_numel)
+            if not right or not torch.equal(state.shard.weight_slice(index), mine):
+                wrong.append(segment.fqn)
+    return {"wrong": wrong, "parameters": len(whole)}
+
+
 def effect_of_clipping(stage: int, dtype: str, clip: float) -> dict[str, float]:
     """How a clipped run differs from an unclipped one, and the smallest norm that it clipped. Collective."""
     weights, norms = [], []

@@ -89,5 +89,5 @@ def _serve(rank: int, world: int, port: int, pipe: Any) -> None:
             return
         try:
             pipe.send((True, case(*args, **kwargs)))
-        except BaseException:  # noqa: BLE001 - the parent reports it
+        except BaseException:
             pipe.send((False, traceback.format_exc()))

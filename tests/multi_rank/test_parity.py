@@ -177,3 +177,10 @@ def test_four_ranks_equal_plain_torch(four_ranks, stage):
         four_ranks, stage, "fp32", PAIR,
         weights=tolerances.FOUR_RANKS_STAGE3 if stage == 3 else tolerances.FOUR_RANKS,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_slices_are_those_of_zero_3(four_ranks, dtype):
+    for facts in four_ranks.run(parity_cases.slices_against_zero3, dtype):
+        assert facts["wrong"] == []
+        assert facts["parameters"] == 39

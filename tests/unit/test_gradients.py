@@ -154,7 +154,7 @@ def test_a_parameter_without_a_gradient_is_sent_as_zeros(comm, stage, given):
     reducer.finish_backward(boundary=True)
     result, touched = reducer.take(shard)
     assert len([name for name in comm.names() if name != "wait"]) == 4
-    assert by_name(shard, result) == {fqn: {given.get(fqn, 0.0)} for fqn in SHAPES} 
+    assert by_name(shard, result) == {fqn: {given.get(fqn, 0.0)} for fqn in SHAPES}
     assert touched == {params[fqn] for fqn in given}
 
 

@@ -1,0 +1,89 @@
+"""Nothing proportional to the whole model is on the device but its weights: counted tensor by tensor.
+
+The model has twelve equal blocks. Bounds are sums of named terms in bytes, all of the active block, a bucket, a tile or
+one parameter; the test holds that they stay far below the whole model, so that one whole-model tensor would not fit.
+"""
+
+from __future__ import annotations
+
+import pytest
+from hift_testing import memory_cases as cases
+
+pytestmark = pytest.mark.multi_rank
+
+TINY = 4096  # activations' gradients, and DeepSpeed's scalars
+ALWAYS = {"always_active": ["layers.0.2.weight"]}
+RUNS = [
+    *((stage, dtype, {}) for stage in range(4) for dtype in ("fp32", "bf16")),
+    *((stage, "bf16", {"accumulation": 2}) for stage in (1, 2, 3)),
+    *((stage, "bf16", {"hift": ALWAYS}) for stage in (1, 3)),
+    *((stage, "bf16", {"start": "fp32"}) for stage in (0, 3)),
+]
+
+
+def bounds(stage: int, world: int, dtype: str, accumulation: int, facts: dict) -> dict[str, float]:
+    """Bytes over the model weights (for `backward`: over weights and activations) that each phase may reach."""
+    element = 4 if dtype == "fp32" else 2
+    gradient = 4 if accumulation > 1 else element  # fp32 between micro steps
+    shard, block, parameter = facts["shard"], facts["block"], facts["parameter"]
+    bucket = facts["bucket"] * element
+    held_by_gloo = 2 * bucket if world > 1 else 0  # its threads free a collective's tensors up to 10 ms later
+    tile = 4 * 4 * cases.TILE  # master, gradient and two moments in fp32
+    packed = bucket + (bucket / world if stage > 0 else 0)  # sent, and received
+    if world == 1:
+        backward = shard * gradient + parameter * element
+    elif stage < 2:
+        backward = block * gradient + shard * gradient + packed
+    else:  # gradients wait until their bucket is full; the next parameter's may be there too
+        backward = shard * gradient + bucket + parameter * element + packed
+    if stage == 3:  # what DeepSpeed may gather (stage3_max_live_parameters), and a second bucket on its way
+        backward += 2 * cases.BUCKET * element + packed
+    gathered = 2 * bucket if world > 1 and stage in (1, 2) else 0  # a bucket of new weights, and the one before
+    # the first parameter in the engine's dtype beside the given one; its ZeRO-3 partition beside the whole
+    init = parameter * element * (facts["given"] > facts["weights"] or stage == 3)
+    return {
+        "init": facts["given"] + facts["always"] + init + TINY,
+        "idle": facts["weights"] + facts["always"] + TINY,
+        "backward": backward + held_by_gloo + TINY,
+        "step": facts["always"] + shard * element + max(shard * gradient + tile, gathered) + held_by_gloo + TINY,
+        "after": facts["always"] + TINY,
+    }
+
+
+def assert_within_bounds(stage: int, world: int, dtype: str, keywords: dict, results: list[dict]) -> None:
+    for facts in results:
+        allowed = bounds(stage, world, dtype, keywords.get("accumulation", 1), facts)
+        assert {phase: facts[phase] for phase in allowed if facts[phase] > allowed[phase]} == {}, (facts, allowed)
+        if "hift" not in keywords:
+            whole = facts["given"] / (2 if "start" in keywords else 1)
+            assert max(allowed["backward"], allowed["step"]) < whole / 2
+        per_element = 8 if dtype == "fp32" else 12  # moments and, unless the weights are fp32, the master
+        parts = world if stage > 0 else 1
+        inside = cases.LAYERS * 33088 / parts * per_element - facts["always"]
+        assert facts["host"] == inside
+
+
+@pytest.mark.parametrize(("stage", "dtype", "keywords"), RUNS)
+def test_device_holds_weights_and_one_blocks_share_on_two_ranks(two_ranks, stage, dtype, keywords):
+    results = two_ranks.run(cases.measured, stage, dtype, **keywords)
+    assert_within_bounds(stage, 2, dtype, keywords, results)
+
+
+@pytest.mark.parametrize(("stage", "dtype"), [(0, "bf16"), (2, "fp32"), (3, "bf16")])
+def test_device_holds_weights_and_one_block_on_one_rank(one_rank, stage, dtype):
+    assert_within_bounds(stage, 1, dtype, {}, one_rank.run(cases.measured, stage, dtype))
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype", "hift", "rule"),
+    [
+        (0, "bf16", {}, None),
+        (1, "fp32", {"always_active": ["layers.0.mlp.down_proj"]}, None),
+        (2, "bf16", {}, {"type": "Adafactor", "params": {"lr": 1e-2}}),
+        (3, "bf16", {"inactive_state": "reset", "steps_per_block": 2}, None),
+        (3, "fp32", {}, {"type": "SGD", "params": {"lr": 1e-2, "momentum": 0.9}}),
+    ],
+)
+def test_separate_memories_and_small_tiles_train_bitwise_the_same(two_ranks, stage, dtype, hift, rule):
+    for together, apart in two_ranks.run(cases.same_training, stage, dtype, hift, rule):
+        assert together == apart
