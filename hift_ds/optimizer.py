@@ -393,8 +393,8 @@ class HiFTOptimizer(ZeROOptimizer):
         block = self.rotation.active_block
         return (
             f"block {block} ({self.plan.blocks[block].name}) received no gradient on any rank, so its update would be "
-            "lost: either the loss does not depend on it (add it to hift.frozen), or reentrant activation checkpointing "
-            "cut it off (pass use_reentrant=False)"
+            "lost: either the loss does not depend on it (add it to hift.frozen), or reentrant activation "
+            "checkpointing cut it off (pass use_reentrant=False)"
         )
 
     def _warn_partial(self, block: int, state: BlockState, touched: set[torch.nn.Parameter]) -> None:

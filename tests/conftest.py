@@ -8,8 +8,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import pytest  # noqa: E402
-from hift_testing.ranks import RankPool  # noqa: E402
+import pytest
+from hift_testing.ranks import RankPool
 
 
 def _pool(world: int):
