@@ -84,9 +84,9 @@ def watch(
             param.requires_grad_(False)
     engine = engine_of(ds_config(stage, dtype, hift, gradient_accumulation_steps=accumulation), model)
     named, rank = dict(engine.module.named_parameters()), dist.get_rank()
-    record = []
+    record, weights, state = [], weights_by_block(engine), state_by_block(engine)
     for step in range(cycles * engine.optimizer.rotation.steps_per_cycle):
-        active, weights, state = engine.hift.active_block, weights_by_block(engine), state_by_block(engine)
+        active = engine.hift.active_block
         trains = {*engine.hift.blocks[active].fqns, *engine.block_plan.always_active}
         faults = []
         for micro in range(accumulation):
@@ -106,18 +106,19 @@ def watch(
         if evaluate:
             evaluation(engine)
         faults += [f"gradient of {name} after step" for name, param in named.items() if param.grad is not None]
-        after = weights_by_block(engine)
+        after, state_after = weights_by_block(engine), state_by_block(engine)
         record.append(
             {
                 "active": active,
                 "weights": changed(weights, after),
-                "state": changed(state, state_by_block(engine)),
+                "state": changed(state, state_after),
                 "steps": [block.step for block in engine.optimizer.states],
                 "digest": digest_of(after),
                 "faults": faults,
                 "cycle": engine.hift.cycle,
             }
         )
+        weights, state = after, state_after
     return {"record": record, "blocks": len(engine.hift.blocks), "order": engine.hift.order, "names": sorted(after)}
 
 
@@ -320,13 +321,14 @@ def fp16_run(stage: int, fp16: dict[str, Any], applied: int, compare: bool = Tru
         config["scheduler"] = {"type": "WarmupLR", "params": warmup}
         config["fp16"] = {"enabled": True, **fp16}
         engine = engine_of(config)
-    attempts, step = [], 0
+    attempts, step, weights, state = [], 0, weights_by_block(engine), state_by_block(engine)
     while step < applied:
         if len(attempts) > 40:
             raise RuntimeError("the loss scale does not come down")
-        weights, state, active = weights_by_block(engine), state_by_block(engine), engine.hift.active_block
-        iteration, skipped = engine.lr_scheduler.last_batch_iteration, engine.skipped_steps
+        active, iteration = engine.hift.active_block, engine.lr_scheduler.last_batch_iteration
+        skipped = engine.skipped_steps
         run_steps(engine, 1, start=step)
+        after, state_after = weights_by_block(engine), state_by_block(engine)
         attempts.append(
             {
                 "overflow": engine.optimizer.overflow,
@@ -335,12 +337,13 @@ def fp16_run(stage: int, fp16: dict[str, Any], applied: int, compare: bool = Tru
                 "scheduled": engine.lr_scheduler.last_batch_iteration - iteration,
                 "scale": engine.optimizer.loss_scale,
                 "rotated": engine.hift.active_block != active,
-                "weights": changed(weights, weights_by_block(engine)),
-                "state": changed(state, state_by_block(engine)),
+                "weights": changed(weights, after),
+                "state": changed(state, state_after),
                 "lr": engine.get_lr()[0],
             }
         )
         step += not engine.optimizer.overflow
+        weights, state = after, state_after
     found: dict[str, Any] = {"attempts": attempts, "active": [block % 6 for block in range(applied)]}
     if compare:
         lrs = [attempt["lr"] for attempt in attempts if not attempt["overflow"]]

@@ -18,7 +18,7 @@ from torch import nn
 from hift_ds import optimizer
 from hift_ds.engine import HiFTEngine
 
-WIDTH, LAYERS, TILE = 64, 12, 2048
+WIDTH, LAYERS, TILE, STEPS = 64, 12, 2048, 5
 BUCKET = 20_000  # elements: the largest parameter has 16,384, so each weight matrix is a bucket of its own
 
 
@@ -56,7 +56,7 @@ def _config(stage: int, dtype: str, hift: dict[str, Any], **extra: Any) -> dict[
 def measured(
     stage: int, dtype: str, hift: dict[str, Any] | None = None, start: str | None = None, accumulation: int = 1
 ) -> dict[str, Any]:
-    """Device bytes of init and of one cycle's steps on this rank.
+    """Device bytes of init and of a few steps on this rank.
 
     Args:
         start: dtype of the model before `initialize`; the engine's by default.
@@ -78,7 +78,7 @@ def measured(
         meter.reset_peak()
         facts["idle"] = meter.current
         facts["host"] = meter.host
-        for step in range(LAYERS):
+        for step in range(STEPS):
             x = torch.randn(1, WIDTH, generator=torch.Generator().manual_seed(step), dtype=torch.float32)
             x = x.to(DTYPES[dtype])
             for _ in range(accumulation):

@@ -42,10 +42,7 @@ EXPECTED = {
     "no model": ("TypeError: model=NoneType", "torch.nn.Module"),
     "half a param group": ("ValueError: model_parameters: 34 trainable parameters are in no param group", "frozen"),
 }
-ON_RANK_1 = {
-    "nothing to train on rank 1": "ValueError: No parameter of the model has requires_grad=True",
-    "other model on rank 1": "",
-}
+NOTHING_TO_TRAIN = EXPECTED["nothing to train"][0]
 
 
 def test_bad_input_is_refused_with_the_same_sentence_on_every_rank(two_ranks):
@@ -59,10 +56,9 @@ def test_bad_input_is_refused_with_the_same_sentence_on_every_rank(two_ranks):
 
 
 def test_what_only_one_rank_finds_is_raised_on_all(two_ranks):
-    first, second = two_ranks.run(cases.refused, list(ON_RANK_1))
-    sentence = "ValueError: No parameter of the model has requires_grad=True"
-    assert second["nothing to train on rank 1"].startswith(sentence)
-    assert first["nothing to train on rank 1"].startswith(f"RuntimeError: rank 1 failed: {sentence}")
+    first, second = two_ranks.run(cases.refused, ["nothing to train on rank 1", "other model on rank 1"])
+    assert second["nothing to train on rank 1"].startswith(NOTHING_TO_TRAIN)
+    assert first["nothing to train on rank 1"].startswith(f"RuntimeError: rank 1 failed: {NOTHING_TO_TRAIN}")
     for found in (first, second):
         assert found["other model on rank 1"].startswith("RuntimeError: hift section or model: ranks 0 and 1 differ")
 
@@ -88,14 +84,12 @@ def launched(launcher: list[str], case: str, folder: Path) -> tuple[int, list[st
     return done.returncode, [path.read_text() if path.exists() else "" for path in reports], done.stdout
 
 
-@pytest.mark.parametrize("case", ["typo", "nothing to train on rank 1"])
-def test_a_torchrun_program_ends_with_the_error_on_every_rank(tmp_path, case):
+def test_a_torchrun_program_ends_with_one_ranks_error_on_every_rank(tmp_path):
     launcher = ["torchrun", "--nproc_per_node", "2", "--master_port", str(free_port()), "-m"]
-    code, reports, output = launched(launcher, case, tmp_path)
+    code, reports, output = launched(launcher, "nothing to train on rank 1", tmp_path)
     assert code != 0
-    start = EXPECTED[case][0] if case in EXPECTED else ON_RANK_1[case]
-    assert [start in report for report in reports] == [True, True], output
-    assert start in output
+    assert [NOTHING_TO_TRAIN in report for report in reports] == [True, True], output
+    assert NOTHING_TO_TRAIN in output
 
 
 def test_a_deepspeed_program_ends_with_the_error_on_every_rank(tmp_path):
