@@ -108,7 +108,7 @@ def test_config_that_is_no_file_is_refused_with_its_name(name, tmp_path):
 
 def test_config_that_is_not_json_is_refused_with_the_place(tmp_path):
     path = tmp_path / "config.json"
-    path.write_text('{"a": 1,}')
+    path.write_text('{"a": 1')
     with pytest.raises(ValueError, match=r"config\.json': not JSON \(.*line 1 column"):
         build_ds_config(parse("--deepspeed_config", str(path)))
 
