@@ -21,10 +21,12 @@ test: lint
 lint: $(READY)
 	$(BIN)/ruff check .
 
-# HiFT over full fine-tuning on this machine, into launch/results/ (about 10 minutes on 2 cores)
+# HiFT over full fine-tuning on this machine, into launch/results/
+LAYERS_PER_BLOCK ?= 1
+CYCLES ?= 1
 speed: $(READY)
-	$(RUN) DS_ACCELERATOR=cpu deepspeed --num_accelerators 2 launch/benchmark_speed.py
-	$(RUN) DS_ACCELERATOR=cpu deepspeed --num_accelerators 2 launch/benchmark_speed.py --full_optimizer torch
+	$(RUN) DS_ACCELERATOR=cpu deepspeed --quiet --num_accelerators 2 launch/benchmark_speed.py \
+		--layers_per_block $(LAYERS_PER_BLOCK) --cycles $(CYCLES)
 
 $(READY): pyproject.toml
 	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 10) <= v < (3, 13) else "hift_ds needs Python 3.10 to 3.12, $(PYTHON) is %d.%d: make PYTHON=python3.12" % v[:2])'
