@@ -6,7 +6,7 @@ READY = $(VENV)/.ready
 # absolute, because the deepspeed launcher starts `python` and `ninja` by name
 RUN = PATH="$(CURDIR)/$(BIN):$$PATH"
 
-.PHONY: demo demo-results test lint speed clean
+.PHONY: demo demo-results test slow lint speed clean
 
 demo: $(READY)
 	$(RUN) launch/demo.sh
@@ -17,6 +17,10 @@ demo-results: demo
 
 test: lint
 	$(RUN) python -m pytest -q
+
+# Against DeepSpeed's own optimizers, each of which compiles a C++ op at the first run
+slow: $(READY)
+	$(RUN) python -m pytest -q -m slow
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -24,11 +24,11 @@ from hift_ds.config import HiFTConfig
 from hift_ds.ds_keys import check_ds_config
 from hift_ds.gradients import GradientReducer
 from hift_ds.launching import agree, init_distributed, load_ds_config
-from hift_ds.optimizer import HiFTOptimizer, Settings, group_indices
+from hift_ds.optimizer import HiFTOptimizer, Settings
 from hift_ds.rotation import Rotation
 from hift_ds.rules import Rule, rule_from_config, rule_from_optimizer
 from hift_ds.schedule import CycleScheduler
-from hift_ds.shards import Averaging
+from hift_ds.shards import Averaging, group_indices
 from hift_ds.view import HiFT
 
 logger = logging.getLogger(__name__)

@@ -78,18 +78,15 @@ class Fragments:
 
     def get_local_fp32_grad_for_param(self, param: Parameter) -> torch.Tensor | None:
         """This rank's slice of the averaged gradient, or `None`."""
-        state, _ = self._place[param]
-        window = self._optimizer.reducer._windows.get(id(state.shard))  # only the active blocks have one
-        if window is None or window.result is None:
-            return None
-        return self._slot(param, window.result).to(torch.float32, copy=True)
+        averaged = self._averaged(param)
+        return None if averaged is None else averaged.to(torch.float32, copy=True)
 
     def set_local_grad_for_param(self, value: torch.Tensor, param: Parameter) -> None:
         """Overwrites this rank's slice of the gradient."""
-        if self.get_local_fp32_grad_for_param(param) is None:
+        averaged = self._averaged(param)
+        if averaged is None:
             raise RuntimeError("no gradient to set: it is there from the window's last backward to engine.step()")
-        state, _ = self._place[param]
-        self._slot(param, self._optimizer.reducer._windows[id(state.shard)].result).copy_(value.view(-1))
+        averaged.copy_(value.view(-1))
 
     def update_fp32_grad_for_param_vectorized(self, update: Callable, params: Iterable[Parameter]) -> None:
         """Replaces each gradient by `update(gradient, param)`. Collective."""
@@ -105,6 +102,11 @@ class Fragments:
         if key not in state.slots:
             raise ValueError(f"optim_state_key={key!r}: {state.rule.name} keeps {', '.join(state.slots) or 'no state'}")
         return self._slot(param, state.slots[key])
+
+    def _averaged(self, param: Parameter) -> torch.Tensor | None:
+        state, _ = self._place[param]
+        averaged = self._optimizer.reducer.averaged(state.shard)
+        return None if averaged is None else self._slot(param, averaged)
 
     def _slot(self, param: Parameter, flat: torch.Tensor) -> torch.Tensor:
         state, index = self._place[param]

@@ -65,6 +65,10 @@ def init_distributed(port: int = 29500, required: bool | None = None) -> None:
     A process that no launcher has started gets a world of its own on a free port (DeepSpeed would ask MPI). On a CPU,
     DeepSpeed's shared-memory operator is skipped: it needs a compiler and half a minute, and gloo does its work; set
     HIFT_DS_SHM=1 to have it built.
+
+    Args:
+        port: Where ranks that came through MPI meet, unless MASTER_PORT says otherwise.
+        required: DeepSpeed's `dist_init_required`.
     """
     if dist.is_initialized():
         return
@@ -77,7 +81,7 @@ def init_distributed(port: int = 29500, required: bool | None = None) -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
         dist_backend=get_accelerator().communication_backend_name(),
-        distributed_port=port,
+        distributed_port=int(os.environ.get("MASTER_PORT", port)),  # DeepSpeed's own MPI way ignores the variable
         dist_init_required=required,
     )
 

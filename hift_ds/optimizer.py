@@ -15,16 +15,15 @@ from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from hift_ds import checkpoint
 from hift_ds.blocks import BlockPlan
 from hift_ds.fragments import Fragments
-from hift_ds.gradients import GradientReducer
+from hift_ds.gradients import GradientReducer, sum_of_squares
 from hift_ds.rotation import Rotation
 from hift_ds.rules import Rule
 from hift_ds.schedule import DelayedRate
-from hift_ds.shards import BlockShard, Run, is_partitioned
+from hift_ds.shards import BlockShard, Run, group_indices, is_partitioned
 from hift_ds.state import BlockState
 
 logger = logging.getLogger(__name__)
 
-NORM_ROW = 4096  # elements summed in fp32 at a time
 TILE_NUMEL = 1 << 23  # elements per pass of an elementwise rule: 32 MiB of fp32 for each operand on the device
 
 
@@ -365,7 +364,7 @@ class HiFTOptimizer(ZeROOptimizer):
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for grad in grads:
             for tile in grad.split(TILE_NUMEL):
-                total += _sum_of_squares(tile)
+                total += sum_of_squares(tile)
         block = self.rotation.active_block
         facts = torch.stack(
             [
@@ -408,21 +407,7 @@ class HiFTOptimizer(ZeROOptimizer):
             )  # fmt: skip
 
 
-def _sum_of_squares(flat: torch.Tensor) -> torch.Tensor:
-    """In fp32 along short rows and in fp64 between them: one fp32 sum over 8 M elements is off by 1e-3 on a CPU."""
-    whole = flat.numel() // NORM_ROW * NORM_ROW
-    rows = torch.linalg.vector_norm(flat[:whole].view(-1, NORM_ROW), dim=1, dtype=torch.float32)
-    rest = torch.linalg.vector_norm(flat[whole:], dtype=torch.float32)
-    return rows.double().square().sum() + rest.double().square()
-
-
 def _tiles(run: Run, elementwise: bool) -> Iterator[slice]:
     step = TILE_NUMEL if elementwise else max(run.stop - run.start, 1)
     for start in range(run.start, run.stop, step):
         yield slice(start, min(start + step, run.stop))
-
-
-def group_indices(param_groups: list[dict], params: dict[str, torch.nn.Parameter]) -> dict[str, int]:
-    """Param group index by parameter name, for the parameters that are in a group."""
-    index_of = {id(param): index for index, group in enumerate(param_groups) for param in group["params"]}
-    return {name: index_of[id(param)] for name, param in params.items() if id(param) in index_of}

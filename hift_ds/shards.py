@@ -160,12 +160,12 @@ class BlockShard:
             return
         for bucket in self.buckets(max_numel):
             mine = shard[self.span(bucket)].to(self.params[bucket[0]].dtype)
-            if self.world == 1:
-                self.unpack(bucket, mine)
-                continue
-            packed = torch.empty(self.world * mine.numel(), dtype=mine.dtype, device=mine.device)
-            dist.all_gather_into_tensor(packed, mine.contiguous(), group=group)
-            self.unpack(bucket, packed)
+            self.unpack(bucket, mine if self.world == 1 else self._all_gathered(mine, group))
+
+    def _all_gathered(self, mine: torch.Tensor, group: object) -> torch.Tensor:
+        packed = torch.empty(self.world * mine.numel(), dtype=mine.dtype, device=mine.device)
+        dist.all_gather_into_tensor(packed, mine.contiguous(), group=group)
+        return packed
 
 
 @dataclass(frozen=True)
@@ -189,6 +189,12 @@ class Averaging:
     def after(self, reduced: torch.Tensor, world: int) -> None:
         if self.mean and self.predivide != world:
             reduced.mul_(self.predivide / world)
+
+
+def group_indices(param_groups: list[dict], params: dict[str, torch.nn.Parameter]) -> dict[str, int]:
+    """Param group index by parameter name, for the parameters that are in a group."""
+    index_of = {id(param): index for index, group in enumerate(param_groups) for param in group["params"]}
+    return {name: index_of[id(param)] for name, param in params.items() if id(param) in index_of}
 
 
 def full_numel(param: torch.nn.Parameter) -> int:

@@ -112,15 +112,21 @@ def test_a_launcher_s_variables_are_left_alone(environment, monkeypatch):
         monkeypatch.setenv(name, value)
     launching.init_distributed(port=29600, required=True)
     assert {name: os.environ[name] for name in given} == given
-    assert environment[0]["distributed_port"] == 29600
     assert environment[0]["dist_init_required"] is True
 
 
 def test_under_mpi_the_ranks_are_left_to_deepspeed(environment, monkeypatch):
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
-    launching.init_distributed()
+    launching.init_distributed(port=29600)
     assert "RANK" not in os.environ
-    assert len(environment) == 1
+    assert [call["distributed_port"] for call in environment] == [29600]
+
+
+def test_under_mpi_master_port_says_where_ranks_meet_so_that_two_jobs_fit_on_one_machine(environment, monkeypatch):
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_PORT", "29511")
+    launching.init_distributed(port=29600)
+    assert [call["distributed_port"] for call in environment] == [29511]
 
 
 def test_the_shared_memory_operator_is_built_only_when_asked_for(environment, monkeypatch):
