@@ -8,4 +8,4 @@ if [ "$(python -c 'import torch; print(torch.cuda.device_count())')" = 0 ]; then
     launcher+=(--num_accelerators 2)
 fi
 python -c 'from hift_ds.recipes.models import fetch_sample; fetch_sample()'
-exec "${launcher[@]}" launch/train.py --hift --max_steps 96 --output_dir outputs/demo "$@"
+exec "${launcher[@]}" launch/train.py --hift --max_steps 144 --output_dir outputs/demo "$@"
