@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 # absolute, because the deepspeed launcher starts `python` and `ninja` by name
-RUN = PATH="$(CURDIR)/$(BIN):$$PATH"
+RUN = PATH="$(abspath $(BIN)):$$PATH"
 
 .PHONY: demo demo-results test slow lint speed clean
 
