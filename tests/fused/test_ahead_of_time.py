@@ -1,0 +1,71 @@
+"""What the compiler makes of the kernels for sm_80, 86, 89 and 90, on a machine without a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+ELEMENTWISE = ("adamw-", "sgd-", "lion-", "adagrad-")
+# fp32 streams of one step besides 16-bit ones: loads, stores (a 128-bit access is 4 fp32, a 64-bit one 4 of 16 bits)
+STREAMS = {
+    "adamw-plain": (3, 3, 1, 0), "adamw-fp32": (3, 3, 1, 1), "adamw-split16": (2, 2, 3, 2), "adamw-none": (2, 2, 2, 1),
+    "adamw-kahan": (2, 2, 3, 2), "adamw-fp32-fp32_grad": (4, 3, 0, 1), "adamw-fp32-fp16_grad": (3, 3, 1, 1),
+    "adamw-split16-bf16_moments": (0, 0, 5, 4),
+    **{f"{rule}-{form}": streams for rule in ("sgd", "lion", "adagrad") for form, streams in {
+        "plain": (2, 2, 1, 0), "fp32": (2, 2, 1, 1), "split16": (1, 1, 3, 2), "none": (1, 1, 2, 1),
+        "kahan": (1, 1, 3, 2),
+    }.items()},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "kernels"), str(ROOT / "tests")])
+    command = [sys.executable, "-m", "hift_testing.ahead_of_time"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def test_no_kernel_spills_or_uses_local_memory(compiled):
+    assert len(compiled) > 40
+    for name, facts in compiled.items():
+        assert (facts["stack"], facts["local"], facts["spills"]) == (0, 0, 0), name
+
+
+def test_elementwise_kernels_use_at_most_48_registers_and_no_shared_memory(compiled):
+    """48 registers of 128 threads: 10 tiles, 40 of the 48 warps of an sm_86."""
+    for name, facts in compiled.items():
+        if name.startswith(ELEMENTWISE):
+            assert facts["registers"] <= 48, (name, facts)
+            assert (facts["shared"], facts["barriers"]) == (0, 0), (name, facts)
+    assert max(facts["registers"] for name, facts in compiled.items() if "int8" in name) <= 80
+
+
+def test_every_stream_is_as_wide_as_it_can_be(compiled):
+    for name, (loads, stores, narrow_loads, narrow_stores) in STREAMS.items():
+        variants = [facts for key, facts in compiled.items() if key.startswith(f"{name}@")]
+        assert variants, name
+        for facts in variants:
+            assert facts["loads"] == {"64": narrow_loads, "128": loads}, (name, facts)
+            assert facts["stores"] == {"64": narrow_stores, "128": stores}, (name, facts)
+    assert all(facts["loads"]["128"] for key, facts in compiled.items() if key.startswith("sum_of_squares"))
+
+
+def test_a_length_that_16_does_not_divide_would_make_every_access_scalar(compiled):
+    """Why shards are padded: this is the reason for ALIGNMENT."""
+    facts = compiled["adamw-fp32-odd_length@86"]
+    assert facts["loads"] == facts["stores"] == {"64": 0, "128": 0}
+
+
+def test_arithmetic_is_ieee_and_nothing_is_contracted(compiled):
+    for name, facts in compiled.items():
+        if name.startswith(ELEMENTWISE):
+            assert not facts["fused_multiply_add"], name
+        if name.startswith(("adamw", "adagrad")):
+            assert facts["exact_division"] and facts["exact_root"], name

@@ -1,0 +1,147 @@
+"""Compiles the fused kernels for GPUs that are not there and reads what the compiler made of them.
+
+Run as a program, without TRITON_INTERPRET (an interpreting process cannot compile): prints JSON, one entry per case.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+ARCHITECTURES = (80, 86, 89, 90)
+POINTERS = {
+    "exp_avg_ptr": "fp32", "exp_avg_sq_ptr": "fp32", "momentum_ptr": "fp32", "sum_ptr": "fp32", "scalars_ptr": "fp32",
+    "partial_ptr": "fp64", "result_ptr": "fp64", "square_ptr": "fp64", "divisor_ptr": "fp64",
+    "exp_avg_scale_ptr": "fp32", "exp_avg_sq_scale_ptr": "fp32",
+}  # fmt: skip
+INTEGERS = ("numel", "seed", "num_partials", "tiles_per_program")
+# form -> MASTER, dtype of weight_ptr, dtype of master_ptr
+FORMS = {
+    "plain": (0, "fp32", "fp32"), "fp32": (1, "bf16", "fp32"), "split16": (2, "bf16", "i16"),
+    "none": (3, "bf16", "bf16"), "kahan": (4, "bf16", "bf16"),
+}  # fmt: skip
+
+
+def cases() -> dict[str, tuple[str, str, dict[str, Any], dict[str, str], tuple[int, ...]]]:
+    """name -> (module, kernel, constexprs, pointer dtypes, architectures)."""
+    found: dict[str, Any] = {}
+    rules = {
+        "adamw": ("_adamw_kernel", {"DECOUPLED": True}),
+        "sgd": ("_sgd_kernel", {"MOMENTUM": True, "NESTEROV": False}),
+        "lion": ("_lion_kernel", {}),
+        "adagrad": ("_adagrad_kernel", {}),
+    }
+    for rule, (kernel, constexprs) in rules.items():
+        for form, (master, weight, second) in FORMS.items():
+            # Every architecture for the forms that most runs use, one for the rest.
+            archs = ARCHITECTURES if form in ("fp32", "split16") and rule == "adamw" else (86,)
+            pointers = {"grad_ptr": "bf16", "weight_ptr": weight, "master_ptr": second}
+            found[f"{rule}-{form}"] = (rule, kernel, {**constexprs, "MASTER": master}, pointers, archs)
+    bf16_moments = {"exp_avg_ptr": "bf16", "exp_avg_sq_ptr": "bf16"}
+    for grad in ("fp16", "fp32"):
+        pointers = {"grad_ptr": grad, "weight_ptr": "bf16", "master_ptr": "fp32"}
+        found[f"adamw-fp32-{grad}_grad"] = ("adamw", "_adamw_kernel", {"DECOUPLED": True, "MASTER": 1}, pointers, (86,))
+    pointers = {"grad_ptr": "bf16", "weight_ptr": "bf16", "master_ptr": "i16", **bf16_moments}
+    found["adamw-split16-bf16_moments"] = (
+        "adamw", "_adamw_kernel", {"DECOUPLED": True, "MASTER": 2}, pointers, ARCHITECTURES,
+    )  # fmt: skip
+    pointers = {"grad_ptr": "bf16", "weight_ptr": "bf16", "master_ptr": "fp32"}
+    pointers |= {"exp_avg_ptr": "u8", "exp_avg_sq_ptr": "u8"}
+    found["adamw_int8-fp32"] = (
+        "adamw_int8", "_adamw_int8_kernel", {"DECOUPLED": True, "MASTER": 1}, pointers, ARCHITECTURES,
+    )  # fmt: skip
+    for grad in ("bf16", "fp32"):
+        found[f"sum_of_squares-{grad}"] = ("grad_norm", "_sum_of_squares_kernel", {}, {"grad_ptr": grad}, ARCHITECTURES)
+    found["finish"] = ("grad_norm", "_finish_kernel", {"ACCUMULATE": True}, {}, (86,))
+    found["prepare"] = ("grad_norm", "_prepare_kernel", {"CLIP": True, "CORRECT": True}, {}, ARCHITECTURES)
+    return found
+
+
+def compiled(module_name: str, kernel_name: str, constexprs: dict, pointers: dict, arch: int, aligned: bool) -> Any:
+    """The kernel for one architecture, specialised as the JIT would: aligned pointers, lengths that 16 divides."""
+    import importlib
+
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    module = importlib.import_module(f"hift_kernels.{module_name}")
+    rounding = importlib.import_module("hift_kernels.rounding")
+    kernel = getattr(module, kernel_name)
+    others = {"_sum_of_squares_kernel": 8, "_finish_kernel": 8, "_prepare_kernel": 1}
+    warps = others.get(kernel_name, rounding.NUM_WARPS)
+    defaults = {"INTERPRETED": False, "ROWS": 2, "GROUP": 256}
+    defaults["TILE"] = {"_sum_of_squares_kernel": 2048, "_finish_kernel": 1024}.get(kernel_name, rounding.TILE)
+    known = {**POINTERS, **pointers}
+    signature, values, attributes = {}, {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if name.isupper():
+            signature[name], values[name] = "constexpr", {**defaults, **constexprs}[name]
+        elif name.endswith("_ptr"):
+            signature[name] = "*" + known[name]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif name in INTEGERS:
+            signature[name] = "i32"
+            if name == "numel" and aligned:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32"
+    source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=attributes)
+    options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": False}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def facts(kernel: Any) -> dict[str, Any]:
+    """Registers, memory and instructions of a compiled kernel."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(kernel.asm["cubin"])
+
+        def read(option: str) -> str:
+            done = subprocess.run([tool, option, cubin], capture_output=True, text=True, check=True, timeout=60)
+            return done.stdout + done.stderr
+
+        sass, usage = read("-sass"), read("-res-usage")
+    numbers = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+    names = re.findall(r"^\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]+)", sass, re.M)
+    counts = Counter(names)
+
+    def wide(instruction: str) -> dict[int, int]:
+        chosen = {name: n for name, n in counts.items() if name.startswith(instruction)}
+        return {width: sum(n for name, n in chosen.items() if f".{width}" in name) for width in (64, 128)}
+
+    return {
+        **dict(zip(("registers", "stack", "shared", "local"), map(int, numbers.groups()), strict=True)),
+        "shared": kernel.metadata.shared,
+        "spills": sum(n for name, n in counts.items() if name.startswith(("LDL", "STL"))),
+        "barriers": sum(n for name, n in counts.items() if name.startswith("BAR")),
+        "loads": wide("LDG"),
+        "stores": wide("STG"),
+        "instructions": sum(n for name, n in counts.items() if name != "NOP"),
+        "fused_multiply_add": bool(re.search(r"\bfma\.rn\.f32", kernel.asm["ptx"])),
+        "exact_division": "div.rn.f32" in kernel.asm["ptx"],
+        "exact_root": "sqrt.rn.f32" in kernel.asm["ptx"],
+    }
+
+
+def main() -> None:
+    result = {}
+    for name, (module, kernel, constexprs, pointers, archs) in cases().items():
+        for arch in archs:
+            result[f"{name}@{arch}"] = facts(compiled(module, kernel, constexprs, pointers, arch, True))
+    module, kernel, constexprs, pointers, _ = cases()["adamw-fp32"]
+    result["adamw-fp32-odd_length@86"] = facts(compiled(module, kernel, constexprs, pointers, 86, False))
+    json.dump(result, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Buffers for the fused kernels: random values of wide spread, guarded ends, and their numpy twins."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from hift_kernels.grad_norm import prepare
+from hift_kernels.launching import NUM_SCALARS, Weights
+
+GUARD = 64  # elements behind each buffer that no kernel may touch
+SIZES = (0, 1, 15, 16, 17, 4097)
+HYPER = {
+    "adamw": {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01},
+    "sgd": {"momentum": 0.9, "weight_decay": 0.01},
+    "lion": {"beta1": 0.9, "beta2": 0.99},
+    "adagrad": {"eps": 1e-10, "weight_decay": 0.01, "lr_decay": 0.1},
+}
+MOMENTS = {
+    "adamw": ("exp_avg", "exp_avg_sq"),
+    "sgd": ("momentum_buffer",),
+    "lion": ("exp_avg",),
+    "adagrad": ("accumulator",),
+}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+MASTER_DTYPES = {"plain": None, "fp32": torch.float32, "split16": torch.int16, "none": None, "kahan": torch.bfloat16}
+
+
+class Guarded:
+    """A tensor with a guarded end."""
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self.whole = torch.cat([values, torch.full((GUARD,), 77, dtype=values.dtype)])
+        self.tensor = self.whole[: values.numel()]
+
+    def is_whole(self) -> bool:
+        return bool((self.whole[self.tensor.numel() :] == 77).all())
+
+
+class Shard:
+    """A shard's buffers on the CPU, with master weights in one of the forms.
+
+    Args:
+        form: As hift_kernels.launching.Weights.
+        numel: Elements.
+        moments: Names of the moments, and their dtype.
+        start: fp32 master weights at the start; `None` draws them.
+    """
+
+    def __init__(
+        self,
+        form: str,
+        numel: int,
+        moments: tuple[str, ...],
+        *,
+        weight_dtype: str = "bf16",
+        moment_dtype: str = "fp32",
+        start: torch.Tensor | None = None,
+    ) -> None:
+        start = torch.randn(numel, generator=torch.Generator().manual_seed(1)) if start is None else start
+        weight = start.to(DTYPES["fp32" if form == "plain" else weight_dtype])
+        if form in ("none", "kahan", "split16"):
+            start = weight.float()
+        self.weight = Guarded(weight)
+        self.master = None
+        if form == "fp32":
+            self.master = Guarded(start.clone())
+        elif MASTER_DTYPES[form] is not None:
+            self.master = Guarded(torch.zeros(numel, dtype=MASTER_DTYPES[form]))
+        self.weights = Weights(form, self.weight.tensor, None if self.master is None else self.master.tensor)
+        self.moments = {name: Guarded(torch.zeros(numel, dtype=DTYPES[moment_dtype])) for name in moments}
+        self.scalars = torch.zeros(NUM_SCALARS)
+        self.start = start
+
+    def step(self, function, grad: torch.Tensor, hyper: dict, *, lr: float, divisor: float = 1.0, max_norm: float = 0.0,
+             square: float | None = None, seed: int = 0, **options) -> None:  # fmt: skip
+        """Prepares the scalars (the norm of `grad` unless `square` is given) and runs `function`, a launcher."""
+        if square is None:
+            square = grad.double().square().sum().item()
+        prepare(
+            torch.tensor([square], dtype=torch.float64), torch.tensor([divisor], dtype=torch.float64), self.scalars,
+            lr=lr, beta1=hyper.get("beta1", 0.0), beta2=hyper.get("beta2", 0.0),
+            weight_decay=hyper.get("weight_decay", 0.01), max_norm=max_norm,
+            bias_correction="beta1" in hyper and "eps" in hyper,
+        )  # fmt: skip
+        moments = {name: guarded.tensor for name, guarded in self.moments.items()}
+        function(grad, self.weights, scalars=self.scalars, **moments, **hyper, seed=seed, **options)
+        assert all(guarded.is_whole() for guarded in self._all()), "a kernel wrote behind the end of a buffer"
+
+    def master_fp32(self) -> torch.Tensor:
+        """The master weight that the buffers stand for."""
+        weight, form = self.weight.tensor, self.weights.form
+        if form == "fp32":
+            return self.master.tensor.clone()
+        if form == "split16":
+            high = weight.view(torch.int16).to(torch.int32) << 16
+            return (high + self.master.tensor.to(torch.int32)).view(torch.float32)
+        return weight.float() + (self.master.tensor.float() if form == "kahan" else 0.0)
+
+    def snapshot(self) -> list[torch.Tensor]:
+        """Copies of everything that an update may change."""
+        return [guarded.whole.clone() for guarded in self._all()]
+
+    def _all(self) -> list[Guarded]:
+        return [self.weight, *([] if self.master is None else [self.master]), *self.moments.values()]
+
+
+def gradient(numel: int, step: int, dtype: str = "fp32", decades: float = 6.0) -> torch.Tensor:
+    """Gradients whose scale spreads over `decades`, each element's the same at every step."""
+    scales = 10.0 ** (-decades * torch.rand(numel, generator=torch.Generator().manual_seed(2)))
+    noise = torch.randn(numel, generator=torch.Generator().manual_seed(1000 + step))
+    return (noise * scales).to(DTYPES[dtype])
+
+
+def awkward_gradient(dtype: str) -> torch.Tensor:
+    """Zeros of both signs, denormals, the smallest normal and large values."""
+    tiny = torch.finfo(DTYPES[dtype]).tiny
+    values = [0.0, -0.0, tiny, -tiny, tiny / 4, -tiny / 2, 1e-30, 1.0, -3e4, 6e4]
+    return torch.tensor(values * 5, dtype=torch.float32).to(DTYPES[dtype])
+
+
+def as_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """An fp32 copy."""
+    return tensor.detach().float().numpy().copy()
