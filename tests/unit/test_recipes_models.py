@@ -248,6 +248,21 @@ def test_other_dtype_is_refused(tiny_folder):
         load_model(str(tiny_folder), dtype=torch.float64)
 
 
+def test_computed_buffers_are_those_of_the_model_class_whatever_zero_init_made_of_them(tiny_folder):
+    """transformers 5.17 rounds rotary frequencies to bf16 under zero.Init, so that ZeRO-3 would train another model."""
+    model = load_model(str(tiny_folder), dtype=torch.bfloat16)
+    expected = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    for name, buffer in expected.items():
+        owner, _, last = name.rpartition(".")
+        model.get_submodule(owner).register_buffer(last, buffer.bfloat16(), persistent=False)
+    weights = {name: param.data_ptr() for name, param in model.named_parameters()}
+    models._restore_computed_buffers(model)
+    assert any("inv_freq" in name for name in expected)
+    for name, buffer in model.named_buffers():
+        assert buffer.dtype == torch.float32 and torch.equal(buffer, expected[name]), name
+    assert {name: param.data_ptr() for name, param in model.named_parameters()} == weights
+
+
 def test_zero3_without_an_active_deepspeed_config_is_refused(tiny_folder):
     with pytest.raises(
         RuntimeError, match="zero3=True, but transformers' ZeRO-3 loading is off: keep an HfDeepSpeedConfig"
