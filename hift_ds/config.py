@@ -10,7 +10,7 @@ from typing import Any
 ORDERS = ("bottom2up", "top2down", "random")
 LR_UPDATES = ("cycle", "paper", "step")
 INACTIVE_STATES = ("keep", "reset")
-KERNELS = ("torch",)
+KERNELS = ("triton", "torch")
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class HiFTConfig:
         blocks: Lists of regexes on parameter names (`re.search`), each list a block; `None` = found from the model.
         frozen: Regexes of parameters that are never trained.
         always_active: Regexes of parameters that train at every step beside the active block.
-        kernel: Which implementation updates the active block; `None` = the best that this machine has.
+        kernel: Which implementation updates the active block, `triton` or `torch`; `None` = choose (`hift_ds.rules`).
     """
 
     enabled: bool
@@ -138,8 +138,6 @@ def _blocks(key: str, value: Any) -> tuple[tuple[str, ...], ...] | None:
 
 
 def _kernel(key: str, value: Any) -> str | None:
-    if value == "triton":
-        raise ValueError(f"hift.{key}='triton': this version has no fused kernels yet; use null or 'torch'")
     return None if value is None else _one_of(*KERNELS)(key, value)
 
 

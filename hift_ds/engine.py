@@ -13,6 +13,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
 from deepspeed.runtime.zero import parameter_offload
@@ -26,7 +27,7 @@ from hift_ds.gradients import GradientReducer
 from hift_ds.launching import agree, init_distributed, load_ds_config
 from hift_ds.optimizer import HiFTOptimizer, Settings
 from hift_ds.rotation import Rotation
-from hift_ds.rules import Rule, rule_from_config, rule_from_optimizer
+from hift_ds.rules import Rule, choose_kernel, rule_from_config, rule_from_optimizer
 from hift_ds.schedule import CycleScheduler
 from hift_ds.shards import Averaging, group_indices
 from hift_ds.view import HiFT
@@ -90,6 +91,7 @@ class HiFTEngine(DeepSpeedEngine):
                 clip=self.gradient_clipping(),
                 publish_numel=self.zero_allgather_bucket_size(),
                 reset_state=config.inactive_state == "reset",
+                kernel=choose_kernel(config.kernel, rule, self.device.type),
                 separate_host=self.separate_host,
                 pin_memory=self._pins_memory(),
             ),
@@ -333,9 +335,10 @@ def _prepare(
     if optimizer is None:
         if not section or "type" not in section:
             raise ValueError('optimizer: missing; HiFT needs one: pass it, or add "optimizer" to the DeepSpeed config')
-        rule_from_config(section["type"], section.get("params") or {})
+        rule, _ = rule_from_config(section["type"], section.get("params") or {})
+        choose_kernel(config.kernel, rule, get_accelerator().device_name())
     elif isinstance(optimizer, torch.optim.Optimizer):
-        rule_from_optimizer(optimizer)
+        choose_kernel(config.kernel, rule_from_optimizer(optimizer), get_accelerator().device_name())
         _freeze_left_out(model, optimizer)
     plan = plan_blocks(
         model,

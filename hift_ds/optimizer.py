@@ -19,12 +19,12 @@ from hift_ds.gradients import GradientReducer, sum_of_squares
 from hift_ds.rotation import Rotation
 from hift_ds.rules import Rule
 from hift_ds.schedule import DelayedRate
-from hift_ds.shards import BlockShard, Run, group_indices, is_partitioned
+from hift_ds.shards import BlockShard, group_indices, is_partitioned
 from hift_ds.state import BlockState
+from hift_ds.update import TILE_NUMEL, BlockUpdate
 
 logger = logging.getLogger(__name__)
 
-TILE_NUMEL = 1 << 23  # elements per pass of an elementwise rule: 32 MiB of fp32 for each operand on the device
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Settings:
         clip: `gradient_clipping`, the largest global norm of the active block's gradient; 0 = off.
         publish_numel: `allgather_bucket_size`.
         reset_state: `inactive_state: reset`.
+        kernel: `torch` or `triton`, which implementation updates the active block.
         separate_host: Treat host and device as separate memories; `None` = unless the device is the CPU.
         pin_memory: Page-lock the host copies (`offload_optimizer.pin_memory`, where it is given).
     """
@@ -46,6 +47,7 @@ class Settings:
     clip: float
     publish_numel: int
     reset_state: bool
+    kernel: str = "torch"
     separate_host: bool | None = None
     pin_memory: bool = True
 
@@ -104,6 +106,7 @@ class HiFTOptimizer(ZeROOptimizer):
         if settings.stage > 0:
             self.dp_process_group = group  # tells DeepSpeed that every rank saves an optimizer file
         self._shard_world = settings.world if settings.stage > 0 else 1
+        self.update = BlockUpdate(rule, holder.param_groups, device, self._sum_over_shards, settings.kernel)
         group_of = group_indices(holder.param_groups, params)
         rank = dist.get_rank(group=group) if self._shard_world > 1 else 0
 
@@ -299,51 +302,9 @@ class HiFTOptimizer(ZeROOptimizer):
         if self.settings.clip > 0:
             divisor *= max(1.0, (self._global_grad_norm + 1e-6) / self.settings.clip)
         for index, state in enumerate(states):
-            weights = self._update(state, grads[index], 1.0 / divisor, rates)
+            weights = self.update.run(state, grads[index], divisor, rates)
             grads[index] = torch.empty(0)  # free before the next allocation
             state.shard.write_weights(weights, self.group, self.settings.publish_numel)
-
-    def _update(self, state: BlockState, grad: torch.Tensor, scale: float, rates: list[float]) -> torch.Tensor:
-        """Updates masters and state of one block; returns the new model weights of this rank's shard."""
-        state.step += 1
-        dtypes = {param.dtype for param in state.shard.params}
-        dtype = torch.float32 if len(dtypes) > 1 or state.master is None else dtypes.pop()
-        weights = torch.empty(state.shard.numel, dtype=dtype, device=self.device)
-        if state.master is None:
-            state.shard.read_weights(weights)
-        for run in state.shard.runs:
-            for tile in _tiles(run, self.rule.elementwise):
-                self._update_tile(state, run, tile, grad, scale, rates[run.group], weights)
-        return weights
-
-    def _update_tile(
-        self,
-        state: BlockState,
-        run: Run,
-        tile: slice,
-        grad: torch.Tensor,
-        scale: float,
-        lr: float,
-        weights: torch.Tensor,
-    ) -> None:
-        master = weights[tile] if state.master is None else state.load(state.master, tile)
-        gradient = grad[tile].float()
-        if scale != 1.0:
-            gradient.mul_(scale)
-        slots = {name: state.load(tensor, tile) for name, tensor in state.slots.items()}
-        extra = {key: value.to(self.device) for key, value in state.extra.items()}
-        group = self.param_groups[run.group]
-        self.rule.update(
-            master, gradient, slots, group,
-            lr=lr, step=state.step, segments=run.segments, extra=extra, all_reduce=self._sum_over_shards,
-        )  # fmt: skip
-        for name, tensor in state.slots.items():
-            state.store(tensor, tile, slots[name])
-        for key, value in state.extra.items():
-            value.copy_(extra[key])
-        if state.master is not None:
-            state.store(state.master, tile, master)
-            weights[tile].copy_(master)
 
     def _sum_over_shards(self, tensor: torch.Tensor) -> torch.Tensor:
         if self._shard_world > 1:
@@ -405,9 +366,3 @@ class HiFTOptimizer(ZeROOptimizer):
                 "block %d (%s): no gradient for %s on this rank; counted as zero, as DeepSpeed does",
                 block, self.plan.blocks[block].name, ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else ""),
             )  # fmt: skip
-
-
-def _tiles(run: Run, elementwise: bool) -> Iterator[slice]:
-    step = TILE_NUMEL if elementwise else max(run.stop - run.start, 1)
-    for start in range(run.start, run.stop, step):
-        yield slice(start, min(start + step, run.stop))

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hift_ds.optimizer import TILE_NUMEL
 from hift_ds.shards import full_numel, is_partitioned
+from hift_ds.update import TILE_NUMEL
 
 if TYPE_CHECKING:
     from hift_ds.engine import HiFTEngine

@@ -16,7 +16,7 @@ from hift_ds.rules.base import Rule, Segment, check_bool, refuse_flags
 from hift_ds.rules.lion import Lion
 from hift_ds.rules.sgd import SGD
 
-__all__ = ["Rule", "Segment", "rule_from_config", "rule_from_optimizer"]
+__all__ = ["Rule", "Segment", "choose_kernel", "rule_from_config", "rule_from_optimizer"]
 
 _TORCH_NO_EFFECT = ("foreach", "fused")
 _TORCH_REFUSED = ("maximize", "differentiable")
@@ -129,6 +129,32 @@ def rule_from_optimizer(optimizer: torch.optim.Optimizer) -> Rule:
     for group in optimizer.param_groups:
         rule.check_group(group)
     return rule
+
+
+def choose_kernel(kernel: str | None, rule: Rule, device_type: str) -> str:
+    """Which implementation runs the updates: `torch`, the eager rule, or `triton`, its fused kernel.
+
+    Args:
+        kernel: `hift.kernel`. `None` is `torch`: no fused kernel has been run on a GPU by this project yet.
+        device_type: Where the updates run.
+
+    Raises:
+        ValueError: `triton` for a rule without a kernel, or where kernels cannot run.
+    """
+    if kernel != "triton":
+        return "torch"
+    if not rule.has_kernel:
+        raise ValueError(f"hift.kernel='triton': there is no fused kernel for {rule.name}; use null or 'torch'")
+    try:
+        from hift_kernels.launching import is_available
+    except ImportError as error:
+        raise ValueError(f"hift.kernel='triton': Triton is missing ({error}); use null or 'torch'") from None
+    if not is_available(device_type):
+        raise ValueError(
+            f"hift.kernel='triton': needs a CUDA device, and this run is on {device_type!r}; use null or 'torch' "
+            "(TRITON_INTERPRET=1 runs the kernels on a CPU, very slowly, for tests)"
+        )
+    return "triton"
 
 
 def _config_type(optimizer_type: str) -> _ConfigType:

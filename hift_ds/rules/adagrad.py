@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hift_ds.rules.base import AllReduce, Rule, Segment, check_number, refuse_flags
+
+if TYPE_CHECKING:
+    from hift_kernels.launching import Weights
 
 
 class Adagrad(Rule):
@@ -21,6 +24,7 @@ class Adagrad(Rule):
     """
 
     name = "adagrad"
+    has_kernel = True
 
     def slots(self, group: Mapping[str, Any]) -> tuple[str, ...]:
         return ("sum",)
@@ -58,3 +62,20 @@ class Adagrad(Rule):
         accumulator.addcmul_(grad, grad, value=1)
         denominator = accumulator.sqrt().add_(float(self.read(group, "eps")))
         master.addcdiv_(grad, denominator, value=-rate)
+
+    def update_fused(
+        self,
+        grad: torch.Tensor,
+        weights: Weights,
+        state: Mapping[str, torch.Tensor],
+        group: Mapping[str, Any],
+        scalars: torch.Tensor,
+        seed: int = 0,
+    ) -> None:
+        from hift_kernels.adagrad import adagrad_step
+
+        adagrad_step(
+            grad, weights, state["sum"], scalars, eps=float(self.read(group, "eps")),
+            weight_decay=float(self.read(group, "weight_decay")), lr_decay=float(self.read(group, "lr_decay")),
+            seed=seed,
+        )  # fmt: skip

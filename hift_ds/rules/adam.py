@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hift_ds.rules.base import AllReduce, Rule, Segment, check_betas, check_bool, check_number, refuse_flags
+
+if TYPE_CHECKING:
+    from hift_kernels.launching import Weights
 
 
 class Adam(Rule):
@@ -20,6 +23,8 @@ class Adam(Rule):
 
     Source: arXiv 1412.6980, arXiv 1711.05101; order of operations: torch.optim.AdamW with foreach=False.
     """
+
+    has_kernel = True
 
     def __init__(self, decoupled: bool) -> None:
         self.decoupled = decoupled
@@ -74,3 +79,26 @@ class Adam(Rule):
         denominator = torch.sqrt(exp_avg_sq, out=grad)  # the gradient is spent: no temporary
         denominator.div_(bias_correction2_sqrt).add_(float(self.read(group, "eps")))
         master.addcdiv_(exp_avg, denominator, value=-step_size)
+
+    def prepared(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        beta1, beta2 = (float(beta) for beta in self.read(group, "betas"))
+        corrected = bool(self.read(group, "bias_correction"))
+        return {**super().prepared(group), "beta1": beta1, "beta2": beta2, "bias_correction": corrected}
+
+    def update_fused(
+        self,
+        grad: torch.Tensor,
+        weights: Weights,
+        state: Mapping[str, torch.Tensor],
+        group: Mapping[str, Any],
+        scalars: torch.Tensor,
+        seed: int = 0,
+    ) -> None:
+        from hift_kernels.adamw import adamw_step
+
+        beta1, beta2 = (float(beta) for beta in self.read(group, "betas"))
+        adamw_step(
+            grad, weights, state["exp_avg"], state["exp_avg_sq"], scalars, beta1=beta1, beta2=beta2,
+            eps=float(self.read(group, "eps")), weight_decay=float(self.read(group, "weight_decay")),
+            decoupled=self.decoupled, seed=seed,
+        )  # fmt: skip

@@ -6,9 +6,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from hift_kernels.launching import Weights
 
 AllReduce = Callable[[torch.Tensor], Any]
 _WHERE = "change it in the config's optimizer.params or in the optimizer's param group"
@@ -35,10 +38,12 @@ class Rule(ABC):
         name: as in the config, in lower case.
         elementwise: True: `update()` may be called on any sub-range of the shard (a tile). False: only on a whole
             run, with its segments, in the same order on every rank.
+        has_kernel: `update_fused` is there.
     """
 
     name: str
     elementwise: bool = True
+    has_kernel: bool = False
 
     @abstractmethod
     def slots(self, group: Mapping[str, Any]) -> tuple[str, ...]:
@@ -84,6 +89,32 @@ class Rule(ABC):
             extra: what `init_extra()` returned, on any device; updated in place.
             all_reduce: sums a tensor in place over the ranks that share the parameters; None for one rank.
         """
+
+    def prepared(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """The hyper-parameters that `hift_kernels.grad_norm.prepare` takes into the kernel's vector of scalars."""
+        return {"weight_decay": float(self.read(group, "weight_decay"))}
+
+    def update_fused(
+        self,
+        grad: torch.Tensor,
+        weights: Weights,
+        state: Mapping[str, torch.Tensor],
+        group: Mapping[str, Any],
+        scalars: torch.Tensor,
+        seed: int = 0,
+    ) -> None:
+        """`update` by the fused kernel: unscaling, clipping and the new model weights are in the same pass.
+
+        Only where `has_kernel`. Not collective.
+
+        Args:
+            grad: As reduced: any float dtype, scaled, not clipped. Left as it is.
+            weights: Master and model weights in one of the kernels' forms.
+            state: one tensor like `grad` for each of `slots(group)`.
+            scalars: from `hift_kernels.grad_norm.prepare` with `prepared(group)` and the rate to use.
+            seed: draws stochastic rounding, where a form or a moment needs it.
+        """
+        raise NotImplementedError(f"{self.name} has no fused kernel")
 
     def initial_value(self, slot: str, group: Mapping[str, Any]) -> float:
         """The value that fills a new state tensor."""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hift_ds.rules.base import AllReduce, Rule, Segment, check_betas, check_number, refuse_flags
+
+if TYPE_CHECKING:
+    from hift_kernels.launching import Weights
 
 
 class Lion(Rule):
@@ -23,6 +26,7 @@ class Lion(Rule):
     """
 
     name = "lion"
+    has_kernel = True
 
     def slots(self, group: Mapping[str, Any]) -> tuple[str, ...]:
         return ("exp_avg",)
@@ -57,3 +61,17 @@ class Lion(Rule):
             master.mul_(1 - lr * weight_decay)
         master.add_(direction, alpha=-lr)
         exp_avg.mul_(beta2).add_(grad, alpha=1 - beta2)
+
+    def update_fused(
+        self,
+        grad: torch.Tensor,
+        weights: Weights,
+        state: Mapping[str, torch.Tensor],
+        group: Mapping[str, Any],
+        scalars: torch.Tensor,
+        seed: int = 0,
+    ) -> None:
+        from hift_kernels.lion import lion_step
+
+        beta1, beta2 = (float(beta) for beta in self.read(group, "betas"))
+        lion_step(grad, weights, state["exp_avg"], scalars, beta1=beta1, beta2=beta2, seed=seed)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hift_ds.rules.base import AllReduce, Rule, Segment, check_bool, check_number, refuse_flags
+
+if TYPE_CHECKING:
+    from hift_kernels.launching import Weights
 
 
 class SGD(Rule):
@@ -20,6 +23,7 @@ class SGD(Rule):
     """
 
     name = "sgd"
+    has_kernel = True
 
     def slots(self, group: Mapping[str, Any]) -> tuple[str, ...]:
         return ("momentum_buffer",) if self.read(group, "momentum") != 0 else ()
@@ -68,3 +72,20 @@ class SGD(Rule):
                 buffer.mul_(momentum).add_(grad, alpha=1 - float(self.read(group, "dampening")))
             direction = grad.add_(buffer, alpha=momentum) if self.read(group, "nesterov") else buffer
         master.add_(direction, alpha=-lr)
+
+    def update_fused(
+        self,
+        grad: torch.Tensor,
+        weights: Weights,
+        state: Mapping[str, torch.Tensor],
+        group: Mapping[str, Any],
+        scalars: torch.Tensor,
+        seed: int = 0,
+    ) -> None:
+        from hift_kernels.sgd import sgd_step
+
+        sgd_step(
+            grad, weights, state.get("momentum_buffer"), scalars, momentum=float(self.read(group, "momentum")),
+            dampening=float(self.read(group, "dampening")), weight_decay=float(self.read(group, "weight_decay")),
+            nesterov=bool(self.read(group, "nesterov")), seed=seed,
+        )  # fmt: skip

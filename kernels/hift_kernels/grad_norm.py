@@ -76,11 +76,11 @@ def sum_of_squares(grad: torch.Tensor, result: torch.Tensor, accumulate: bool = 
 
 @triton.jit
 def _power(base, exponent):
-    """base ** exponent in fp64 for an int32 exponent >= 0, by squaring: the same bits on every machine."""
+    """base ** exponent in fp64, 0 <= exponent < 2^24 (as far as fp32 counts), by squaring: the same bits everywhere."""
     result = base * 0.0 + 1.0
     square = base
     rest = exponent
-    for _ in range(31):
+    for _ in range(24):
         result = tl.where((rest & 1) == 1, result * square, result)
         square = square * square
         rest = rest >> 1

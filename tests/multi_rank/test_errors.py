@@ -21,7 +21,7 @@ EXPECTED = {
     "type": ("TypeError: hift.layers_per_block='2'", "whole number"),
     "value": ("ValueError: hift.order='bottom_up'", "'bottom2up', 'top2down', 'random'"),
     "enabled": ("ValueError: hift.enabled: missing", '{"enabled": true}'),
-    "triton": ("ValueError: hift.kernel='triton'", "'torch'"),
+    "triton": ("ValueError: hift.kernel='triton': there is no fused kernel for adafactor", "'torch'"),
     "nothing to train": ("ValueError: No parameter of the model has requires_grad=True", "set it"),
     "two blocks": ("ValueError: hift.blocks[0]", "model.layers.1."),
     "no block": ("ValueError: hift.blocks: 2 trainable parameters are in no block", "'lm_head.weight'"),

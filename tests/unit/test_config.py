@@ -39,7 +39,7 @@ GOOD = {
     "blocks": [(None, None), ([["a"], ["b", "c"]], (("a",), ("b", "c")))],
     "frozen": [(None, None), (["embed"], ("embed",)), ([], None)],
     "always_active": [(None, None), (["norm", "bias$"], ("norm", "bias$"))],
-    "kernel": [(None, None), ("torch", "torch")],
+    "kernel": [(None, None), ("torch", "torch"), ("triton", "triton")],
 }
 
 
@@ -90,7 +90,7 @@ BAD = [
     ("frozen", {"embed": True}, TypeError, "null or a list of regexes"),
     ("always_active", "norm", TypeError, "null or a list of regexes"),
     ("kernel", "cuda", ValueError, "'torch'"),
-    ("kernel", "auto", ValueError, "'torch'"),
+    ("kernel", "auto", ValueError, "'triton', 'torch'"),
     ("kernel", 1, ValueError, "'torch'"),
 ]
 

@@ -22,7 +22,7 @@ LAYERS = (
     ("rules",),
     ("config", "blocks", "rotation", "schedule", "ds_keys", "surface", "activations"),
     ("shards", "gradients", "state", "launching"),
-    ("checkpoint", "optimizer", "fragments"),
+    ("checkpoint", "update", "optimizer", "fragments"),
     ("view", "engine"),
     ("recipes", "memory", "integrations", "cli", "run"),
 )

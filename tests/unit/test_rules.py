@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 
-from hift_ds.rules import Segment, rule_from_config, rule_from_optimizer
+from hift_ds.rules import Segment, choose_kernel, rule_from_config, rule_from_optimizer
 
 # Lengths with and without a whole number of vector registers, a scalar, an empty and a 3-D parameter.
 SHAPES = {"weight": (37, 65), "bias": (33,), "scalar": (), "stack": (3, 5, 7), "empty": (0, 4), "wide": (2, 300)}
@@ -454,3 +454,50 @@ def test_client_groups_are_checked():
     groups = [{"params": _one_parameter()}, {"params": _one_parameter(), "decoupled_weight_decay": True}]
     with pytest.raises(ValueError, match="decoupled_weight_decay=True: must be False in every param group"):
         rule_from_optimizer(torch.optim.Adam(groups))
+
+
+@pytest.mark.parametrize(("optimizer_class", "hyper"), ELEMENTWISE)
+def test_a_fused_update_is_the_eager_one_to_two_spacings(optimizer_class, hyper):
+    """From the same gradient; spacings of the largest number that goes into it, the rate (Adam's step) among them."""
+    from hift_kernels.grad_norm import prepare
+    from hift_kernels.launching import NUM_SCALARS, Weights
+
+    optimizer = optimizer_class([torch.nn.Parameter(torch.zeros(1))], **hyper)
+    rule, group = rule_from_optimizer(optimizer), optimizer.param_groups[0]
+    start, grad = _flatten(_parameters()), _flatten(_gradients(1)) * 4
+    runs = []
+    for fused in (False, True):
+        master, state = start.clone(), _new_state(rule, group, start.numel())
+        if fused:
+            one, scalars = torch.ones(1, dtype=torch.float64), torch.zeros(NUM_SCALARS)
+            prepare(one, one * 4, scalars, lr=1e-2, **rule.prepared(group))
+            rule.update_fused(grad, Weights("plain", master), state, group, scalars)
+        else:
+            rule.update(master, grad / 4, state, group, lr=1e-2, step=1)
+        runs.append([master, *(state[slot] for slot in rule.slots(group))])
+    for eager, fused in zip(*runs, strict=True):
+        scale = torch.stack([eager.abs(), start.abs(), grad.abs() / 4, torch.full_like(start, 1e-2)]).amax(dim=0)
+        spacing = torch.nextafter(scale, torch.tensor(torch.inf)) - scale
+        off = (fused - eager).abs() / spacing
+        # Where L2 decay cancels the gradient, Adam's quotient enlarges what the last bit of their sum was.
+        assert (off <= 2).float().mean() > 0.999 and off.max() <= 32, off.max()
+    assert not torch.equal(runs[1][0], start)
+
+
+def test_the_kernel_is_what_was_asked_for_and_torch_where_nothing_was(monkeypatch):
+    adamw, adafactor = (rule_from_config(name, {})[0] for name in ("AdamW", "Adafactor"))
+    monkeypatch.setattr("hift_kernels.launching.INTERPRET", False)
+    assert choose_kernel(None, adamw, "cuda") == choose_kernel("torch", adamw, "cuda") == "torch"
+    assert choose_kernel("triton", adamw, "cuda") == "triton"
+    with pytest.raises(ValueError, match=r"hift\.kernel='triton': needs a CUDA device, and this run is on 'cpu'; use"):
+        choose_kernel("triton", adamw, "cpu")
+    with pytest.raises(ValueError, match=r"hift\.kernel='triton': there is no fused kernel for adafactor; use null"):
+        choose_kernel("triton", adafactor, "cuda")
+    monkeypatch.setattr("hift_kernels.launching.INTERPRET", True)
+    assert choose_kernel("triton", adamw, "cpu") == "triton"
+
+
+def test_the_kernel_without_triton_is_refused(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "hift_kernels.launching", None)
+    with pytest.raises(ValueError, match=r"hift\.kernel='triton': Triton is missing .*; use null or 'torch'"):
+        choose_kernel("triton", rule_from_config("AdamW", {})[0], "cuda")
