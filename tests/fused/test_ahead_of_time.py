@@ -38,11 +38,11 @@ def test_no_kernel_spills_or_uses_local_memory(compiled):
         assert (facts["stack"], facts["local"], facts["spills"]) == (0, 0, 0), name
 
 
-def test_elementwise_kernels_use_at_most_48_registers_and_no_shared_memory(compiled):
-    """48 registers of 128 threads: 10 tiles, 40 of the 48 warps of an sm_86."""
+def test_elementwise_kernels_use_at_most_56_registers_and_no_shared_memory(compiled):
+    """56 registers of 128 threads: 9 tiles, 36 of the 48 warps of an sm_86 (44 in most cases; 52 with Triton 3.7)."""
     for name, facts in compiled.items():
         if name.startswith(ELEMENTWISE):
-            assert facts["registers"] <= 48, (name, facts)
+            assert facts["registers"] <= 56, (name, facts)
             assert (facts["shared"], facts["barriers"]) == (0, 0), (name, facts)
     assert max(facts["registers"] for name, facts in compiled.items() if "int8" in name) <= 80
 
