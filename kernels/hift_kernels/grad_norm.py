@@ -21,11 +21,11 @@ _NUM_WARPS = 8
 
 
 @triton.jit
-def _sum_of_squares_kernel(grad_ptr, partial_ptr, numel, tiles_per_program, TILE: tl.constexpr):
+def _sum_of_squares_kernel(grad_ptr, partial_ptr, numel, TILES: tl.constexpr, TILE: tl.constexpr):
     program = tl.program_id(0)
-    start = program.to(tl.int64) * tiles_per_program * TILE
+    start = program.to(tl.int64) * TILES * TILE
     total = tl.zeros((TILE,), dtype=tl.float32)
-    for tile in range(tiles_per_program):
+    for tile in range(TILES):
         offsets = start + tile * TILE + tl.arange(0, TILE)
         grad = widen(tl.load(grad_ptr + offsets, mask=offsets < numel, other=0.0))
         total += grad * grad
@@ -65,11 +65,12 @@ def sum_of_squares(grad: torch.Tensor, result: torch.Tensor, accumulate: bool = 
         return
     tile = min(_TILE, triton.next_power_of_2(grad.numel())) if INTERPRET else _TILE
     num_tiles = triton.cdiv(grad.numel(), tile)
-    tiles_per_program = triton.cdiv(num_tiles, MAX_PROGRAMS)
-    num_programs = triton.cdiv(num_tiles, tiles_per_program)
+    # A constexpr (Triton 3.6 interprets no loop of a length that is an argument), so a power of two: few variants.
+    tiles = triton.next_power_of_2(triton.cdiv(num_tiles, MAX_PROGRAMS))
+    num_programs = triton.cdiv(num_tiles, tiles)
     partials = torch.empty(num_programs, dtype=torch.float64, device=grad.device)
-    launch_one(_sum_of_squares_kernel, num_programs, grad.device, grad, partials, grad.numel(), tiles_per_program,
-               TILE=tile, num_warps=_NUM_WARPS)  # fmt: skip
+    launch_one(_sum_of_squares_kernel, num_programs, grad.device, grad, partials, grad.numel(),
+               TILES=tiles, TILE=tile, num_warps=_NUM_WARPS)  # fmt: skip
     launch_one(_finish_kernel, 1, grad.device, partials, num_programs, result,
                ACCUMULATE=accumulate, TILE=MAX_PROGRAMS, num_warps=_NUM_WARPS)  # fmt: skip
 

@@ -20,7 +20,7 @@ POINTERS = {
     "partial_ptr": "fp64", "result_ptr": "fp64", "square_ptr": "fp64", "divisor_ptr": "fp64",
     "exp_avg_scale_ptr": "fp32", "exp_avg_sq_scale_ptr": "fp32",
 }  # fmt: skip
-INTEGERS = ("numel", "seed", "num_partials", "tiles_per_program")
+INTEGERS = ("numel", "seed", "num_partials")
 # form -> MASTER, dtype of weight_ptr, dtype of master_ptr
 FORMS = {
     "plain": (0, "fp32", "fp32"), "fp32": (1, "bf16", "fp32"), "split16": (2, "bf16", "i16"),
@@ -76,7 +76,7 @@ def compiled(module_name: str, kernel_name: str, constexprs: dict, pointers: dic
     kernel = getattr(module, kernel_name)
     others = {"_sum_of_squares_kernel": 8, "_finish_kernel": 8, "_prepare_kernel": 1}
     warps = others.get(kernel_name, rounding.NUM_WARPS)
-    defaults = {"INTERPRETED": False, "ROWS": 2, "GROUP": 256}
+    defaults = {"INTERPRETED": False, "ROWS": 2, "GROUP": 256, "TILES": 128}
     defaults["TILE"] = {"_sum_of_squares_kernel": 2048, "_finish_kernel": 1024}.get(kernel_name, rounding.TILE)
     known = {**POINTERS, **pointers}
     signature, values, attributes = {}, {}, {}
