@@ -6,7 +6,7 @@ READY = $(VENV)/.ready
 # absolute, because the deepspeed launcher starts `python` and `ninja` by name
 RUN = PATH="$(abspath $(BIN)):$$PATH"
 
-.PHONY: demo demo-results test slow lint speed clean
+.PHONY: demo demo-results test slow gpu lint speed clean
 
 demo: $(READY)
 	$(RUN) launch/demo.sh
@@ -21,6 +21,10 @@ test: lint
 # Against DeepSpeed's own optimizers, each of which compiles a C++ op at the first run
 slow: $(READY)
 	$(RUN) python -m pytest -q -m slow
+
+# On a machine with a CUDA device: the kernels' tests compiled instead of interpreted
+gpu: $(READY)
+	$(RUN) TRITON_INTERPRET=0 HIFT_TEST_DEVICE=cuda python -m pytest -q tests/fused
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -35,7 +35,7 @@ class BlockUpdate:
     ) -> None:
         self.rule, self.param_groups, self.device = rule, param_groups, device
         self.all_reduce = all_reduce
-        self._tile = self._fused_tile if kernel == "triton" else self._eager_tile
+        self._compute = self._fused if kernel == "triton" else self._eager
 
     def run(self, state: BlockState, grad: torch.Tensor, divisor: float, rates: list[float]) -> torch.Tensor:
         """Updates masters and state of a block in place. Collective for a rule that is not elementwise.
@@ -57,16 +57,29 @@ class BlockUpdate:
             state.shard.read_weights(weights)
         for run in state.shard.runs:
             for tile in _tiles(run, self.rule.elementwise):
-                slots = {name: state.load(tensor, tile) for name, tensor in state.slots.items()}
-                master = None if state.master is None else state.load(state.master, tile)
-                self._tile(state, run, grad[tile], divisor, rates[run.group], weights[tile], master, slots)
-                for name, tensor in state.slots.items():
-                    state.store(tensor, tile, slots[name])
-                if master is not None:
-                    state.store(state.master, tile, master)
+                self._run_tile(state, run, tile, grad[tile], divisor, rates[run.group], weights[tile])
         return weights
 
-    def _eager_tile(
+    def _run_tile(
+        self,
+        state: BlockState,
+        run: Run,
+        tile: slice,
+        grad: torch.Tensor,
+        divisor: float,
+        lr: float,
+        weights: torch.Tensor,
+    ) -> None:
+        # A function of its own: what it loads is free before the next tile is loaded.
+        slots = {name: state.load(tensor, tile) for name, tensor in state.slots.items()}
+        master = None if state.master is None else state.load(state.master, tile)
+        self._compute(state, run, grad, divisor, lr, weights, master, slots)
+        for name, tensor in state.slots.items():
+            state.store(tensor, tile, slots[name])
+        if master is not None:
+            state.store(state.master, tile, master)
+
+    def _eager(
         self,
         state: BlockState,
         run: Run,
@@ -90,7 +103,7 @@ class BlockUpdate:
         if master is not None:
             weights.copy_(master)
 
-    def _fused_tile(
+    def _fused(
         self,
         state: BlockState,
         run: Run,

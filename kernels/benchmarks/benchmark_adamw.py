@@ -11,10 +11,10 @@ for the others they are counted alike, so that GB/s and the share of a copy comp
 from __future__ import annotations
 
 import torch
-from harness import Contestant, arguments, benchmark
+from harness import Contestant, arguments, benchmark, new_weights, prepared_scalars, torch_chain
 
 HYPER = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
-LR, SCALE, CLIP = 1e-3, 1.0, 1.0
+LR = 1e-3
 
 
 def contestants(numel: int, device: torch.device) -> list[Contestant]:
@@ -32,46 +32,20 @@ def contestants(numel: int, device: torch.device) -> list[Contestant]:
     return found
 
 
-def _prepared(device: torch.device):
-    from hift_kernels.grad_norm import prepare
-    from hift_kernels.launching import NUM_SCALARS
-
-    square, divisor = (torch.ones(1, dtype=torch.float64, device=device) for _ in range(2))
-    scalars = torch.zeros(NUM_SCALARS, device=device)
-
-    def ready() -> torch.Tensor:
-        prepare(square, divisor * SCALE, scalars, lr=LR, beta1=HYPER["beta1"], beta2=HYPER["beta2"],
-                weight_decay=HYPER["weight_decay"], max_norm=CLIP, bias_correction=True)  # fmt: skip
-        return scalars
-
-    return square, ready
-
-
-def _weights(numel: int, device: torch.device, form: str):
-    from hift_kernels.launching import FORMS, Weights
-
-    weight = torch.randn(numel, device=device).to(torch.bfloat16)
-    second = FORMS[form][2]
-    if second is None:
-        return Weights(form, weight)
-    return Weights(form, weight, weight.float() if form == "fp32" else torch.zeros(numel, dtype=second, device=device))
-
-
 def _fused(
     numel: int, device: torch.device, grad: torch.Tensor, form: str, dtype: torch.dtype, whole_step: bool = False
 ) -> Contestant:
     from hift_kernels.adamw import adamw_step
     from hift_kernels.grad_norm import sum_of_squares
 
-    weights = _weights(numel, device, form)
+    weights, scalars = new_weights(numel, device, form), prepared_scalars(device)
     moments = [torch.zeros(numel, dtype=dtype, device=device) for _ in range(2)]
-    square, ready = _prepared(device)
-    scalars = ready()
+    square = torch.zeros(1, dtype=torch.float64, device=device)
 
     def run() -> None:
         if whole_step:
             sum_of_squares(grad, square)
-            ready()
+            prepared_scalars(device, square, scalars)
         adamw_step(grad, weights, *moments, scalars, **HYPER, seed=1)
 
     weight_bytes = {"fp32": 4 + 4 + 2, "split16": 8, "none": 4, "kahan": 8}[form]
@@ -83,7 +57,7 @@ def _fused(
 def _fused_int8(numel: int, device: torch.device, grad: torch.Tensor) -> Contestant:
     from hift_kernels.adamw_int8 import GROUP, adamw_int8_step
 
-    weights, scalars = _weights(numel, device, "fp32"), _prepared(device)[1]()
+    weights, scalars = new_weights(numel, device, "fp32"), prepared_scalars(device)
     codes = [torch.zeros(numel, dtype=torch.uint8, device=device) for _ in range(2)]
     scales = [torch.zeros(-(-numel // GROUP), device=device) for _ in range(2)]
     return Contestant("hift_kernels fp32 master, int8 moments", 2 + 10 + 4 + 16 / GROUP,
@@ -94,14 +68,7 @@ def _torch_chain(numel: int, device: torch.device, grad: torch.Tensor) -> Contes
     weight = torch.zeros(numel, dtype=torch.bfloat16, device=device)
     master = torch.nn.Parameter(weight.float())
     optimizer = torch.optim.AdamW([master], lr=LR, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, fused=True)
-
-    def run() -> None:
-        master.grad = grad.float().div_(SCALE)
-        torch.nn.utils.clip_grad_norm_([master], CLIP)
-        optimizer.step()
-        weight.copy_(master.detach())
-
-    return Contestant("torch AdamW(fused=True) (chain)", 30, run)
+    return Contestant("torch AdamW(fused=True) (chain)", 30, torch_chain(optimizer, master, weight, grad))
 
 
 def _deepspeed_chain(numel: int, device: torch.device, grad: torch.Tensor) -> Contestant:
@@ -116,14 +83,7 @@ def _deepspeed_chain(numel: int, device: torch.device, grad: torch.Tensor) -> Co
         optimizer = FusedAdam([master], lr=LR, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
     except Exception as error:  # no compiler, no nvcc
         return Contestant(name, 30, None, str(error).splitlines()[0])
-
-    def run() -> None:
-        master.grad = grad.float().div_(SCALE)
-        torch.nn.utils.clip_grad_norm_([master], CLIP)
-        optimizer.step()
-        weight.copy_(master.detach())
-
-    return Contestant(name, 30, run)
+    return Contestant(name, 30, torch_chain(optimizer, master, weight, grad))
 
 
 def _compiled_rule(numel: int, device: torch.device, grad: torch.Tensor) -> Contestant:

@@ -43,6 +43,41 @@ def arguments(description: str) -> argparse.Namespace:
     return parser.parse_args()
 
 
+def new_weights(numel: int, device: torch.device, form: str) -> Any:
+    """bf16 weights with a master of one of the kernels' forms."""
+    from hift_kernels.launching import FORMS, Weights
+
+    weight = torch.randn(numel, device=device).to(torch.bfloat16)
+    second = FORMS[form][2]
+    if second is None:
+        return Weights(form, weight)
+    return Weights(form, weight, weight.float() if form == "fp32" else torch.zeros(numel, dtype=second, device=device))
+
+
+def prepared_scalars(device: torch.device, square: torch.Tensor | None = None, into: Any = None) -> torch.Tensor:
+    """The vector of scalars of a step that clips, from `square` (1 if not given), written into `into` or anew."""
+    from hift_kernels.grad_norm import prepare
+    from hift_kernels.launching import NUM_SCALARS
+
+    one = torch.ones(1, dtype=torch.float64, device=device)
+    scalars = torch.zeros(NUM_SCALARS, device=device) if into is None else into
+    prepare(one if square is None else square, one, scalars, lr=1e-3, beta1=0.9, beta2=0.999, weight_decay=0.01,
+            max_norm=1.0, bias_correction=True)  # fmt: skip
+    return scalars
+
+
+def torch_chain(optimizer: Any, master: torch.nn.Parameter, weight: torch.Tensor, grad: torch.Tensor) -> Callable:
+    """A step as training loops do it today: cast and unscale, norm and clip, update, cast to the model's dtype."""
+
+    def run() -> None:
+        master.grad = grad.float().div_(1.0)
+        torch.nn.utils.clip_grad_norm_([master], 1.0)
+        optimizer.step()
+        weight.copy_(master.detach())
+
+    return run
+
+
 def benchmark(
     kernel: str, args: argparse.Namespace, contestants: Callable[[int, torch.device], list[Contestant]]
 ) -> Path:

@@ -6,14 +6,14 @@ import torch
 from hift_kernels.grad_norm import prepare, sum_of_squares
 from hift_kernels.launching import NUM_SCALARS, fp64_halves
 from hift_testing import fused_oracle
-from hift_testing.fused_cases import DTYPES, SIZES
+from hift_testing.fused_cases import DEVICE, DTYPES, SIZES, fp64
 
 NAMES = ("scale", "found_inf", "step_size", "inv_sqrt_bc2", "decay", "rate", "norm", "step")
 
 
 def squares_of(grad: torch.Tensor) -> float:
-    result = torch.full((1,), 5.0, dtype=torch.float64)
-    sum_of_squares(grad, result)
+    result = fp64(5.0)
+    sum_of_squares(grad.to(DEVICE), result)
     return result.item()
 
 
@@ -41,16 +41,15 @@ def test_one_inf_or_nan_anywhere_shows(bad, place):
 
 def test_shards_add_up():
     grads = [torch.randn(n, generator=torch.Generator().manual_seed(n)) for n in (100, 0, 5000)]
-    result = torch.zeros(1, dtype=torch.float64)
+    result = fp64(0.0)
     for grad in grads:
-        sum_of_squares(grad, result, accumulate=True)
+        sum_of_squares(grad.to(DEVICE), result, accumulate=True)
     exact = sum(grad.double().square().sum().item() for grad in grads)
     assert abs(result.item() - exact) <= 1e-7 * exact
 
 
 def prepared(square: float, divisor: float, scalars: torch.Tensor, **hyper) -> dict[str, float]:
-    as_tensor = lambda value: torch.tensor([value], dtype=torch.float64)  # noqa: E731
-    prepare(as_tensor(square), as_tensor(divisor), scalars, **hyper)
+    prepare(fp64(square), fp64(divisor), scalars, **hyper)
     return dict(zip(NAMES, scalars.tolist(), strict=False))
 
 
@@ -60,7 +59,7 @@ HYPER = {"lr": 3.3e-4, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.1, "bias_
 @pytest.mark.parametrize("max_norm", [0.0, 0.5, 50.0])
 @pytest.mark.parametrize("step", [0, 1, 2, 9, 99, 4095, 99_999])
 def test_scalars_are_python_s_fp64_rounded_to_fp32(step, max_norm):
-    scalars = torch.zeros(NUM_SCALARS)
+    scalars = torch.zeros(NUM_SCALARS, device=DEVICE)
     scalars[7] = step
     found = prepared(7.3, 1024.0, scalars, max_norm=max_norm, **HYPER)
     expected = fused_oracle.scalars(7.3, 1024.0, step, max_norm=max_norm, **HYPER)
@@ -74,14 +73,14 @@ def test_the_clip_coefficient_is_torch_s():
     param = torch.nn.Parameter(torch.zeros(1000))
     param.grad = grad.clone()
     norm = torch.nn.utils.clip_grad_norm_([param], 0.5)
-    found = prepared(squares_of(grad * 8), 8.0, torch.zeros(NUM_SCALARS), max_norm=0.5, lr=1.0)
+    found = prepared(squares_of(grad * 8), 8.0, torch.zeros(NUM_SCALARS, device=DEVICE), max_norm=0.5, lr=1.0)
     assert found["norm"] == pytest.approx(norm.item(), rel=1e-6)
     assert torch.allclose(grad * 8 * found["scale"], param.grad, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("square", [float("inf"), float("nan")])
 def test_a_norm_that_is_not_finite_is_found_and_the_step_does_not_count(square):
-    scalars = torch.zeros(NUM_SCALARS)
+    scalars = torch.zeros(NUM_SCALARS, device=DEVICE)
     scalars[7] = 4
     found = prepared(square, 1.0, scalars, max_norm=1.0, **HYPER)
     assert (found["found_inf"], found["step"]) == (1.0, 4.0)

@@ -4,13 +4,14 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
-from hift_kernels.rounding import bf16_nearest, bf16_stochastic, mixed_seed, random32, widen
+from hift_kernels.rounding import INTERPRET, bf16_nearest, bf16_stochastic, mixed_seed, random32, widen
+from hift_testing.fused_cases import DEVICE
 
 
 @triton.jit
-def _nearest_kernel(x_ptr, out_ptr, TILE: tl.constexpr):
+def _nearest_kernel(x_ptr, out_ptr, INTERPRETED: tl.constexpr, TILE: tl.constexpr):
     offsets = tl.arange(0, TILE)
-    tl.store(out_ptr + offsets, bf16_nearest(tl.load(x_ptr + offsets), True))
+    tl.store(out_ptr + offsets, bf16_nearest(tl.load(x_ptr + offsets), INTERPRETED))
 
 
 @triton.jit
@@ -33,15 +34,15 @@ def _random_kernel(out_ptr, seed, STREAM: tl.constexpr, TILE: tl.constexpr):
 
 
 def draws(seed: int, stream: int = 0, numel: int = 1 << 16) -> np.ndarray:
-    out = torch.zeros(numel, dtype=torch.int32)
-    _random_kernel[(1,)](out, seed, STREAM=stream, TILE=numel)
-    return out.numpy().view(np.uint32)
+    out = torch.zeros(numel, dtype=torch.int32, device=DEVICE)
+    _random_kernel[(1,)](out, seed, STREAM=stream, TILE=numel, num_warps=32)
+    return out.cpu().numpy().view(np.uint32)
 
 
 def rounded(x: torch.Tensor, seed: int) -> torch.Tensor:
-    out = torch.zeros(x.numel(), dtype=torch.bfloat16)
-    _stochastic_kernel[(1,)](x, out, seed, TILE=x.numel())
-    return out
+    out = torch.zeros(x.numel(), dtype=torch.bfloat16, device=DEVICE)
+    _stochastic_kernel[(1,)](x.to(DEVICE), out, seed, TILE=x.numel(), num_warps=32)
+    return out.cpu()
 
 
 def test_nearest_equals_torch_for_values_ties_and_specials():
@@ -49,8 +50,9 @@ def test_nearest_equals_torch_for_values_ties_and_specials():
     bits[:1000] = (bits[:1000] & -65536) | 0x8000  # exact ties
     x = bits.view(torch.float32)
     x[1000:1004] = torch.tensor([float("inf"), float("-inf"), 0.0, -0.0])
-    out = torch.zeros(x.numel(), dtype=torch.bfloat16)
-    _nearest_kernel[(1,)](x, out, TILE=x.numel())
+    out = torch.zeros(x.numel(), dtype=torch.bfloat16, device=DEVICE)
+    _nearest_kernel[(1,)](x.to(DEVICE), out, INTERPRETED=INTERPRET, TILE=x.numel(), num_warps=32)
+    out = out.cpu()
     known = ~x.isnan()
     assert torch.equal(out[known].view(torch.int16), x.bfloat16()[known].view(torch.int16))
     assert out[~known].isnan().all()
@@ -58,8 +60,9 @@ def test_nearest_equals_torch_for_values_ties_and_specials():
 
 def test_every_bf16_widens_to_its_value_denormals_too():
     x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
-    out = torch.zeros(x.numel())
-    _widen_kernel[(1,)](x, out, TILE=x.numel())
+    out = torch.zeros(x.numel(), device=DEVICE)
+    _widen_kernel[(1,)](x.to(DEVICE), out, TILE=x.numel(), num_warps=32)
+    out = out.cpu()
     expected = (x.view(torch.int16).to(torch.int32) << 16).view(torch.float32)
     assert torch.equal(out.view(torch.int32)[~x.isnan()], expected.view(torch.int32)[~x.isnan()])
     assert out[x.isnan()].isnan().all()

@@ -1,7 +1,11 @@
-"""Buffers for the fused kernels: random values of wide spread, guarded ends, and their numpy twins."""
+"""Buffers for the fused kernels: random values of wide spread, guarded ends, and their numpy twins.
+
+They are on the CPU (interpreted), or where HIFT_TEST_DEVICE says: `make gpu` runs the same tests on CUDA, compiled.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +15,7 @@ from hift_kernels.grad_norm import prepare
 from hift_kernels.launching import NUM_SCALARS, Weights
 from hift_testing import fused_oracle
 
+DEVICE = torch.device(os.environ.get("HIFT_TEST_DEVICE", "cpu"))
 GUARD = 64  # elements behind each buffer that no kernel may touch
 SIZES = (0, 1, 15, 16, 17, 4097)
 HYPER = {
@@ -33,7 +38,7 @@ class Guarded:
     """A tensor with a guarded end."""
 
     def __init__(self, values: torch.Tensor) -> None:
-        self.whole = torch.cat([values, torch.full((GUARD,), 77, dtype=values.dtype)])
+        self.whole = torch.cat([values, torch.full((GUARD,), 77, dtype=values.dtype)]).to(DEVICE)
         self.tensor = self.whole[: values.numel()]
 
     def is_whole(self) -> bool:
@@ -72,7 +77,7 @@ class Shard:
             self.master = Guarded(torch.zeros(numel, dtype=MASTER_DTYPES[form]))
         self.weights = Weights(form, self.weight.tensor, None if self.master is None else self.master.tensor)
         self.moments = {name: Guarded(torch.zeros(numel, dtype=DTYPES[moment_dtype])) for name in moments}
-        self.scalars = torch.zeros(NUM_SCALARS)
+        self.scalars = torch.zeros(NUM_SCALARS, device=DEVICE)
         self.start = start
 
     def step(
@@ -102,21 +107,20 @@ class Shard:
             values = fused_oracle.scalars(square, divisor, self.scalars[7].item(), **prepared)
             self.scalars[: len(values)] = torch.tensor(list(values.values()), dtype=torch.float64).float()
         else:
-            as_tensor = (torch.tensor([value], dtype=torch.float64) for value in (square, divisor))
-            prepare(*as_tensor, self.scalars, **prepared)
+            prepare(fp64(square), fp64(divisor), self.scalars, **prepared)
         moments = {name: guarded.tensor for name, guarded in self.moments.items()}
-        function(grad, self.weights, scalars=self.scalars, **moments, **hyper, seed=seed, **options)
+        function(grad.to(DEVICE), self.weights, scalars=self.scalars, **moments, **hyper, seed=seed, **options)
         assert all(guarded.is_whole() for guarded in self._all()), "a kernel wrote behind the end of a buffer"
 
     def master_fp32(self) -> torch.Tensor:
-        """The master weight that the buffers stand for."""
-        weight, form = self.weight.tensor, self.weights.form
+        """The master weight that the buffers stand for, on the CPU."""
+        weight, form = self.weight.tensor.cpu(), self.weights.form
+        second = None if self.master is None else self.master.tensor.cpu().clone()
         if form == "fp32":
-            return self.master.tensor.clone()
+            return second
         if form == "split16":
-            high = weight.view(torch.int16).to(torch.int32) << 16
-            return (high + self.master.tensor.to(torch.int32)).view(torch.float32)
-        return weight.float() + (self.master.tensor.float() if form == "kahan" else 0.0)
+            return ((weight.view(torch.int16).to(torch.int32) << 16) + second.to(torch.int32)).view(torch.float32)
+        return weight.float() + (second.float() if form == "kahan" else 0.0)
 
     def snapshot(self) -> list[torch.Tensor]:
         """Copies of everything that an update may change."""
@@ -142,4 +146,9 @@ def awkward_gradient(dtype: str) -> torch.Tensor:
 
 def as_numpy(tensor: torch.Tensor) -> np.ndarray:
     """An fp32 copy."""
-    return tensor.detach().float().numpy().copy()
+    return tensor.detach().float().cpu().numpy().copy()
+
+
+def fp64(value: float) -> torch.Tensor:
+    """One fp64 element, as `prepare` takes it."""
+    return torch.tensor([value], dtype=torch.float64, device=DEVICE)

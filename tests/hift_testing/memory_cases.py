@@ -15,7 +15,7 @@ from hift_testing.invariant_cases import digest_of, state_by_block, weights_by_b
 from hift_testing.training import DTYPES, cast_parameters, ds_config, engine_of, run_steps
 from torch import nn
 
-from hift_ds import optimizer
+from hift_ds import optimizer, update
 from hift_ds.engine import HiFTEngine
 
 WIDTH, LAYERS, TILE, STEPS = 64, 12, 2048, 5
@@ -41,7 +41,8 @@ class Stack(nn.Module):
 @contextmanager
 def separate_host(separate: bool = True, tile: int = TILE) -> Iterator[None]:
     """Host and device as separate memories although both are the CPU, and updates in small tiles."""
-    with mock.patch.object(HiFTEngine, "separate_host", separate), mock.patch.object(optimizer, "TILE_NUMEL", tile):
+    tiles = (mock.patch.object(module, "TILE_NUMEL", tile) for module in (optimizer, update))
+    with mock.patch.object(HiFTEngine, "separate_host", separate), next(tiles), next(tiles):
         yield
 
 
