@@ -105,12 +105,9 @@ def facts(kernel: Any) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(kernel.asm["cubin"])
-
-        def read(option: str) -> str:
-            done = subprocess.run([tool, option, cubin], capture_output=True, text=True, check=True, timeout=60)
-            return done.stdout + done.stderr
-
-        sass, usage = read("-sass"), read("-res-usage")
+        command = [tool, "-sass", "-res-usage", cubin]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+        sass = usage = done.stdout + done.stderr
     numbers = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
     names = re.findall(r"^\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]+)", sass, re.M)
     counts = Counter(names)
