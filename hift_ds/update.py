@@ -11,6 +11,8 @@ from hift_ds.rules import Rule
 from hift_ds.shards import Run
 from hift_ds.state import BlockState
 
+# Updates one tile in place: gradient as reduced, model weights, master weights (None: the model's are), slots.
+Compute = Callable[[torch.Tensor, torch.Tensor, "torch.Tensor | None", dict[str, torch.Tensor]], None]
 TILE_NUMEL = 1 << 23  # elements per pass of an elementwise rule: 32 MiB of fp32 for each operand on the device
 
 
@@ -35,7 +37,7 @@ class BlockUpdate:
     ) -> None:
         self.rule, self.param_groups, self.device = rule, param_groups, device
         self.all_reduce = all_reduce
-        self._compute = self._fused if kernel == "triton" else self._eager
+        self._of_run = self._fused if kernel == "triton" else self._eager
 
     def run(self, state: BlockState, grad: torch.Tensor, divisor: float, rates: list[float]) -> torch.Tensor:
         """Updates masters and state of a block in place. Collective for a rule that is not elementwise.
@@ -56,75 +58,61 @@ class BlockUpdate:
         if state.master is None:
             state.shard.read_weights(weights)
         for run in state.shard.runs:
+            compute = self._of_run(state, run, divisor, rates[run.group])
             for tile in _tiles(run, self.rule.elementwise):
-                self._run_tile(state, run, tile, grad[tile], divisor, rates[run.group], weights[tile])
+                _update_tile(state, tile, compute, grad[tile], weights[tile])
         return weights
 
-    def _run_tile(
-        self,
-        state: BlockState,
-        run: Run,
-        tile: slice,
-        grad: torch.Tensor,
-        divisor: float,
-        lr: float,
-        weights: torch.Tensor,
-    ) -> None:
-        # A function of its own: what it loads is free before the next tile is loaded.
-        slots = {name: state.load(tensor, tile) for name, tensor in state.slots.items()}
-        master = None if state.master is None else state.load(state.master, tile)
-        self._compute(state, run, grad, divisor, lr, weights, master, slots)
-        for name, tensor in state.slots.items():
-            state.store(tensor, tile, slots[name])
-        if master is not None:
-            state.store(state.master, tile, master)
+    def _eager(self, state: BlockState, run: Run, divisor: float, lr: float) -> Compute:
+        def compute(
+            grad: torch.Tensor, weights: torch.Tensor, master: torch.Tensor | None, slots: dict[str, torch.Tensor]
+        ) -> None:
+            gradient = grad.float()
+            if divisor != 1.0:
+                gradient.mul_(1.0 / divisor)
+            extra = {key: value.to(self.device) for key, value in state.extra.items()}
+            self.rule.update(
+                weights if master is None else master, gradient, slots, self.param_groups[run.group],
+                lr=lr, step=state.step, segments=run.segments, extra=extra, all_reduce=self.all_reduce,
+            )  # fmt: skip
+            for key, value in state.extra.items():
+                value.copy_(extra[key])
+            if master is not None:
+                weights.copy_(master)
 
-    def _eager(
-        self,
-        state: BlockState,
-        run: Run,
-        grad: torch.Tensor,
-        divisor: float,
-        lr: float,
-        weights: torch.Tensor,
-        master: torch.Tensor | None,
-        slots: dict[str, torch.Tensor],
-    ) -> None:
-        gradient = grad.float()
-        if divisor != 1.0:
-            gradient.mul_(1.0 / divisor)
-        extra = {key: value.to(self.device) for key, value in state.extra.items()}
-        self.rule.update(
-            weights if master is None else master, gradient, slots, self.param_groups[run.group],
-            lr=lr, step=state.step, segments=run.segments, extra=extra, all_reduce=self.all_reduce,
-        )  # fmt: skip
-        for key, value in state.extra.items():
-            value.copy_(extra[key])
-        if master is not None:
-            weights.copy_(master)
+        return compute
 
-    def _fused(
-        self,
-        state: BlockState,
-        run: Run,
-        grad: torch.Tensor,
-        divisor: float,
-        lr: float,
-        weights: torch.Tensor,
-        master: torch.Tensor | None,
-        slots: dict[str, torch.Tensor],
-    ) -> None:
-        from hift_kernels.grad_norm import prepare
+    def _fused(self, state: BlockState, run: Run, divisor: float, lr: float) -> Compute:
+        from hift_kernels.grad_norm import STEP, prepare
         from hift_kernels.launching import NUM_SCALARS, Weights
 
         group = self.param_groups[run.group]
         scalars = torch.zeros(NUM_SCALARS, device=self.device)
-        scalars[7] = state.step - 1
+        scalars[STEP] = state.step - 1
         finite = torch.zeros(1, dtype=torch.float64, device=self.device)  # a step that is not has ended before
         scale = torch.full((1,), divisor, dtype=torch.float64, device=self.device)
         prepare(finite, scale, scalars, lr=lr, **self.rule.prepared(group))
-        form = Weights("plain", weights) if master is None else Weights("fp32", weights, master)
-        self.rule.update_fused(grad, form, slots, group, scalars)
+
+        def compute(
+            grad: torch.Tensor, weights: torch.Tensor, master: torch.Tensor | None, slots: dict[str, torch.Tensor]
+        ) -> None:
+            form = Weights("plain", weights) if master is None else Weights("fp32", weights, master)
+            self.rule.update_fused(grad, form, slots, group, scalars)
+
+        return compute
+
+
+def _update_tile(
+    state: BlockState, tile: slice, compute: Compute, grad: torch.Tensor, weights: torch.Tensor
+) -> None:
+    # A function of its own: what it loads is free before the next tile is loaded.
+    slots = {name: state.load(tensor, tile) for name, tensor in state.slots.items()}
+    master = None if state.master is None else state.load(state.master, tile)
+    compute(grad, weights, master, slots)
+    for name, tensor in state.slots.items():
+        state.store(tensor, tile, slots[name])
+    if master is not None:
+        state.store(state.master, tile, master)
 
 
 def _tiles(run: Run, elementwise: bool) -> Iterator[slice]:
