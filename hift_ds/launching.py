@@ -70,20 +70,23 @@ def init_distributed(port: int = 29500, required: bool | None = None) -> None:
         port: Where ranks that came through MPI meet, unless MASTER_PORT says otherwise.
         required: DeepSpeed's `dist_init_required`.
     """
-    if dist.is_initialized():
-        return
-    under_mpi = any(name in os.environ for name in MPI_VARIABLES)
-    if "RANK" not in os.environ and not under_mpi:
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ["MASTER_PORT"] = str(_free_port())
-    if get_accelerator().device_name() == "cpu" and os.environ.get("HIFT_DS_SHM") != "1":
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(
-        dist_backend=get_accelerator().communication_backend_name(),
-        distributed_port=int(os.environ.get("MASTER_PORT", port)),  # DeepSpeed's own MPI way ignores the variable
-        dist_init_required=required,
-    )
+    if not dist.is_initialized():
+        under_mpi = any(name in os.environ for name in MPI_VARIABLES)
+        if "RANK" not in os.environ and not under_mpi:
+            os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+            os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+            os.environ["MASTER_PORT"] = str(_free_port())
+        if get_accelerator().device_name() == "cpu" and os.environ.get("HIFT_DS_SHM") != "1":
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(
+            dist_backend=get_accelerator().communication_backend_name(),
+            distributed_port=int(os.environ.get("MASTER_PORT", port)),  # DeepSpeed's own MPI way ignores the variable
+            dist_init_required=required,
+        )
+    # NCCL takes the tensors of all_gather_object to the current device: without this every rank's would be GPU 0, and
+    # the first check of `agree`, before the engine sets it, would fail.
+    if "LOCAL_RANK" in os.environ:
+        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
 
 
 def agree(work: Callable[[], T]) -> T:

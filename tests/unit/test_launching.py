@@ -139,6 +139,17 @@ def test_the_shared_memory_operator_is_built_only_when_asked_for(environment, mo
     assert ops["deepspeed_shm_comm"] is False
 
 
+@pytest.mark.parametrize("initialized", [False, True])
+def test_each_rank_takes_its_own_device_before_the_first_collective(environment, monkeypatch, initialized):
+    taken = []
+    monkeypatch.setattr(type(launching.get_accelerator()), "set_device", lambda self, index: taken.append(index))
+    monkeypatch.setattr(launching.dist, "is_initialized", lambda: initialized)
+    for name, value in {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "8"}.items():
+        monkeypatch.setenv(name, value)
+    launching.init_distributed()
+    assert taken == [1]
+
+
 def test_a_second_call_does_nothing(environment, monkeypatch):
     monkeypatch.setattr(launching.dist, "is_initialized", lambda: True)
     launching.init_distributed()
