@@ -33,7 +33,8 @@ lint: $(READY)
 LAYERS_PER_BLOCK ?= 1
 CYCLES ?= 1
 speed: $(READY)
-	$(RUN) DS_ACCELERATOR=cpu deepspeed --quiet --num_accelerators 2 launch/benchmark_speed.py \
+	$(RUN) $(if $(shell nvidia-smi -L 2>/dev/null),,DS_ACCELERATOR=cpu) deepspeed --quiet \
+		$(if $(shell nvidia-smi -L 2>/dev/null),,--num_accelerators 2) launch/benchmark_speed.py \
 		--layers_per_block $(LAYERS_PER_BLOCK) --cycles $(CYCLES)
 
 $(READY): pyproject.toml

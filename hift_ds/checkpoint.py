@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from deepspeed.accelerator import get_accelerator
 
 if TYPE_CHECKING:
     from hift_ds.optimizer import HiFTOptimizer
@@ -71,7 +70,7 @@ def check_manifest(optimizer: HiFTOptimizer, folder: Path, whole: bool) -> bool:
 
 def optimizer_state(optimizer: HiFTOptimizer) -> dict[str, Any]:
     """This rank's state, host tensors by reference (no copy is made)."""
-    get_accelerator().synchronize()  # write-backs to pinned memory are asynchronous
+    optimizer.settle()
     rotation, rate = optimizer.rotation, optimizer.rate
     in_shards = optimizer.settings.stage == 3
     return {
@@ -101,9 +100,12 @@ def load_optimizer_state(optimizer: HiFTOptimizer, saved: Any, load_optimizer_st
         _load_sharded_weights(optimizer, blocks)
     if not load_optimizer_states:
         return
+    optimizer.settle()
     for state, block in zip(optimizer._all_states(), blocks, strict=True):
-        if state.master is not None:
+        if state.master is not None and block["master"] is not None:
             state.master.copy_(block["master"])
+        elif state.master is not None:  # fp32 weights, now updated on the host
+            state.refresh_master()
         state.step = block["step"]
         for name, tensor in state.slots.items():
             tensor.copy_(block["slots"][name])
@@ -121,10 +123,14 @@ _WEIGHTS_ALONE = "load its weights alone with load_checkpoint(..., load_module_o
 
 
 def _block_state(state: BlockState, in_shards: bool) -> dict[str, Any]:
-    master = state.master
-    if master is None and in_shards:  # fp32 weights are their own master, and the model file has only placeholders
-        master = state.shard.read_weights(torch.empty(state.shard.numel))
-    return {"fqns": state.shard.fqns, "step": state.step, "master": master, "slots": state.slots, "extra": state.extra}
+    content = {"fqns": state.shard.fqns, "step": state.step, "master": state.master, "slots": state.slots}
+    content["extra"] = state.extra
+    if in_shards and (state.master is None or state.master.dtype != torch.float32):
+        # The model file has only placeholders, and the weights do not follow from the masters.
+        dtypes = {param.dtype for param in state.shard.params}
+        dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+        content["weights"] = state.shard.read_weights(torch.empty(state.shard.numel, dtype=dtype))
+    return content
 
 
 @torch.no_grad()
@@ -133,11 +139,11 @@ def _load_sharded_weights(optimizer: HiFTOptimizer, blocks: list[dict[str, Any]]
     shards = [state.shard for state in optimizer._all_states()]
     places = {fqn: (shard, index) for shard in shards for index, fqn in enumerate(shard.fqns)}
     for block in blocks:
-        offset = 0
+        offset, source = 0, block["weights"] if "weights" in block else block["master"]
         for fqn in block["fqns"]:
             shard, index = places[fqn]
             segment = shard.segments[index]
-            shard.weight_slice(index).copy_(block["master"][offset : offset + segment.numel])
+            shard.weight_slice(index).copy_(source[offset : offset + segment.numel])
             offset += segment.padded_numel
 
 
@@ -151,6 +157,7 @@ def _identity(optimizer: HiFTOptimizer) -> dict[str, Any]:
         "optimizer.type": optimizer.rule.name,
         "hift.order and hift.seed": list(optimizer.rotation.order),
         "hift.steps_per_block": optimizer.rotation.steps_per_block,
+        "hift.state.master and hift.state.moments": [optimizer.settings.form.master, optimizer.settings.form.moments],
         "fp16 or bf16": sorted({str(param.dtype).removeprefix("torch.") for s in states for param in s.shard.params}),
     }
 

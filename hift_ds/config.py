@@ -11,6 +11,34 @@ ORDERS = ("bottom2up", "top2down", "random")
 LR_UPDATES = ("cycle", "paper", "step")
 INACTIVE_STATES = ("keep", "reset")
 KERNELS = ("triton", "torch")
+MASTERS = ("fp32", "split16", "none")
+MOMENTS = ("fp32", "bf16", "int8")
+RESIDENCIES = ("stream", "device")
+
+
+@dataclass(frozen=True)
+class StateConfig:
+    """`hift.state`: how masters and moments are stored, and where.
+
+    Attributes:
+        master: `fp32`; `split16` = the low 16 bits beside the bf16 weight, bit-equal to fp32; `none` = the bf16 weight
+            alone, rounded stochastically.
+        moments: `fp32`; `bf16`, rounded stochastically; `int8`, in groups of 256 with one scale (Adam and AdamW).
+        residency: `stream` = at home on the host, through a ring on the device; `device` = always on the device.
+        ring_bytes: Most device bytes for state while it streams; `None` = choose (`hift_ds.state.RING_BYTES`).
+        pin_memory: Page-lock the host's copies on a CUDA machine.
+    """
+
+    master: str = "fp32"
+    moments: str = "fp32"
+    residency: str = "stream"
+    ring_bytes: int | None = None
+    pin_memory: bool = True
+
+    @property
+    def compact(self) -> bool:
+        """Whether something is not fp32, which only the fused kernels can update."""
+        return (self.master, self.moments) != ("fp32", "fp32")
 
 
 @dataclass(frozen=True)
@@ -31,6 +59,7 @@ class HiFTConfig:
         frozen: Regexes of parameters that are never trained.
         always_active: Regexes of parameters that train at every step beside the active block.
         kernel: Which implementation updates the active block, `triton` or `torch`; `None` = choose (`hift_ds.rules`).
+        state: How and where masters and moments are kept.
     """
 
     enabled: bool
@@ -44,6 +73,7 @@ class HiFTConfig:
     frozen: tuple[str, ...] | None = None
     always_active: tuple[str, ...] | None = None
     kernel: str | None = None
+    state: StateConfig = StateConfig()
 
     @classmethod
     def from_ds_config(cls, ds_config: Mapping[str, Any]) -> HiFTConfig | None:
@@ -61,12 +91,7 @@ class HiFTConfig:
             return None
         if not isinstance(section, Mapping):
             raise TypeError(f'hift={section!r}: must be an object such as {{"enabled": true}}')
-        names = [field.name for field in fields(cls)]
-        for key in section:
-            if key not in names:
-                close = difflib.get_close_matches(str(key), names, n=1)
-                hint = f"did you mean {close[0]!r}? " if close else ""
-                raise ValueError(f"hift.{key}={section[key]!r}: unknown key; {hint}allowed are {', '.join(names)}")
+        _check_keys(cls, "hift", section)
         if "enabled" not in section:
             raise ValueError('hift.enabled: missing; write "hift": {"enabled": true} to train with HiFT')
         config = cls(**{key: check(key, section[key]) for key in section for check in [_CHECKS[key]]})
@@ -76,6 +101,15 @@ class HiFTConfig:
                 "lists already are the blocks"
             )
         return config if config.enabled else None
+
+
+def _check_keys(cls: type, name: str, section: Mapping[str, Any]) -> None:
+    names = [field.name for field in fields(cls)]
+    for key in section:
+        if key not in names:
+            close = difflib.get_close_matches(str(key), names, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise ValueError(f"{name}.{key}={section[key]!r}: unknown key; {hint}allowed are {', '.join(names)}")
 
 
 def _boolean(key: str, value: Any) -> bool:
@@ -141,6 +175,29 @@ def _kernel(key: str, value: Any) -> str | None:
     return None if value is None else _one_of(*KERNELS)(key, value)
 
 
+def _state(key: str, value: Any) -> StateConfig:
+    if value is None:
+        return StateConfig()
+    if not isinstance(value, Mapping):
+        raise TypeError(f'hift.{key}={value!r}: must be null or an object such as {{"master": "split16"}}')
+    _check_keys(StateConfig, f"hift.{key}", value)
+    given = {name: part for name, part in value.items() if part is not None}
+    state = StateConfig(**{name: _STATE_CHECKS[name](f"{key}.{name}", part) for name, part in given.items()})
+    if state.residency == "device" and state.ring_bytes is not None:
+        raise ValueError(
+            f"hift.state.ring_bytes={state.ring_bytes}: nothing streams with residency 'device'; leave it out, or use "
+            "residency 'stream'"
+        )
+    return state
+
+
+_STATE_CHECKS = {
+    "master": _one_of(*MASTERS),
+    "moments": _one_of(*MOMENTS),
+    "residency": _one_of(*RESIDENCIES),
+    "ring_bytes": _positive,
+    "pin_memory": _boolean,
+}
 _CHECKS = {
     "enabled": _boolean,
     "layers_per_block": _layers_per_block,
@@ -153,4 +210,5 @@ _CHECKS = {
     "frozen": _regexes,
     "always_active": _regexes,
     "kernel": _kernel,
+    "state": _state,
 }

@@ -225,15 +225,17 @@ RULES: tuple[Rule, ...] = (
                                     "max_in_cpu": 1_000_000_000},
          NO_EFFECT, "it belongs to NVMe offload", label="the other `zero_optimization.offload_param.*`"),
     Rule(_ZERO, _names("cpu_offload_param"), HONOURED, "old name of `offload_param.device: cpu`"),
-    Rule(_OFFLOAD, {"device": "none"}, NO_EFFECT, "masters and state are on the host anyway; updates run on the device",
-         values=("cpu",), label="`zero_optimization.offload_optimizer.device: cpu`"),
+    Rule(_OFFLOAD, {"device": "none"}, HONOURED, "updates run on the host: DeepSpeedCPUAdam for Adam and AdamW, else "
+         "torch (on a machine without an accelerator they do anyway)", values=("cpu",),
+         label="`zero_optimization.offload_optimizer.device: cpu`"),
     Rule(_OFFLOAD, {"device": "none"}, REFUSED, "masters and state live in host memory, not on NVMe", values=("nvme",),
          label="`zero_optimization.offload_optimizer.device: nvme`"),
     Rule(_OFFLOAD, _names("pin_memory"), HONOURED, "with false the host copies are not page-locked"),
     Rule(_OFFLOAD, {"super_offload": False}, REFUSED, "SuperOffload is another optimizer in the place of ours"),
     Rule(_OFFLOAD, {"ratio": 1.0, "cpuadam_cores_perc": 0.8, "nvme_path": None, "buffer_count": 4,
                     "pipeline_read": False, "pipeline_write": False, "fast_init": False},
-         NO_EFFECT, "it belongs to CPU Adam or NVMe", label="the other `zero_optimization.offload_optimizer.*`"),
+         NO_EFFECT, "it belongs to NVMe or to DeepSpeed's own use of CPU Adam",
+         label="the other `zero_optimization.offload_optimizer.*`"),
     Rule(_ZERO, {"cpu_offload": None, "cpu_offload_use_pin_memory": None}, NO_EFFECT,
          "old name of an `offload_optimizer` key; state is on the host anyway", also_off=(False,)),
     Rule(_ZERO, {"zero_quantized_weights": False, "zero_quantized_nontrainable_weights": False,
@@ -315,8 +317,10 @@ RULES: tuple[Rule, ...] = (
          label="`data_efficiency.data_routing.random_ltd.*`"),
     # reports
     Rule("", _names("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "log_level",
-                    "disable_python_gc", "vocabulary_size", "timers.throughput.enabled",
-                    "timers.throughput.synchronized"), HONOURED),
+                    "disable_python_gc", "vocabulary_size", "timers.throughput.enabled"),
+         HONOURED),
+    Rule("timers.throughput", _names("synchronized"), HONOURED, "if absent false, not DeepSpeed's true: a wait for "
+         "the device at every micro step would keep state from streaming meanwhile"),
     Rule("", _names(*(f"{monitor}.{name}" for monitor, names in (
         ("tensorboard", ("enabled", "output_path", "job_name")),
         ("csv_monitor", ("enabled", "output_path", "job_name")),

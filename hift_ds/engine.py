@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import threading
 from collections.abc import Callable, Mapping
@@ -23,11 +22,12 @@ from hift_ds.activations import use_non_reentrant_checkpointing
 from hift_ds.blocks import BlockPlan, plan_blocks
 from hift_ds.config import HiFTConfig
 from hift_ds.ds_keys import check_ds_config
+from hift_ds.forms import Form
 from hift_ds.gradients import GradientReducer
-from hift_ds.launching import agree, init_distributed, load_ds_config
+from hift_ds.launching import agree, init_distributed, load_ds_config, require_alike
 from hift_ds.optimizer import HiFTOptimizer, Settings
 from hift_ds.rotation import Rotation
-from hift_ds.rules import Rule, choose_kernel, rule_from_config, rule_from_optimizer
+from hift_ds.rules import Rule, check_form, choose_kernel, rule_from_config, rule_from_optimizer
 from hift_ds.schedule import CycleScheduler
 from hift_ds.shards import Averaging, group_indices
 from hift_ds.view import HiFT
@@ -59,11 +59,15 @@ class HiFTEngine(DeepSpeedEngine):
         use_non_reentrant_checkpointing(self.module)
         trained = {fqn for block in self.block_plan.blocks for fqn in block.fqns} | set(self.block_plan.always_active)
         params = {name: param for name, param in self.module.named_parameters() if name in trained}
+        if "throughput" not in (self.config.get("timers") or {}):
+            # By default this timer waits for the device at every micro step; no state would stream meanwhile.
+            self.tput_timer.config.synchronized = False
         holder, rule = self._hyper_parameters(client_optimizer, model_parameters)
         self._check_for_duplicates(holder)
         for group in holder.param_groups:
             rule.check_group(group)
         _check_coverage(holder, params)
+        check_form(self.hift_config.state.master, self.hift_config.state.moments, rule, self.get_data_types()[0])
         self.basic_optimizer = holder
         offload = self._make_offload() if self.zero_optimization_stage() == 3 else None
         config = self.hift_config
@@ -91,18 +95,23 @@ class HiFTEngine(DeepSpeedEngine):
                 clip=self.gradient_clipping(),
                 publish_numel=self.zero_allgather_bucket_size(),
                 reset_state=config.inactive_state == "reset",
-                kernel=choose_kernel(config.kernel, rule, self.device.type),
+                kernel=choose_kernel(
+                    config.kernel, rule, self.device.type, config.state.compact, _updates_on_host(self.config)
+                ),
+                form=Form(config.state.master, config.state.moments),
+                resident=config.state.residency == "device",
+                ring_bytes=config.state.ring_bytes,
+                pin_memory=config.state.pin_memory and self._pins_memory(),
+                on_host=_updates_on_host(self.config) and (self.device.type != "cpu" or bool(self.separate_host)),
                 separate_host=self.separate_host,
-                pin_memory=self._pins_memory(),
+                seed=config.seed,
             ),
         )
         self.hift = HiFT(self)
 
     def _pins_memory(self) -> bool:
         # Only a written `false` counts: DeepSpeed's own default of the key is false too.
-        zero = self.config.get("zero_optimization")
-        offload = (zero.get("offload_optimizer") if isinstance(zero, Mapping) else None) or {}
-        return offload.get("pin_memory") is not False
+        return _offload_optimizer(self.config).get("pin_memory") is not False
 
     def _hyper_parameters(self, client_optimizer: Any, model_parameters: Any) -> tuple[torch.optim.Optimizer, Rule]:
         if client_optimizer is None:
@@ -147,6 +156,7 @@ class HiFTEngine(DeepSpeedEngine):
             offload = self._configure_zero_optimizer(optimizer=None)
         finally:
             parameter_offload.PartitionedParameterCoordinator = original
+        offload.allgather_stream = made_with["kwargs"].get("allgather_stream")
         offload.new_coordinator = lambda: original(*made_with["args"], **made_with["kwargs"])
         return offload
 
@@ -233,7 +243,7 @@ class HiFTEngine(DeepSpeedEngine):
         whole = load_optimizer_states and not load_module_only
         counters = (self.global_steps, self.global_samples, self.skipped_steps)
         tag = checkpoint.latest_tag(load_dir) if tag is None else str(tag)
-        _require_alike("checkpoint tag", tag)
+        require_alike("checkpoint tag", tag)
         ours = False
         if tag is not None:
             ours = agree(lambda: checkpoint.check_manifest(self.optimizer, Path(load_dir, tag), whole))
@@ -257,7 +267,7 @@ class HiFTEngine(DeepSpeedEngine):
             self.optimizer.refresh_fp32_params()
             if load_module_only:
                 self.global_steps, self.global_samples, self.skipped_steps = counters
-        _require_alike("position in the rotation", self.optimizer.rotation.step)
+        require_alike("position in the rotation", self.optimizer.rotation.step)
         return result
 
 
@@ -305,7 +315,7 @@ def initialize(
         return deepspeed.initialize(**forwarded)
     init_distributed(distributed_port, dist_init_required)
     prepared = agree(lambda: _prepare(ds_config, model, optimizer, mpu, mesh_param))
-    _require_alike("hift section or model", None if prepared is None else prepared[:2])
+    require_alike("hift section or model", None if prepared is None else prepared[:2])
     if prepared is None:
         return deepspeed.initialize(**forwarded)
     for note in prepared[2]:
@@ -336,10 +346,18 @@ def _prepare(
         if not section or "type" not in section:
             raise ValueError('optimizer: missing; HiFT needs one: pass it, or add "optimizer" to the DeepSpeed config')
         rule, _ = rule_from_config(section["type"], section.get("params") or {})
-        choose_kernel(config.kernel, rule, get_accelerator().device_name())
     elif isinstance(optimizer, torch.optim.Optimizer):
-        choose_kernel(config.kernel, rule_from_optimizer(optimizer), get_accelerator().device_name())
+        rule = rule_from_optimizer(optimizer)
         _freeze_left_out(model, optimizer)
+    else:
+        rule = None  # a callable makes the optimizer, and knows what kind, later
+    on_host = _updates_on_host(ds_config)
+    if on_host and config.state.residency == "device":
+        raise ValueError(
+            "hift.state.residency='device': offload_optimizer.device 'cpu' updates on the host; remove one of the two"
+        )
+    if rule is not None:
+        choose_kernel(config.kernel, rule, get_accelerator().device_name(), config.state.compact, on_host)
     plan = plan_blocks(
         model,
         layers_per_block=config.layers_per_block,
@@ -352,6 +370,16 @@ def _prepare(
         if name in frozen:
             param.requires_grad_(False)
     return config, plan, notes
+
+
+def _offload_optimizer(ds_config: Mapping[str, Any]) -> Mapping[str, Any]:
+    zero = ds_config.get("zero_optimization")
+    section = zero.get("offload_optimizer") if isinstance(zero, Mapping) else None
+    return section if isinstance(section, Mapping) else {}
+
+
+def _updates_on_host(ds_config: Mapping[str, Any]) -> bool:
+    return _offload_optimizer(ds_config).get("device") == "cpu"
 
 
 def _freeze_left_out(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -380,16 +408,6 @@ def _check_coverage(holder: torch.optim.Optimizer, params: dict[str, torch.nn.Pa
             f"model_parameters: {len(missing)} trainable parameters are in no param group, first {missing[0]!r}: add "
             'them, or freeze them with "hift": {"frozen": [...]}'
         )
-
-
-def _require_alike(what: str, value: Any) -> None:
-    """Raises RuntimeError on every rank unless all have the same `value`. Collective."""
-    digests: list[str] = [""] * dist.get_world_size()
-    if len(digests) > 1:
-        dist.all_gather_object(digests, hashlib.sha256(repr(value).encode()).hexdigest())
-    if len(set(digests)) > 1:
-        other = next(rank for rank, digest in enumerate(digests) if digest != digests[0])
-        raise RuntimeError(f"{what}: ranks 0 and {other} differ; every rank must be given the same")
 
 
 @contextmanager

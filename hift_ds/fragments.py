@@ -53,7 +53,7 @@ class Fragments:
         """Writes a whole master weight (and model weight) or a whole slot; every rank passes the same `value`."""
         self.set_local_hp_param(self._mine(param, value), param, optim_state_key)
         if optim_state_key is None and not is_partitioned(param):
-            param.copy_(value.view(param.shape))
+            param.copy_(self._place[param][0].rounded(value).view(param.shape))
 
     def get_fp32_grad_for_param(self, param: Parameter) -> torch.Tensor | None:
         """The whole averaged gradient of an active parameter, in fp32; `None` where there is none. Collective."""
@@ -66,15 +66,16 @@ class Fragments:
 
     def get_local_fp32_param(self, param: Parameter, optim_state_key: str | None = None) -> torch.Tensor:
         """This rank's slice of the master weight or of a slot: fp32, 1-D, without padding."""
-        return self._tensor(param, optim_state_key).to(self._optimizer.device, torch.float32, copy=True)
+        self._optimizer.settle()
+        state, index = self._place[param]
+        return state.read(index, optim_state_key).to(self._optimizer.device, torch.float32, copy=True)
 
     @torch.no_grad()
     def set_local_hp_param(self, value: torch.Tensor, param: Parameter, optim_state_key: str | None = None) -> None:
         """Overwrites this rank's slice; of the model weight too."""
-        self._tensor(param, optim_state_key).copy_(value.view(-1))
-        if optim_state_key is None:
-            state, index = self._place[param]
-            state.shard.weight_slice(index).copy_(value.view(-1))
+        self._optimizer.settle()
+        state, index = self._place[param]
+        state.write(index, optim_state_key, value)
 
     def get_local_fp32_grad_for_param(self, param: Parameter) -> torch.Tensor | None:
         """This rank's slice of the averaged gradient, or `None`."""
@@ -94,14 +95,6 @@ class Fragments:
             gradient = self.get_fp32_grad_for_param(param)
             if gradient is not None:
                 self.set_fp32_grad_for_param(update(gradient, param), param)
-
-    def _tensor(self, param: Parameter, key: str | None) -> torch.Tensor:
-        state, index = self._place[param]
-        if key is None:
-            return state.shard.weight_slice(index) if state.master is None else self._slot(param, state.master)
-        if key not in state.slots:
-            raise ValueError(f"optim_state_key={key!r}: {state.rule.name} keeps {', '.join(state.slots) or 'no state'}")
-        return self._slot(param, state.slots[key])
 
     def _averaged(self, param: Parameter) -> torch.Tensor | None:
         state, _ = self._place[param]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import os
 import socket
 from collections.abc import Callable, Mapping
@@ -69,13 +70,22 @@ def init_distributed(port: int = 29500, required: bool | None = None) -> None:
     Args:
         port: Where ranks that came through MPI meet, unless MASTER_PORT says otherwise.
         required: DeepSpeed's `dist_init_required`.
+
+    Raises:
+        RuntimeError: srun has started several tasks without telling them their ranks, or this rank has no device.
     """
     if not dist.is_initialized():
         under_mpi = any(name in os.environ for name in MPI_VARIABLES)
         if "RANK" not in os.environ and not under_mpi:
-            os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
-            os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+            if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+                raise RuntimeError(
+                    f"srun has started {os.environ['SLURM_STEP_NUM_TASKS']} tasks, and each would train alone: start "
+                    "torchrun or deepspeed under srun (one task a node), or set RANK, LOCAL_RANK, WORLD_SIZE, "
+                    "MASTER_ADDR and MASTER_PORT from SLURM's variables"
+                )
+            os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
             os.environ["MASTER_PORT"] = str(_free_port())
+        _check_local_rank()
         if get_accelerator().device_name() == "cpu" and os.environ.get("HIFT_DS_SHM") != "1":
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(
@@ -85,8 +95,18 @@ def init_distributed(port: int = 29500, required: bool | None = None) -> None:
         )
     # NCCL takes the tensors of all_gather_object to the current device: without this every rank's would be GPU 0, and
     # the first check of `agree`, before the engine sets it, would fail.
-    if "LOCAL_RANK" in os.environ:
+    if "LOCAL_RANK" in os.environ:  # under MPI DeepSpeed has just set it
+        _check_local_rank()
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+
+
+def _check_local_rank() -> None:
+    local_rank, accelerator = int(os.environ.get("LOCAL_RANK", "0")), get_accelerator()
+    if accelerator.device_name() != "cpu" and local_rank >= accelerator.device_count():
+        raise RuntimeError(
+            f"LOCAL_RANK={local_rank}: this process sees {accelerator.device_count()} devices; let every rank see all "
+            "devices of its node (CUDA_VISIBLE_DEVICES), or start one rank a device"
+        )
 
 
 def agree(work: Callable[[], T]) -> T:
@@ -110,6 +130,16 @@ def agree(work: Callable[[], T]) -> T:
     if error is not None:
         raise error
     return result
+
+
+def require_alike(what: str, value: Any) -> None:
+    """Raises RuntimeError on every rank unless all have the same `value`. Collective."""
+    digests: list[str] = [""] * dist.get_world_size()
+    if len(digests) > 1:
+        dist.all_gather_object(digests, hashlib.sha256(repr(value).encode()).hexdigest())
+    if len(set(digests)) > 1:
+        other = next(rank for rank, digest in enumerate(digests) if digest != digests[0])
+        raise RuntimeError(f"{what}: ranks 0 and {other} differ; every rank must be given the same")
 
 
 def _free_port() -> int:

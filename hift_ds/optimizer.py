@@ -5,26 +5,30 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 
 from hift_ds import checkpoint
 from hift_ds.blocks import BlockPlan
+from hift_ds.forms import Form
 from hift_ds.fragments import Fragments
-from hift_ds.gradients import GradientReducer, sum_of_squares
+from hift_ds.gradients import GradientReducer
+from hift_ds.host_memory import HostMemory
+from hift_ds.host_update import HostUpdate
+from hift_ds.measure import Measurement, Verdict
 from hift_ds.rotation import Rotation
 from hift_ds.rules import Rule
 from hift_ds.schedule import DelayedRate
 from hift_ds.shards import BlockShard, group_indices, is_partitioned
-from hift_ds.state import BlockState
-from hift_ds.update import TILE_NUMEL, BlockUpdate
+from hift_ds.state import BlockState, Storage, make_states
+from hift_ds.update import BlockUpdate, Scaling
 
 logger = logging.getLogger(__name__)
-
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,13 @@ class Settings:
         publish_numel: `allgather_bucket_size`.
         reset_state: `inactive_state: reset`.
         kernel: `torch` or `triton`, which implementation updates the active block.
+        form: `hift.state.master` and `hift.state.moments`.
+        resident: `hift.state.residency: device`.
+        ring_bytes: `hift.state.ring_bytes`.
+        pin_memory: Page-lock the host's copies.
+        on_host: Update on the host (`offload_optimizer.device: cpu` on a machine with an accelerator).
         separate_host: Treat host and device as separate memories; `None` = unless the device is the CPU.
-        pin_memory: Page-lock the host copies (`offload_optimizer.pin_memory`, where it is given).
+        seed: `hift.seed`.
     """
 
     stage: int
@@ -48,8 +57,21 @@ class Settings:
     publish_numel: int
     reset_state: bool
     kernel: str = "torch"
-    separate_host: bool | None = None
+    form: Form = field(default_factory=Form)
+    resident: bool = False
+    ring_bytes: int | None = None
     pin_memory: bool = True
+    on_host: bool = False
+    separate_host: bool | None = None
+    seed: int = 0
+
+    def storage(self, device: torch.device) -> Storage:
+        """Of the blocks' state."""
+        apart = device.type != "cpu" if self.separate_host is None else self.separate_host
+        if self.resident or not apart:
+            return Storage(device, self.form)
+        pinned = self.pin_memory and device.type == "cuda"
+        return Storage(device, self.form, HostMemory.pinned() if pinned else HostMemory(), own_master=self.on_host)
 
 
 class HiFTOptimizer(ZeROOptimizer):
@@ -106,20 +128,29 @@ class HiFTOptimizer(ZeROOptimizer):
         if settings.stage > 0:
             self.dp_process_group = group  # tells DeepSpeed that every rank saves an optimizer file
         self._shard_world = settings.world if settings.stage > 0 else 1
-        self.update = BlockUpdate(rule, holder.param_groups, device, self._sum_over_shards, settings.kernel)
         group_of = group_indices(holder.param_groups, params)
         rank = dist.get_rank(group=group) if self._shard_world > 1 else 0
 
         def shard(fqns: tuple[str, ...]) -> BlockShard:
             return BlockShard([(fqn, params[fqn]) for fqn in fqns], group_of, self._shard_world, rank)
 
-        def state(shard: BlockShard, resident: bool = False) -> BlockState:
-            return BlockState(
-                shard, rule, holder.param_groups, device, resident, settings.separate_host, settings.pin_memory
-            )
-
-        self.states = [state(shard(block.fqns)) for block in plan.blocks]
-        self.always = state(shard(plan.always_active), resident=True) if plan.always_active else None
+        storage = settings.storage(device)
+        self.states, self.ring = make_states(
+            [shard(block.fqns) for block in plan.blocks], rule, holder.param_groups, storage, settings.ring_bytes
+        )
+        self.always = None
+        if plan.always_active:
+            on_device = Storage(device, settings.form)
+            self.always = BlockState(shard(plan.always_active), rule, holder.param_groups, on_device)
+        self.update = BlockUpdate(
+            rule, holder.param_groups, device, self._sum_over_shards, settings.kernel, self.ring, settings.seed
+        )
+        self.host_update = None
+        if settings.on_host:
+            self.host_update = HostUpdate(rule, holder.param_groups, device, self._sum_over_shards)
+        # Where nothing needs to know on the host how a step's gradients are, it does not wait for the device.
+        self._waits = settings.kernel != "triton" or settings.on_host or bool(loss_scaler.dynamic)
+        self._unread: tuple[Measurement, int, list[BlockState]] | None = None
         self._coordinators: dict[int, Any] = {}
         self._warned: set[str] = set()
         self._register_hooks()
@@ -178,6 +209,7 @@ class HiFTOptimizer(ZeROOptimizer):
 
     def refresh_fp32_params(self) -> None:
         """Takes every master weight anew from the model weights (a load of weights alone)."""
+        self.settle()
         for state in self._all_states():
             state.refresh_master()
 
@@ -275,34 +307,84 @@ class HiFTOptimizer(ZeROOptimizer):
     def step(self, closure: Any = None) -> None:
         """One optimizer step of the active block (and the always-active parameters), then the rotation moves on.
 
-        Collective. A gradient that is not finite changes nothing but the loss scale: no weight, no state, no schedule,
-        no rotation.
+        Collective. A gradient that is not finite changes no weight and no state. Where the host waits for the device
+        (eager rules, updates on the host, dynamic loss scales) it changes nothing but the loss scale: no schedule, no
+        rotation. Otherwise the kernels leave the update out by themselves, the block's turn passes, and the host hears
+        of it at the next step.
         """
+        self._hear()
         states = self.active_states()
         grads, touched = map(list, zip(*(self.reducer.take(state.shard) for state in states), strict=True))
         if self.offload is not None:
             self.offload.partition_all_parameters()
-        norm, finite = self._measure(grads, states, touched)
-        self.overflow = not finite
-        if finite:
-            self._global_grad_norm = norm / self.loss_scale
-            self._apply(states, grads)
+        measured = Measurement(
+            grads, reached=len(touched[0]), block=self.rotation.active_block, stage=self.settings.stage,
+            world=self.settings.world, group=self.group, fused=self.settings.kernel == "triton",
+        )  # fmt: skip
+        self.overflow = False
+        norm = None
+        if self._waits:
+            verdict = measured.verdict()
+            self._refuse(verdict, self.rotation.active_block)
+            self.overflow = not verdict.finite
+            norm = verdict.norm / self.loss_scale
+        self._warn_partial(states[0], touched[0])
+        if not self.overflow:
+            self._global_grad_norm = measured.square.sqrt().squeeze() / self.loss_scale if norm is None else norm
+            self._apply(states, grads, Scaling(self.loss_scale, self.settings.clip, norm, measured.square))
+        if not self._waits:
+            measured.send()
+            self._unread = (measured, self.rotation.active_block, states)
         self.loss_scaler.update_scale(self.overflow)
+        if self.offload is not None and self.offload.allgather_stream is not None:
+            # DeepSpeed gathers there what has just been written here.
+            self.offload.allgather_stream.wait_stream(get_accelerator().current_stream())
         self.checkpoint_event_epilogue()
-        if finite:
+        if not self.overflow:
             self.optimizer._opt_called = True  # torch's schedulers warn when they see no step of "their" optimizer
             if self.rotation.advance():
                 self.activate()
+            if self.ring is not None:
+                self.ring.prefetch(self.active_states()[0].tiles)  # during the coming forward and backward
 
-    def _apply(self, states: list[BlockState], grads: list[torch.Tensor]) -> None:
+    def settle(self) -> None:
+        """Before the host reads or changes state: all updates have landed there and have been checked."""
+        self._hear()
+        if self.ring is not None:
+            self.ring.settle()
+
+    def _hear(self) -> None:
+        """Reads what the last step did not wait for."""
+        if self._unread is None:
+            return
+        (measured, block, states), self._unread = self._unread, None
+        verdict = measured.verdict()
+        if not verdict.good:
+            for state in states:
+                state.step -= 1  # nothing was stored
+        self._refuse(verdict, block)
+        if not verdict.finite:
+            logger.warning(
+                "the gradient of block %d (%s) was not finite; its update was left out", block,
+                self.plan.blocks[block].name,
+            )  # fmt: skip
+
+    def _refuse(self, verdict: Verdict, block: int) -> None:
+        """Raises RuntimeError, on every rank, if an update would be lost."""
+        if not verdict.agreed:
+            raise RuntimeError(f"ranks disagree on the active block (here {block}); was a rank restarted alone?")
+        if not verdict.reached:
+            raise RuntimeError(self.no_gradient_message(block))
+
+    def _apply(self, states: list[BlockState], grads: list[torch.Tensor], scaling: Scaling) -> None:
         if self.settings.reset_state and self.rotation.at_turn_start:
+            self.settle()
             states[0].reset()
         rates = self.rate.update(self.rotation.at_cycle_start, self.scheduler)
-        divisor = self.loss_scale
-        if self.settings.clip > 0:
-            divisor *= max(1.0, (self._global_grad_norm + 1e-6) / self.settings.clip)
         for index, state in enumerate(states):
-            weights = self.update.run(state, grads[index], divisor, rates)
+            block = self.rotation.active_block if state is states[0] else len(self.states)
+            update = self.host_update if self.host_update is not None and state.streams else self.update
+            weights = update.run(state, grads[index], scaling, rates, block)
             grads[index] = torch.empty(0)  # free before the next allocation
             state.shard.write_weights(weights, self.group, self.settings.publish_numel)
 
@@ -311,53 +393,16 @@ class HiFTOptimizer(ZeROOptimizer):
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
-    def _measure(
-        self, grads: list[torch.Tensor], states: list[BlockState], touched: list[set[torch.nn.Parameter]]
-    ) -> tuple[float, bool]:
-        """Global gradient norm, still times the loss scale, and whether every element on every rank is finite.
-
-        One all-reduce, which also carries two checks of the rotation: that all ranks train the same block, and that the
-        block has a gradient at all.
-
-        Raises:
-            RuntimeError: On every rank, if one of the checks fails.
-        """
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for grad in grads:
-            for tile in grad.split(TILE_NUMEL):
-                total += sum_of_squares(tile)
-        block = self.rotation.active_block
-        facts = torch.stack(
-            [
-                total,
-                (~torch.isfinite(total)).double(),
-                torch.tensor(float(len(touched[0])), dtype=torch.float64, device=self.device),
-                torch.tensor(float(block), dtype=torch.float64, device=self.device),
-                torch.tensor(float(block * block), dtype=torch.float64, device=self.device),
-            ]
-        )
-        if self.settings.world > 1:
-            dist.all_reduce(facts, group=self.group)
-        square, non_finite, reached, block_sum, block_square_sum = facts.tolist()
-        if self.settings.stage == 0:
-            square /= self.settings.world  # every rank has measured the whole gradient
-        if block_square_sum * self.settings.world != block_sum * block_sum:
-            raise RuntimeError(f"ranks disagree on the active block (here {block}); was a rank restarted alone?")
-        if not reached:
-            raise RuntimeError(self.no_gradient_message())
-        self._warn_partial(block, states[0], touched[0])
-        return square**0.5 if non_finite == 0 else float("nan"), non_finite == 0
-
-    def no_gradient_message(self) -> str:
-        """Why a step of the active block cannot be made, and what to do."""
-        block = self.rotation.active_block
+    def no_gradient_message(self, block: int) -> str:
+        """Why a step of a block cannot be made, and what to do."""
         return (
             f"block {block} ({self.plan.blocks[block].name}) received no gradient on any rank, so its update would be "
             "lost: either the loss does not depend on it (add it to hift.frozen), or reentrant activation "
             "checkpointing cut it off (pass use_reentrant=False)"
         )
 
-    def _warn_partial(self, block: int, state: BlockState, touched: set[torch.nn.Parameter]) -> None:
+    def _warn_partial(self, state: BlockState, touched: set[torch.nn.Parameter]) -> None:
+        block = self.rotation.active_block
         missing = [fqn for fqn, param in zip(state.shard.fqns, state.shard.params, strict=True) if param not in touched]
         key = f"partial {block}"
         if missing and key not in self._warned:

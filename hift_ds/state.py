@@ -1,45 +1,66 @@
-"""Master weights and optimizer state of one block's shard, at home on the host.
-
-On a CPU run host and device are the same memory and nothing is copied. On an accelerator the tensors are pinned, come
-to the device tile by tile for the update and go back; the copies are ordered by the device's current stream.
-"""
+"""Master weights and optimizer state of one block's shard: on the host and streamed, or on the device."""
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import torch
 
+from hift_ds.forms import GROUP, MOMENT_DTYPES, SCALE_SUFFIX, Form, decode_int8, join_split16, split_master
+from hift_ds.host_memory import HostMemory, Shapes
+from hift_ds.ring import Ring, Tile, slot_bytes
 from hift_ds.rules import Rule
 from hift_ds.shards import BlockShard
 
-logger = logging.getLogger(__name__)
+TILE_NUMEL = 1 << 23  # elements of an update in one memory: bounds the fp32 copy of the gradient that eager rules make
+TILE_BYTES = 32 << 20  # of a tile in the ring: long enough for the bus, small beside a block
+RING_BYTES = 128 << 20  # where hift.state.ring_bytes is null
+TILE_MULTIPLE = 1024  # elements: whole groups of int8 moments, aligned for every dtype
+MIN_SLOTS = 3  # one on its way in, one being updated, one on its way out
 
 
-def host_empty(numel: int, pin: bool) -> torch.Tensor:
-    """An fp32 host tensor; pageable, with a warning, where pinning fails (`ulimit -l`)."""
-    if pin:
-        try:
-            return torch.empty(numel, dtype=torch.float32, pin_memory=True)
-        except RuntimeError as error:
-            logger.warning("pinning %d MiB of host memory failed (%s): transfers will be slower", numel >> 18, error)
-    return torch.empty(numel, dtype=torch.float32)
+@dataclass(frozen=True)
+class Storage:
+    """Where and how the state of blocks is kept.
+
+    Attributes:
+        device: Where updates run.
+        form: Of masters and moments.
+        memory: Allocates on the host; `None` = the device's memory is the home (a CPU run, `residency: device`).
+        own_master: Keep an fp32 master even where the model weights are fp32 (updates on the host).
+    """
+
+    device: torch.device
+    form: Form = field(default_factory=Form)
+    memory: HostMemory | None = None
+    own_master: bool = False
+
+    def shapes(self, shard: BlockShard, rule: Rule, param_groups: list[dict]) -> Shapes:
+        """The state tensors of a block, `master` first, then the rule's slots."""
+        shapes: dict[str, tuple[int, torch.dtype]] = {}
+        weight_dtypes = {param.dtype for param in shard.params}
+        weight_dtype = weight_dtypes.pop() if len(weight_dtypes) == 1 else None
+        master = torch.float32 if self.own_master or weight_dtype is None else self.form.master_dtype(weight_dtype)
+        if master is not None:
+            shapes["master"] = (shard.numel, master)
+        slots = dict.fromkeys(slot for run in shard.runs for slot in rule.slots(param_groups[run.group]))
+        for slot in slots:
+            shapes[slot] = (shard.numel, MOMENT_DTYPES[self.form.moments])
+            if self.form.moments == "int8":
+                shapes[slot + SCALE_SUFFIX] = (-(-shard.numel // GROUP) + len(shard.runs), torch.float32)
+        return shapes
 
 
 class BlockState:
-    """State of one block: `master` (absent where the model weights are fp32 and so their own master), one tensor per
-    slot of the update rule, small extra tensors, and `step`, the number of this block's updates.
-
-    Bytes on the host per element of the shard: 4 for the master unless the weights are fp32, and 4 per slot.
+    """State of one block: its tensors, small extra tensors, and `step`, the number of this block's updates.
 
     Args:
         shard: The block's layout.
         rule: The update rule.
         param_groups: The hyper-parameter holder's param groups.
-        device: Where updates run.
-        resident: Keep the state on the device (always-active parameters).
-        copies: Treat host and device as separate memories; `None` = unless the device is the CPU.
-        pin_memory: Page-lock the host copies on a CUDA machine.
+        storage: Where and how.
+        tile_numel: Most elements of one tile.
     """
 
     def __init__(
@@ -47,30 +68,36 @@ class BlockState:
         shard: BlockShard,
         rule: Rule,
         param_groups: list[dict],
-        device: torch.device,
-        resident: bool = False,
-        copies: bool | None = None,
-        pin_memory: bool = True,
+        storage: Storage,
+        tile_numel: int | None = None,
     ) -> None:
-        self.shard, self.rule, self.device = shard, rule, device
+        self.shard, self.rule, self.storage = shard, rule, storage
         self._groups = param_groups
-        apart = device.type != "cpu" if copies is None else copies
-        self.copies = apart and not resident
-        pin = pin_memory and self.copies and device.type == "cuda"
-
-        def new() -> torch.Tensor:
-            if resident:
-                return torch.empty(shard.numel, dtype=torch.float32, device=device)
-            return host_empty(shard.numel, pin)
-
-        self.master = None
-        if any(param.dtype != torch.float32 for param in shard.params):
-            self.master = shard.read_weights(new())
-        names = {slot: None for run in shard.runs for slot in rule.slots(param_groups[run.group])}
-        self.slots = {name: new() for name in names}
+        shapes = storage.shapes(shard, rule, param_groups)
+        if storage.memory is not None:
+            self.tensors = storage.memory.arena(shapes)
+        else:
+            self.tensors = {n: torch.empty(s, dtype=dtype, device=storage.device) for n, (s, dtype) in shapes.items()}
         self.extra: dict[str, torch.Tensor] = {}
         self.step = 0
+        self.tiles = list(self._cut(TILE_NUMEL if tile_numel is None else tile_numel))
+        self.refresh_master()
         self.reset()
+
+    @property
+    def master(self) -> torch.Tensor | None:
+        """fp32 master weights, or the int16 remainders of `split16`; `None` where the model weights are the masters."""
+        return self.tensors.get("master")
+
+    @property
+    def slots(self) -> dict[str, torch.Tensor]:
+        """The rule's state tensors by torch's names, and the scales of int8 moments."""
+        return {name: tensor for name, tensor in self.tensors.items() if name != "master"}
+
+    @property
+    def streams(self) -> bool:
+        """Whether the home is another memory than the device's."""
+        return self.storage.memory is not None
 
     def reset(self) -> None:
         """Forgets moments and step count; the master weights stay."""
@@ -78,31 +105,156 @@ class BlockState:
         self.extra = {}
         for run in self.shard.runs:
             group = self._groups[run.group]
-            for name, tensor in self.slots.items():
-                tensor[run.start : run.stop].fill_(self.rule.initial_value(name, group))
+            for name in self.rule.slots(group):
+                self.tensors[name][run.start : run.stop].fill_(self.rule.initial_value(name, group))
             self.extra.update(self.rule.init_extra(run.segments, group))
+        for name, tensor in self.tensors.items():
+            if name.endswith(SCALE_SUFFIX):
+                tensor.zero_()
 
     def refresh_master(self) -> None:
         """Takes the master weights anew from the model weights."""
-        if self.master is not None:
+        if self.master is None:
+            return
+        if self.master.dtype == torch.float32:
             self.shard.read_weights(self.master)
+        else:
+            self.master.zero_()
 
-    def load(self, tensor: torch.Tensor, tile: slice) -> torch.Tensor:
-        """A tile of `master` or of a slot on the device, to be changed in place and given to `store`."""
-        part = tensor[tile]
-        return part.to(self.device, non_blocking=True, copy=True) if self.copies else part
+    def tile_of(self, run: int, span: slice) -> dict[str, torch.Tensor]:
+        """The part of every tensor that belongs to a range of a run; it begins at a group of the run."""
+        parts = {}
+        start = self.shard.runs[run].start
+        first = -(-start // GROUP) + run + (span.start - start) // GROUP  # no two runs share a group
+        for name, tensor in self.tensors.items():
+            if name.endswith(SCALE_SUFFIX):
+                parts[name] = tensor[first : first + -(-(span.stop - span.start) // GROUP)]
+            else:
+                parts[name] = tensor[span]
+        return parts
 
-    def store(self, tensor: torch.Tensor, tile: slice, value: torch.Tensor) -> None:
-        """Takes a changed tile back."""
-        if self.copies:
-            tensor[tile].copy_(value, non_blocking=True)
+    def read(self, index: int, key: str | None) -> torch.Tensor:
+        """One parameter's slice in fp32, without padding, 1-D: the master weight (`None`) or a slot.
+
+        Raises:
+            ValueError: No such slot.
+        """
+        self._check_key(key)
+        here, weight = self._slice(index), self.shard.weight_slice(index)
+        if key is None:
+            if self.master is None:
+                return weight.float()
+            if self.master.dtype == torch.int16:
+                return join_split16(weight, self.master[here].to(weight.device))
+            return self.master[here]
+        values = self.tensors[key][here]
+        if values.dtype != torch.uint8:
+            return values.float()
+        run_index, run = next((i, r) for i, r in enumerate(self.shard.runs) if r.start <= here.start < r.stop)
+        scales = self.tile_of(run_index, slice(run.start, run.stop))[key + SCALE_SUFFIX]
+        return decode_int8(values, scales, here.start - run.start, signed=key == "exp_avg")
+
+    @torch.no_grad()
+    def write(self, index: int, key: str | None, value: torch.Tensor) -> None:
+        """The inverse of `read`; a master weight becomes the model weight of this rank's slice too.
+
+        Raises:
+            ValueError: No such slot, or one of 8-bit codes.
+        """
+        self._check_key(key)
+        here, value = self._slice(index), value.view(-1)
+        if key is None:
+            if self.master is not None and self.master.dtype == torch.int16:
+                self.master[here].copy_(split_master(value)[1])
+            elif self.master is not None:
+                self.master[here].copy_(value)
+            self.shard.weight_slice(index).copy_(self.rounded(value))
+        elif self.tensors[key].dtype == torch.uint8:
+            raise ValueError(f"optim_state_key={key!r}: hift.state.moments 'int8' can be read, not set; use 'bf16'")
+        else:
+            self.tensors[key][here].copy_(value)
+
+    def rounded(self, master: torch.Tensor) -> torch.Tensor:
+        """fp32 master weights as the model's, where copying them there would round otherwise than the update does."""
+        return split_master(master)[0] if self.master is not None and self.master.dtype == torch.int16 else master
 
     @property
     def host_bytes(self) -> int:
-        """Bytes that this state keeps on the host (0 for a resident one on an accelerator)."""
-        return sum(tensor.nbytes for tensor in self.tensors() if tensor.device.type == "cpu")
+        """Bytes that this state keeps on the host (0 for one that lives on an accelerator)."""
+        return sum(tensor.nbytes for tensor in self.all_tensors() if tensor.device.type == "cpu")
 
-    def tensors(self) -> list[torch.Tensor]:
+    def all_tensors(self) -> list[torch.Tensor]:
         """Every tensor of the state."""
-        masters = [] if self.master is None else [self.master]
-        return masters + list(self.slots.values()) + list(self.extra.values())
+        return [*self.tensors.values(), *self.extra.values()]
+
+    def _check_key(self, key: str | None) -> None:
+        keys = [name for name in self.slots if not name.endswith(SCALE_SUFFIX)]
+        if key is not None and key not in keys:
+            raise ValueError(f"optim_state_key={key!r}: {self.rule.name} keeps {', '.join(keys) or 'no state'}")
+
+    def _slice(self, index: int) -> slice:
+        segment = self.shard.segments[index]
+        return slice(segment.offset, segment.offset + segment.numel)
+
+    def _cut(self, tile_numel: int) -> Iterator[Tile]:
+        for index, run in enumerate(self.shard.runs):
+            for start in range(run.start, run.stop, tile_numel):
+                span = slice(start, min(start + tile_numel, run.stop))
+                yield Tile(index, span, self.tile_of(index, span))
+
+
+@dataclass(frozen=True)
+class RingPlan:
+    """Sizes of a ring: `tile_numel` elements of state in a slot of `slot_bytes`, `num_slots` of them."""
+
+    tile_numel: int
+    slot_bytes: int
+    num_slots: int
+
+
+def plan_ring(all_shapes: list[tuple[BlockShard, Shapes]], ring_bytes: int | None) -> RingPlan:
+    """As large as the largest block at most: its slots serve the next block's tiles, too, and more would hide nothing.
+
+    Args:
+        all_shapes: Every streaming block, and its state tensors.
+        ring_bytes: `hift.state.ring_bytes`.
+
+    Raises:
+        ValueError: `ring_bytes` cannot hold three of the smallest tiles.
+    """
+    smallest = max((_slot_bytes(shapes, TILE_MULTIPLE) for _, shapes in all_shapes), default=0)
+    if smallest == 0:  # a rule without state on fp32 weights
+        return RingPlan(TILE_NUMEL, 0, 0)
+    limit = RING_BYTES if ring_bytes is None else ring_bytes
+    if limit < MIN_SLOTS * smallest:
+        raise ValueError(
+            f"hift.state.ring_bytes={ring_bytes}: must be {MIN_SLOTS * smallest} or more, three tiles of "
+            f"{TILE_MULTIPLE} elements; null chooses {RING_BYTES}"
+        )
+    tile_numel = max(min(TILE_BYTES, limit // MIN_SLOTS) // smallest, 1) * TILE_MULTIPLE
+    longest = max(min(tile_numel, run.stop - run.start) for shard, _ in all_shapes for run in shard.runs)
+    slot_bytes = max(_slot_bytes(shapes, longest) for _, shapes in all_shapes)
+    most_tiles = max(sum(-(-(r.stop - r.start) // tile_numel) for r in shard.runs) for shard, _ in all_shapes)
+    return RingPlan(tile_numel, slot_bytes, min(limit // slot_bytes, most_tiles))
+
+
+def make_states(
+    shards: list[BlockShard], rule: Rule, param_groups: list[dict], storage: Storage, ring_bytes: int | None
+) -> tuple[list[BlockState], Ring | None]:
+    """The blocks' states, and the ring that they stream through where they do.
+
+    Raises:
+        ValueError: As `plan_ring`.
+    """
+    if storage.memory is None or storage.own_master:
+        return [BlockState(shard, rule, param_groups, storage) for shard in shards], None
+    plan = plan_ring([(shard, storage.shapes(shard, rule, param_groups)) for shard in shards], ring_bytes)
+    states = [BlockState(shard, rule, param_groups, storage, plan.tile_numel) for shard in shards]
+    return states, Ring(plan.num_slots, plan.slot_bytes, storage.device) if plan.num_slots else None
+
+
+def _slot_bytes(shapes: Shapes, numel: int) -> int:
+    groups = -(-numel // GROUP)
+    return slot_bytes(
+        (groups if name.endswith(SCALE_SUFFIX) else numel) * dtype.itemsize for name, (_, dtype) in shapes.items()
+    )

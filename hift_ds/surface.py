@@ -1,6 +1,6 @@
 """The surface of DeepSpeed that hift_ds stands on, named in one place.
 
-`engine.py`, `optimizer.py`, `shards.py`, `gradients.py` and `checkpoint.py` use nothing of DeepSpeed's inside but this.
+The modules that import DeepSpeed (tests/unit/test_imports.py names them) use nothing of its inside but this.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ SURFACE: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "deepspeed.accelerator": {"": ("get_accelerator",)},
     "deepspeed.ops": {"": ("__compatible_ops__",)},
+    "deepspeed.ops.adam": {"": ("DeepSpeedCPUAdam",), "DeepSpeedCPUAdam": ("step",)},
     "deepspeed.runtime.engine": {
         "DeepSpeedEngine": (
             # overridden
@@ -60,7 +61,7 @@ INSTANCE_SURFACE: dict[str, dict[str, tuple[str, ...]]] = {
     "deepspeed.runtime.engine": {
         "DeepSpeedEngine": (
             "_config", "basic_optimizer", "client_optimizer", "device", "global_rank", "gradient_average", "local_rank",
-            "lr_scheduler", "param_names", "seq_data_parallel_group", "seq_dp_world_size",
+            "lr_scheduler", "param_names", "seq_data_parallel_group", "seq_dp_world_size", "tput_timer",
         ),
     },
     "deepspeed.runtime.zero.parameter_offload": {

@@ -3,17 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from hift_ds.ring import Ring, Tile
 from hift_ds.rules import Rule
 from hift_ds.shards import Run
 from hift_ds.state import BlockState
 
-# Updates one tile in place: gradient as reduced, model weights, master weights (None: the model's are), slots.
-Compute = Callable[[torch.Tensor, torch.Tensor, "torch.Tensor | None", dict[str, torch.Tensor]], None]
-TILE_NUMEL = 1 << 23  # elements per pass of an elementwise rule: 32 MiB of fp32 for each operand on the device
+Tensors = dict[str, torch.Tensor]
+# Updates one tile in place: its range of the shard, gradient as reduced, model weights, state tensors on the device.
+Compute = Callable[[slice, torch.Tensor, torch.Tensor, Tensors], None]
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """What unscales and clips a gradient.
+
+    Attributes:
+        loss_scale: 1 outside fp16.
+        clip: Largest norm; 0 = off.
+        norm: Global norm of the unscaled gradient; `None` where the host does not wait for it (fused kernels alone).
+        square: The same on the device, scaled and squared: fp64, one element; nan leaves the update out.
+    """
+
+    loss_scale: float
+    clip: float
+    norm: float | None
+    square: torch.Tensor
+
+    @property
+    def divisor(self) -> float:
+        """What eager rules divide by."""
+        assert self.norm is not None
+        excess = (self.norm + 1e-6) / self.clip if self.clip > 0 else 1.0
+        return self.loss_scale * max(1.0, excess)
 
 
 class BlockUpdate:
@@ -25,6 +51,8 @@ class BlockUpdate:
         device: Where updates run.
         all_reduce: Sums a tensor over the ranks that share a block's state.
         kernel: `torch` (eager) or `triton` (one fused pass, no fp32 copy of the gradient).
+        ring: What streaming states stream through.
+        seed: Draws stochastic rounding, together with block, step and rank.
     """
 
     def __init__(
@@ -34,88 +62,114 @@ class BlockUpdate:
         device: torch.device,
         all_reduce: Callable[[torch.Tensor], torch.Tensor],
         kernel: str,
+        ring: Ring | None = None,
+        seed: int = 0,
     ) -> None:
         self.rule, self.param_groups, self.device = rule, param_groups, device
-        self.all_reduce = all_reduce
-        self._of_run = self._fused if kernel == "triton" else self._eager
+        self.all_reduce, self.kernel, self.ring, self.seed = all_reduce, kernel, ring, seed
 
-    def run(self, state: BlockState, grad: torch.Tensor, divisor: float, rates: list[float]) -> torch.Tensor:
+    def run(
+        self, state: BlockState, grad: torch.Tensor, scaling: Scaling, rates: list[float], block: int
+    ) -> torch.Tensor:
         """Updates masters and state of a block in place. Collective for a rule that is not elementwise.
 
         Args:
             state: The block's; its `step` is counted up.
             grad: The averaged gradient shard, scaled and not clipped: 1-D, shard length.
-            divisor: What unscales and clips it.
             rates: Learning rate in force, one per param group.
+            block: Tells blocks apart where rounding is random.
 
         Returns:
             The new model weights of this rank's shard: 1-D, in the model's dtype (fp32 where a block mixes dtypes).
         """
         state.step += 1
-        dtypes = {param.dtype for param in state.shard.params}
-        dtype = torch.float32 if len(dtypes) > 1 or state.master is None else dtypes.pop()
-        weights = torch.empty(state.shard.numel, dtype=dtype, device=self.device)
-        if state.master is None:
-            state.shard.read_weights(weights)
-        for run in state.shard.runs:
-            compute = self._of_run(state, run, divisor, rates[run.group])
-            for tile in _tiles(run, self.rule.elementwise):
-                _update_tile(state, tile, compute, grad[tile], weights[tile])
+        weights = self._weights(state)
+        if not self.rule.elementwise:
+            for index, run in enumerate(state.shard.runs):
+                self._whole_run(state, index, run, grad, weights, scaling, rates[run.group])
+            return weights
+        of_run = self._fused if self.kernel == "triton" else self._eager
+        computes = [of_run(state, run, scaling, rates[run.group], block) for run in state.shard.runs]
+        for tile, tensors in self._visit(state, state.tiles):
+            computes[tile.run](tile.span, grad[tile.span], weights[tile.span], tensors)
         return weights
 
-    def _eager(self, state: BlockState, run: Run, divisor: float, lr: float) -> Compute:
-        def compute(
-            grad: torch.Tensor, weights: torch.Tensor, master: torch.Tensor | None, slots: dict[str, torch.Tensor]
-        ) -> None:
-            gradient = grad.float()
-            if divisor != 1.0:
-                gradient.mul_(1.0 / divisor)
-            extra = {key: value.to(self.device) for key, value in state.extra.items()}
+    def _weights(self, state: BlockState) -> torch.Tensor:
+        dtypes = {param.dtype for param in state.shard.params}
+        dtype = torch.float32 if len(dtypes) > 1 else dtypes.pop()
+        weights = torch.empty(state.shard.numel, dtype=dtype, device=self.device)
+        if state.master is None or state.master.dtype != torch.float32:
+            state.shard.read_weights(weights)
+        return weights
+
+    def _visit(self, state: BlockState, tiles: list[Tile], write: bool = True) -> Iterator[tuple[Tile, Tensors]]:
+        if state.streams and self.ring is not None:
+            return self.ring.visit(tiles, write)
+        return ((tile, tile.home) for tile in tiles)
+
+    def _eager(self, state: BlockState, run: Run, scaling: Scaling, lr: float, block: int) -> Compute:
+        def compute(span: slice, grad: torch.Tensor, weights: torch.Tensor, tensors: Tensors) -> None:
+            master = tensors.get("master")
             self.rule.update(
-                weights if master is None else master, gradient, slots, self.param_groups[run.group],
-                lr=lr, step=state.step, segments=run.segments, extra=extra, all_reduce=self.all_reduce,
+                weights if master is None else master, _unscaled(grad, scaling), tensors, self.param_groups[run.group],
+                lr=lr, step=state.step,
             )  # fmt: skip
-            for key, value in state.extra.items():
-                value.copy_(extra[key])
             if master is not None:
                 weights.copy_(master)
 
         return compute
 
-    def _fused(self, state: BlockState, run: Run, divisor: float, lr: float) -> Compute:
-        from hift_kernels.grad_norm import STEP, prepare
-        from hift_kernels.launching import NUM_SCALARS, Weights
+    def _fused(self, state: BlockState, run: Run, scaling: Scaling, lr: float, block: int) -> Compute:
+        from hift_kernels.rounding import mixed_seed
 
         group = self.param_groups[run.group]
-        scalars = torch.zeros(NUM_SCALARS, device=self.device)
-        scalars[STEP] = state.step - 1
-        finite = torch.zeros(1, dtype=torch.float64, device=self.device)  # a step that is not has ended before
-        scale = torch.full((1,), divisor, dtype=torch.float64, device=self.device)
-        prepare(finite, scale, scalars, lr=lr, **self.rule.prepared(group))
+        scalars = self._scalars(state, group, scaling, lr)
 
-        def compute(
-            grad: torch.Tensor, weights: torch.Tensor, master: torch.Tensor | None, slots: dict[str, torch.Tensor]
-        ) -> None:
-            form = Weights("plain", weights) if master is None else Weights("fp32", weights, master)
-            self.rule.update_fused(grad, form, slots, group, scalars)
+        def compute(span: slice, grad: torch.Tensor, weights: torch.Tensor, tensors: Tensors) -> None:
+            seed = mixed_seed(self.seed, block, state.step, state.shard.rank, span.start)
+            self.rule.update_fused(grad, _form(weights, tensors.get("master")), tensors, group, scalars, seed)
 
         return compute
 
+    def _scalars(self, state: BlockState, group: dict[str, Any], scaling: Scaling, lr: float) -> torch.Tensor:
+        """What the kernels need of step, rate, norm and clipping, on the device; no wait."""
+        from hift_kernels.grad_norm import STEP, prepare
+        from hift_kernels.launching import NUM_SCALARS
 
-def _update_tile(
-    state: BlockState, tile: slice, compute: Compute, grad: torch.Tensor, weights: torch.Tensor
-) -> None:
-    # A function of its own: what it loads is free before the next tile is loaded.
-    slots = {name: state.load(tensor, tile) for name, tensor in state.slots.items()}
-    master = None if state.master is None else state.load(state.master, tile)
-    compute(grad, weights, master, slots)
-    for name, tensor in state.slots.items():
-        state.store(tensor, tile, slots[name])
-    if master is not None:
-        state.store(state.master, tile, master)
+        scalars = torch.zeros(NUM_SCALARS, device=self.device)
+        scalars[STEP].fill_(state.step - 1)
+        scale = torch.full((1,), scaling.loss_scale, dtype=torch.float64, device=self.device)
+        prepare(scaling.square, scale, scalars, lr=lr, max_norm=scaling.clip, **self.rule.prepared(group))
+        return scalars
+
+    def _whole_run(
+        self, state: BlockState, index: int, run: Run, grad: torch.Tensor, weights: torch.Tensor, scaling: Scaling,
+        lr: float,
+    ) -> None:  # fmt: skip
+        """A rule that looks at whole parameters: it goes over the tiles of a run more than once."""
+        tiles = [tile for tile in state.tiles if tile.run == index]
+
+        def visit(write: bool) -> Iterator[tuple[int, torch.Tensor]]:
+            for tile, tensors in self._visit(state, tiles, write):
+                master = tensors.get("master")
+                yield tile.span.start - run.start, weights[tile.span] if master is None else master
+                if write and master is not None:
+                    weights[tile.span].copy_(master)
+
+        self.rule.update_run(
+            visit, _unscaled(grad[run.start : run.stop], scaling), self.param_groups[run.group],
+            lr=lr, step=state.step, segments=run.segments, extra=state.extra, all_reduce=self.all_reduce,
+        )  # fmt: skip
 
 
-def _tiles(run: Run, elementwise: bool) -> Iterator[slice]:
-    step = TILE_NUMEL if elementwise else max(run.stop - run.start, 1)
-    for start in range(run.start, run.stop, step):
-        yield slice(start, min(start + step, run.stop))
+def _unscaled(grad: torch.Tensor, scaling: Scaling) -> torch.Tensor:
+    gradient = grad.float()
+    return gradient if scaling.divisor == 1.0 else gradient.mul_(1.0 / scaling.divisor)
+
+
+def _form(weights: torch.Tensor, master: torch.Tensor | None) -> Any:
+    from hift_kernels.launching import Weights
+
+    if master is None:
+        return Weights("plain" if weights.dtype == torch.float32 else "none", weights)
+    return Weights("split16" if master.dtype == torch.int16 else "fp32", weights, master)

@@ -63,13 +63,15 @@ def train(args: argparse.Namespace) -> None:
     before = evaluate(engine, run, display, "before training")
     began = time.monotonic()
     steps(engine, run, args, display, start)
+    if args.hift:
+        engine.optimizer.settle()
     seconds = time.monotonic() - began
     after = evaluate(engine, run, display, "after training")
     if before is not None:
         display.print(f"held-out loss {before:.3f} -> {after:.3f}")
-    save_summary(engine, run, args, display, {"held_out_loss": [before, after], "training_seconds": round(seconds, 1)})
     folder = Path(args.output_dir) / "model"
     loop.save_model(engine, run.tokenizer, folder)
+    save_summary(engine, run, args, display, {"held_out_loss": [before, after], "training_seconds": round(seconds, 1)})
     display.print(f"saved: AutoModelForCausalLM.from_pretrained({str(folder)!r})", markup=False, soft_wrap=True)
 
 
@@ -110,7 +112,8 @@ def steps(engine: Any, run: Any, args: argparse.Namespace, display: Any, start: 
                 engine.step()
                 sums += torch.stack([loss.detach().double() / accumulation, batch["attention_mask"].sum().double()])
             dist.all_reduce(sums)
-            mean, tokens = (sums / torch.tensor([dist.get_world_size(), 1.0], device=sums.device)).tolist()
+            total, tokens = sums.tolist()
+            mean = total / dist.get_world_size()
             progress.update(mean, engine.get_lr()[0], block, tokens / (time.monotonic() - began))
             if engine.monitor.enabled:
                 engine.monitor.write_events([("Train/loss", mean, step + 1)])

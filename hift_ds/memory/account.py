@@ -9,12 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from hift_ds.shards import full_numel, is_partitioned
-from hift_ds.update import TILE_NUMEL
+from hift_ds.state import plan_ring
 
 if TYPE_CHECKING:
     from hift_ds.engine import HiFTEngine
     from hift_ds.gradients import GradientReducer
+    from hift_ds.optimizer import HiFTOptimizer
     from hift_ds.shards import BlockShard
     from hift_ds.state import BlockState
 
@@ -44,11 +47,12 @@ class Roles:
 def hift_roles(engine: HiFTEngine) -> Roles:
     """The roles of this rank's run, for its worst block."""
     optimizer = engine.optimizer
-    resident = 0 if optimizer.always is None else sum(tensor.nbytes for tensor in optimizer.always.tensors())
+    always = [] if optimizer.always is None else [optimizer.always]
+    resident = sum(tensor.nbytes for state in always for tensor in state.all_tensors())
     return Roles(
         weights=_weight_bytes(engine),
         gradients=max(_gradient_bytes(engine, state) for state in optimizer.states),
-        state=resident + max(_update_bytes(state) for state in optimizer.states),
+        state=resident + _state_bytes(optimizer),
         host=sum(state.host_bytes for state in optimizer.states),
     )
 
@@ -68,7 +72,8 @@ def full_roles(engine: HiFTEngine) -> Roles:
         count = sum(full_numel(param) for param in params)
         numel += count
         gradients += sum(full_numel(param) * param.element_size() for param in params)
-        state += 4 * count * (len(block.slots) + (block.master is not None))
+        names = {slot for run in block.shard.runs for slot in block.rule.slots(optimizer.param_groups[run.group])}
+        state += 4 * count * (len(names) + any(param.dtype != torch.float32 for param in params))
     return Roles(
         weights=_weight_bytes(engine),
         gradients=gradients // (world if stage >= 2 else 1),
@@ -117,8 +122,19 @@ def _reduction_bytes(shard: BlockShard, reducer: GradientReducer, accumulates: b
     return peak
 
 
-def _update_bytes(state: BlockState) -> int:
-    """On an accelerator: the block's new weights, and of master, gradient and slots one tile in fp32."""
-    weights = sum(segment.padded_numel for segment in state.shard.segments) * state.shard.params[0].element_size()
-    tile = min(TILE_NUMEL, state.shard.numel) if state.rule.elementwise else state.shard.numel
-    return weights + 4 * tile * (1 + len(state.slots) + (state.master is not None))
+def _state_bytes(optimizer: HiFTOptimizer) -> int:
+    """On an accelerator: the largest block's new weights, the ring (or all state), an eager rule's fp32 gradient."""
+    settings, states = optimizer.settings, optimizer.states
+    weights = max(
+        sum(segment.padded_numel for segment in state.shard.segments) * state.shard.params[0].element_size()
+        for state in states
+    )
+    if settings.on_host:
+        return weights
+    if settings.resident:
+        return weights + sum(tensor.nbytes for state in states for tensor in state.all_tensors())
+    shapes = [(s.shard, s.storage.shapes(s.shard, s.rule, optimizer.param_groups)) for s in states]
+    plan = plan_ring(shapes, settings.ring_bytes)
+    longest = max(run.stop - run.start for state in states for run in state.shard.runs)
+    gradient = min(plan.tile_numel, longest) if optimizer.rule.elementwise else longest
+    return weights + plan.num_slots * plan.slot_bytes + (4 * gradient if settings.kernel == "torch" else 0)

@@ -186,11 +186,13 @@ def _restore_computed_buffers(model: PreTrainedModel) -> None:
 
     with init_empty_weights(include_buffers=False):
         fresh = type(model)(model.config)
-    saved = set(fresh.state_dict())
+    saved, present = set(fresh.state_dict()), dict(model.named_buffers())
     for name, buffer in fresh.named_buffers():
         if name not in saved:
             owner, _, last = name.rpartition(".")
-            model.get_submodule(owner).register_buffer(last, buffer, persistent=False)
+            # zero.Init has put the old one on the accelerator, and DeepSpeed moves no zero.Init model again.
+            device = present[name].device if name in present else buffer.device
+            model.get_submodule(owner).register_buffer(last, buffer.to(device), persistent=False)
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:

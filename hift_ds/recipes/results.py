@@ -33,7 +33,11 @@ def write_results(path: Path, results: dict[str, Any]) -> None:
 
 def _commit() -> str:
     here = Path(__file__).parent
-    found = subprocess.run(["git", "-C", str(here), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    command = ["git", "-C", str(here), "rev-parse", "--short", "HEAD"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True)
+    except OSError:  # no git, as in many containers
+        return "unknown"
     return found.stdout.strip() or "unknown"
 
 

@@ -50,13 +50,18 @@ def load_run(args: argparse.Namespace) -> Run:
         ValueError, TypeError, OSError: In one sentence, what is wrong with an argument, the config, the data.
         RuntimeError: The same of another rank.
     """
-    from hift_ds.launching import agree
+    from hift_ds.launching import agree, require_alike
 
     if not args.verbose:
         _quiet()
     # At stage 3 loading a model is collective: a rank that fails before must be heard before.
     ds_config, tokenizer, data, micro_batch, max_steps = agree(lambda: _load_data(args))
-    model = agree(lambda: _load_model(args, ds_config))
+    agree_on_data = (len(data.train), len(data.eval), micro_batch, max_steps)
+    require_alike("rows of the data set or steps", agree_on_data)  # else some rank would wait for ever at the end
+    if _is_zero3(ds_config):  # loading issues collectives: another in the place of one of them would never end
+        model = _load_model(args, ds_config)
+    else:
+        model = agree(lambda: _load_model(args, ds_config))
     return Run(model, tokenizer, data, ds_config, micro_batch, max_steps)
 
 
@@ -90,10 +95,8 @@ def _load_model(args: argparse.Namespace, ds_config: dict[str, Any]) -> Any:
 
     from hift_ds.recipes.models import load_model
 
-    zero = ds_config.get("zero_optimization")
-    zero3 = isinstance(zero, Mapping) and zero.get("stage") == 3
     # While this object lives, from_pretrained partitions each parameter as it is created.
-    kept = HfDeepSpeedConfig(ds_config) if zero3 else None
+    kept = HfDeepSpeedConfig(ds_config) if _is_zero3(ds_config) else None
     dtype = torch.float32
     for key, candidate in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
         if (ds_config.get(key) or {}).get("enabled"):
@@ -105,6 +108,11 @@ def _load_model(args: argparse.Namespace, ds_config: dict[str, Any]) -> Any:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.config.use_cache = False
     return model
+
+
+def _is_zero3(ds_config: dict[str, Any]) -> bool:
+    zero = ds_config.get("zero_optimization")
+    return isinstance(zero, Mapping) and zero.get("stage") == 3
 
 
 def _quiet() -> None:

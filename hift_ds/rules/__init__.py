@@ -16,7 +16,7 @@ from hift_ds.rules.base import Rule, Segment, check_bool, refuse_flags
 from hift_ds.rules.lion import Lion
 from hift_ds.rules.sgd import SGD
 
-__all__ = ["Rule", "Segment", "choose_kernel", "rule_from_config", "rule_from_optimizer"]
+__all__ = ["Rule", "Segment", "check_form", "choose_kernel", "rule_from_config", "rule_from_optimizer"]
 
 _TORCH_NO_EFFECT = ("foreach", "fused")
 _TORCH_REFUSED = ("maximize", "differentiable")
@@ -131,30 +131,64 @@ def rule_from_optimizer(optimizer: torch.optim.Optimizer) -> Rule:
     return rule
 
 
-def choose_kernel(kernel: str | None, rule: Rule, device_type: str) -> str:
+def choose_kernel(
+    kernel: str | None, rule: Rule, device_type: str, compact: bool = False, on_host: bool = False
+) -> str:
     """Which implementation runs the updates: `torch`, the eager rule, or `triton`, its fused kernel.
 
     Args:
-        kernel: `hift.kernel`. `None` is `torch`: no fused kernel has been run on a GPU by this project yet.
+        kernel: `hift.kernel`. `None` is `torch` unless `compact`: no fused kernel has been run on a GPU by this project
+            yet.
         device_type: Where the updates run.
+        compact: `hift.state` asks for masters or moments that are not fp32.
+        on_host: `offload_optimizer.device: cpu` asks for updates on the host.
 
     Raises:
-        ValueError: `triton` for a rule without a kernel, or where kernels cannot run.
+        ValueError: `triton` for a rule without a kernel, or where kernels cannot run; `torch` where only kernels can.
     """
-    if kernel != "triton":
+    if on_host and (kernel == "triton" or compact):
+        what = "hift.kernel='triton'" if kernel == "triton" else "hift.state"
+        raise ValueError(
+            f"zero_optimization.offload_optimizer.device='cpu': updates on the host have no fused kernel and keep fp32 "
+            f"masters and moments; remove it, or {what}"
+        )
+    if kernel == "torch" and compact:
+        raise ValueError(
+            "hift.kernel='torch': updates masters and moments in fp32 alone; use null or 'triton' with this hift.state"
+        )
+    if kernel != "triton" and not compact:
         return "torch"
+    asked = "hift.kernel='triton'" if kernel == "triton" else "hift.state, which needs hift.kernel 'triton',"
+    remedy = "use null or 'torch'" if kernel == "triton" else "leave master and moments at 'fp32'"
     if not rule.has_kernel:
-        raise ValueError(f"hift.kernel='triton': there is no fused kernel for {rule.name}; use null or 'torch'")
+        raise ValueError(f"{asked}: there is no fused kernel for {rule.name}; {remedy}")
     try:
         from hift_kernels.launching import is_available
     except ImportError as error:
-        raise ValueError(f"hift.kernel='triton': Triton is missing ({error}); use null or 'torch'") from None
+        raise ValueError(f"{asked}: Triton is missing ({error}); {remedy}") from None
     if not is_available(device_type):
         raise ValueError(
-            f"hift.kernel='triton': needs a CUDA device, and this run is on {device_type!r}; use null or 'torch' "
+            f"{asked}: needs a CUDA device, and this run is on {device_type!r}; {remedy} "
             "(TRITON_INTERPRET=1 runs the kernels on a CPU, very slowly, for tests)"
         )
     return "triton"
+
+
+def check_form(master: str, moments: str, rule: Rule, weight_dtype: torch.dtype) -> None:
+    """Refuse a `hift.state` that does not go with the update rule or the model weights.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if moments not in rule.moments:
+        allowed = " or ".join(map(repr, rule.moments))
+        raise ValueError(f"hift.state.moments={moments!r}: {rule.name} keeps them in {allowed}; use one of these.")
+    if master != "fp32" and weight_dtype != torch.bfloat16:
+        dtype = str(weight_dtype).removeprefix("torch.")
+        raise ValueError(
+            f"hift.state.master={master!r}: needs bf16 model weights, and these are {dtype}; use 'fp32', or "
+            '"bf16": {"enabled": true}.'
+        )
 
 
 def _config_type(optimizer_type: str) -> _ConfigType:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from hift_ds.rules.base import AllReduce, Rule, Segment, check_number, check_pair, refuse_flags
+
+# Given whether tiles will be changed: each tile of the master weights with its first element's place in the run.
+Visit = Callable[[bool], Iterator[tuple[int, torch.Tensor]]]
 
 
 class Adafactor(Rule):
@@ -26,6 +29,7 @@ class Adafactor(Rule):
 
     name = "adafactor"
     elementwise = False
+    moments = ("fp32",)
 
     def slots(self, group: Mapping[str, Any]) -> tuple[str, ...]:
         return ()
@@ -64,6 +68,28 @@ class Adafactor(Rule):
         extra: dict[str, torch.Tensor] | None = None,
         all_reduce: AllReduce | None = None,
     ) -> None:
+        self.update_run(
+            lambda write: iter([(0, master)]), grad, group,
+            lr=lr, step=step, segments=segments, extra=extra, all_reduce=all_reduce,
+        )  # fmt: skip
+
+    def update_run(
+        self,
+        visit: Visit,
+        grad: torch.Tensor,
+        group: Mapping[str, Any],
+        *,
+        lr: float,
+        step: int,
+        segments: Sequence[Segment],
+        extra: dict[str, torch.Tensor] | None,
+        all_reduce: AllReduce | None,
+    ) -> None:
+        """`update` with the master weights in tiles, which are visited twice: read, then changed. Collective.
+
+        Args:
+            visit: Given whether tiles will be changed, yields each with its first element's place in the run.
+        """
         segments = [segment for segment in segments if segment.shape.numel() > 0]
         if not segments:
             return
@@ -74,7 +100,11 @@ class Adafactor(Rule):
         weight_decay = float(self.read(group, "weight_decay"))
 
         # Before the decay: the step is relative to the parameter as it was.
-        param_squares = torch.stack([_sum_of_squares(_valid(master, segment)) for segment in segments])
+        squares = grad.new_zeros(len(segments), dtype=torch.float64)
+        for start, master in visit(False):
+            for index, _, part in _pieces(segments, start, master):
+                squares[index] += torch.linalg.vector_norm(part, dtype=torch.float64).square_()
+        param_squares = squares.float()
         weight = float(step) ** float(self.read(group, "beta2_decay"))
         moments = _update_moments(grad, param_squares, segments, extra, weight, all_reduce)
         for segment in segments:
@@ -83,15 +113,18 @@ class Adafactor(Rule):
         if all_reduce is not None:
             all_reduce(update_squares)
 
-        if weight_decay != 0:
-            master.mul_(1 - lr * weight_decay)
         rho = min(lr, 1 / step**0.5)
-        squares = torch.stack([param_squares, update_squares]).tolist()  # the only wait for the device
-        for segment, param_square, update_square in zip(segments, *squares, strict=True):
+        factors = []
+        both = torch.stack([param_squares, update_squares]).tolist()  # the only wait for the device
+        for segment, param_square, update_square in zip(segments, *both, strict=True):
             root_numel = segment.shape.numel() ** 0.5
             alpha = max(float(eps2), param_square**0.5 / root_numel) * rho
-            clip = max(1.0, update_square**0.5 / (root_numel * threshold))
-            _valid(master, segment).add_(_valid(grad, segment), alpha=-alpha / clip)
+            factors.append(-alpha / max(1.0, update_square**0.5 / (root_numel * threshold)))
+        for start, master in visit(True):
+            if weight_decay != 0:
+                master.mul_(1 - lr * weight_decay)
+            for index, place, part in _pieces(segments, start, master):
+                part.add_(grad[place : place + part.numel()], alpha=factors[index])
 
 
 @dataclass(frozen=True)
@@ -146,6 +179,17 @@ def _moment_shapes(shape: torch.Size) -> dict[str, torch.Size]:
     if len(shape) < 2:
         return {"variance": shape}
     return {"row_var": torch.Size((*shape[:-1], 1)), "col_var": torch.Size((*shape[:-2], 1, shape[-1]))}
+
+
+def _pieces(
+    segments: Sequence[Segment], start: int, tile: torch.Tensor
+) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """What of a tile that begins at `start` of the run belongs to which segment: index, place in the run, view."""
+    for index, segment in enumerate(segments):
+        first = max(segment.offset, start)
+        last = min(segment.offset + segment.numel, start + tile.numel())
+        if first < last:
+            yield index, first, tile[first - start : last - start]
 
 
 def _valid(flat: torch.Tensor, segment: Segment) -> torch.Tensor:

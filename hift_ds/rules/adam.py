@@ -25,6 +25,7 @@ class Adam(Rule):
     """
 
     has_kernel = True
+    moments = ("fp32", "bf16", "int8")
 
     def __init__(self, decoupled: bool) -> None:
         self.decoupled = decoupled
@@ -94,11 +95,19 @@ class Adam(Rule):
         scalars: torch.Tensor,
         seed: int = 0,
     ) -> None:
-        from hift_kernels.adamw import adamw_step
-
         beta1, beta2 = (float(beta) for beta in self.read(group, "betas"))
-        adamw_step(
-            grad, weights, state["exp_avg"], state["exp_avg_sq"], scalars, beta1=beta1, beta2=beta2,
-            eps=float(self.read(group, "eps")), weight_decay=float(self.read(group, "weight_decay")),
-            decoupled=self.decoupled, seed=seed,
+        hyper = dict(
+            beta1=beta1, beta2=beta2, eps=float(self.read(group, "eps")),
+            weight_decay=float(self.read(group, "weight_decay")), decoupled=self.decoupled, seed=seed,
         )  # fmt: skip
+        moments = state["exp_avg"], state["exp_avg_sq"]
+        if moments[0].dtype == torch.uint8:
+            from hift_kernels.adamw_int8 import adamw_int8_step
+
+            adamw_int8_step(
+                grad, weights, *moments, state["exp_avg_scale"], state["exp_avg_sq_scale"], scalars, **hyper
+            )
+        else:
+            from hift_kernels.adamw import adamw_step
+
+            adamw_step(grad, weights, *moments, scalars, **hyper)

@@ -39,11 +39,13 @@ class Rule(ABC):
         elementwise: True: `update()` may be called on any sub-range of the shard (a tile). False: only on a whole
             run, with its segments, in the same order on every rank.
         has_kernel: `update_fused` is there.
+        moments: What `hift.state.moments` may be.
     """
 
     name: str
     elementwise: bool = True
     has_kernel: bool = False
+    moments: tuple[str, ...] = ("fp32", "bf16")
 
     @abstractmethod
     def slots(self, group: Mapping[str, Any]) -> tuple[str, ...]:

@@ -12,13 +12,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from hift_ds import state
+from hift_ds.host_memory import HostMemory
 
 
 class DeviceMeter(TorchDispatchMode):
     """Inside `with meter:`, the bytes of every storage alive, noted after each operation.
 
-    Host memory is what `hift_ds.state.host_empty` returns. Seen are the operands and results of torch's operations;
+    Host memory is what `hift_ds.host_memory.HostMemory` gives. Seen are the operands and results of torch's operations;
     unseen is what one operation allocates and frees inside itself.
 
     Attributes:
@@ -44,16 +44,19 @@ class DeviceMeter(TorchDispatchMode):
     @contextmanager
     def measuring(self) -> Iterator[DeviceMeter]:
         """The mode, with host memory told apart."""
-        original = state.host_empty
+        original = HostMemory.arena
 
-        def host_empty(*args: Any) -> torch.Tensor:
+        def arena(*args: Any) -> dict[str, torch.Tensor]:
+            tensors = original(*args)
             self._on_host = True
             try:
-                return original(*args)
+                for tensor in tensors.values():
+                    self._note(tensor)
             finally:
                 self._on_host = False
+            return tensors
 
-        with mock.patch.object(state, "host_empty", host_empty), self:
+        with mock.patch.object(HostMemory, "arena", arena), self:
             yield self
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

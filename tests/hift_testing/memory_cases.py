@@ -15,10 +15,11 @@ from hift_testing.invariant_cases import digest_of, state_by_block, weights_by_b
 from hift_testing.training import DTYPES, cast_parameters, ds_config, engine_of, run_steps
 from torch import nn
 
-from hift_ds import optimizer, update
+from hift_ds import state
 from hift_ds.engine import HiFTEngine
 
 WIDTH, LAYERS, TILE, STEPS = 64, 12, 2048, 5
+RING_BYTES = 3 * TILE * 12  # three tiles of fp32 master and moments
 BUCKET = 20_000  # elements: the largest parameter has 16,384, so each weight matrix is a bucket of its own
 
 
@@ -39,10 +40,9 @@ class Stack(nn.Module):
 
 
 @contextmanager
-def separate_host(separate: bool = True, tile: int = TILE) -> Iterator[None]:
-    """Host and device as separate memories although both are the CPU, and updates in small tiles."""
-    tiles = (mock.patch.object(module, "TILE_NUMEL", tile) for module in (optimizer, update))
-    with mock.patch.object(HiFTEngine, "separate_host", separate), next(tiles), next(tiles):
+def separate_host(separate: bool = True, tile: int = state.TILE_MULTIPLE) -> Iterator[None]:
+    """Host and device as separate memories although both are the CPU; `tile`: elements of the ring's smallest."""
+    with mock.patch.object(HiFTEngine, "separate_host", separate), mock.patch.object(state, "TILE_MULTIPLE", tile):
         yield
 
 
@@ -51,7 +51,7 @@ def _config(stage: int, dtype: str, hift: dict[str, Any], **extra: Any) -> dict[
         "reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET, "stage3_prefetch_bucket_size": BUCKET,
         "stage3_max_live_parameters": 2 * BUCKET,
     }  # fmt: skip
-    return ds_config(stage, dtype, hift, zero_optimization=buckets, **extra)
+    return ds_config(stage, dtype, {"state": {"ring_bytes": RING_BYTES}, **hift}, zero_optimization=buckets, **extra)
 
 
 def measured(
@@ -64,8 +64,8 @@ def measured(
 
     Returns:
         Bytes: `given`, the weights before init; `weights`, those after; `init`, the peak of init; `idle`, what is alive
-        after init; `host`; `backward`, `step`, `after`: the peaks of the phases and what is alive after a step, over
-        the weights and what forward has left, at the worst step; `always`, state of the always-active. Elements:
+        after init; `ring`; `host`; `backward`, `step`, `after`: the peaks of the phases and what is alive after a step,
+        over the weights and what forward has left, at the worst step; `always`, state of the always-active. Elements:
         `block` and `shard`, of everything that trains at the worst step, `bucket`, the largest.
     """
     model = cast_parameters(Stack(), DTYPES[start or dtype])
@@ -106,7 +106,8 @@ def measured(
         "backward": max(phases["backward"]),
         "step": max(phases["step"]) - weights,
         "after": max(phases["after"]) - weights,
-        "always": sum(tensor.nbytes for state in always for tensor in state.tensors()),
+        "ring": engine.optimizer.ring.nbytes,
+        "always": sum(tensor.nbytes for state in always for tensor in state.all_tensors()),
         "shard": max(sum(shard.numel for shard in shards) for shards in trained),
         "block": max(sum(shard.numel * shard.world for shard in shards) for shards in trained),
         "bucket": max(
@@ -120,11 +121,13 @@ def measured(
 def same_training(stage: int, dtype: str, hift: dict[str, Any], rule: dict[str, Any] | None = None) -> list[str]:
     """Fingerprints of weights and state after 9 steps: one memory and one tile, then two memories and many tiles."""
     found = []
-    for separate, tile in ((False, 1 << 23), (True, 48)):
-        with separate_host(separate, tile):
-            config = ds_config(stage, dtype, {**hift}, **({"optimizer": rule} if rule else {}))
+    for separate in (False, True):
+        with separate_host(separate, tile=48):
+            ring = {"ring_bytes": 3 * 3 * 256} if separate else {}
+            config = ds_config(stage, dtype, {**hift, "state": ring}, **({"optimizer": rule} if rule else {}))
             engine = engine_of(config)
-            assert engine.optimizer.states[0].copies == separate
+            assert engine.optimizer.states[0].streams == separate
+            assert len(engine.optimizer.states[0].tiles) > 10 or not separate
             run_steps(engine, 9)
         found.append(digest_of(weights_by_block(engine)) + digest_of(state_by_block(engine)))
     return found

@@ -28,7 +28,7 @@ def bounds(stage: int, world: int, dtype: str, accumulation: int, facts: dict) -
     shard, block, parameter = facts["shard"], facts["block"], facts["parameter"]
     bucket = facts["bucket"] * element
     held_by_gloo = 2 * bucket if world > 1 else 0  # its threads free a collective's tensors up to 10 ms later
-    tile = 4 * 4 * cases.TILE  # master, gradient and two moments in fp32
+    tile = 4 * cases.RING_BYTES // 3 // (8 if dtype == "fp32" else 12)  # of the gradient in fp32
     packed = bucket + (bucket / world if stage > 0 else 0)  # sent, and received
     if world == 1:
         backward = shard * gradient + parameter * element
@@ -41,12 +41,13 @@ def bounds(stage: int, world: int, dtype: str, accumulation: int, facts: dict) -
     gathered = 2 * bucket if world > 1 and stage in (1, 2) else 0  # a bucket of new weights, and the one before
     # the first parameter in the engine's dtype beside the given one; its ZeRO-3 partition beside the whole
     init = parameter * element * (facts["given"] > facts["weights"] or stage == 3)
+    kept = facts["always"] + facts["ring"]
     return {
-        "init": facts["given"] + facts["always"] + init + TINY,
-        "idle": facts["weights"] + facts["always"] + TINY,
+        "init": facts["given"] + kept + init + TINY,
+        "idle": facts["weights"] + kept + TINY,
         "backward": backward + held_by_gloo + TINY,
-        "step": facts["always"] + shard * element + max(shard * gradient + tile, gathered) + held_by_gloo + TINY,
-        "after": facts["always"] + TINY,
+        "step": kept + shard * element + max(shard * gradient + tile, gathered) + held_by_gloo + TINY,
+        "after": kept + TINY,
     }
 
 
@@ -59,6 +60,7 @@ def assert_within_bounds(stage: int, world: int, dtype: str, keywords: dict, res
             assert max(allowed["backward"], allowed["step"]) < whole / 2
         per_element = 8 if dtype == "fp32" else 12  # moments and, unless the weights are fp32, the master
         parts = world if stage > 0 else 1
+        assert 0 < facts["ring"] <= cases.RING_BYTES
         inside = cases.LAYERS * 33088 / parts * per_element - facts["always"]
         assert facts["host"] == inside
 

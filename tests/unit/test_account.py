@@ -14,12 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hift_ds import gradients as gradients_module
 from hift_ds.gradients import GradientReducer
-from hift_ds.memory import account
 from hift_ds.memory.account import Roles, full_roles, hift_roles
+from hift_ds.optimizer import Settings
 from hift_ds.recipes.display import memory_table
 from hift_ds.rules import rule_from_config
 from hift_ds.shards import ALIGNMENT, Averaging, BlockShard
-from hift_ds.state import BlockState
+from hift_ds.state import BlockState, Storage
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -46,6 +46,7 @@ def engine_of(
     bucket_numel: int = 10**6,
     overlap: bool = True,
     micro_steps: int = 1,
+    ring_bytes: int | None = None,
 ) -> SimpleNamespace:
     """What the account reads of an engine, as rank 0 of `world` has it; layouts and states are the real ones."""
     params = dict(module.named_parameters())
@@ -53,16 +54,17 @@ def engine_of(
     groups = [{"params": list(params.values()), **defaults}]
     sharded = world if stage else 1
 
-    def state(names: list[str], resident: bool = False) -> BlockState:
+    def state(names: list[str]) -> BlockState:
         shard = BlockShard([(name, params[name]) for name in names], dict.fromkeys(params, 0), sharded, 0)
-        return BlockState(shard, rule, groups, CPU, resident)
+        return BlockState(shard, rule, groups, Storage(CPU))
 
     states = [state(names) for names in blocks]
-    resident = state(list(always), resident=True) if always else None
+    resident = state(list(always)) if always else None
     averaging = Averaging(torch.bfloat16, 1.0, True)
     reducer = GradientReducer(stage, None, world, averaging, accumulation, bucket_numel, overlap)
     optimizer = SimpleNamespace(
-        states=states, always=resident, reducer=reducer, settings=SimpleNamespace(stage=stage, world=world),
+        states=states, always=resident, reducer=reducer, rule=rule, param_groups=groups,
+        settings=Settings(stage, world, 0.0, bucket_numel, False, ring_bytes=ring_bytes),
         _all_states=lambda: states if resident is None else [*states, resident],
     )  # fmt: skip
     return SimpleNamespace(module=module, optimizer=optimizer, gradient_accumulation_steps=lambda: micro_steps)
@@ -137,13 +139,14 @@ def test_hift_holds_the_worst_block_and_keeps_the_states_on_the_host():
     roles = hift_roles(engine_of(Layers(torch.bfloat16), [["large"], ["small", "norm"]], 2, 1))
     large, small, norm = (slot(numel, 1) for numel in (LARGE, SMALL, NORM))
     assert roles.gradients == 2 * large + 2 * LARGE  # the shard, and the gradient that is being added to it
-    assert roles.state == 2 * large + 4 * large * 4  # new weights; master, gradient, exp_avg, exp_avg_sq in fp32
+    # new weights; master, exp_avg and exp_avg_sq, each from a multiple of 256 bytes on; the gradient in fp32
+    assert roles.state == 2 * large + 3 * math.ceil(4 * large / 256) * 256 + 4 * large
     assert roles.host == 12 * (large + small + norm)
 
 
 def test_host_bytes_are_those_of_the_tensors_there():
     engine = engine_of(Layers(torch.float32), [["large"], ["small", "norm"]], 2, 2)
-    tensors = [tensor for state in engine.optimizer.states for tensor in state.tensors()]
+    tensors = [tensor for state in engine.optimizer.states for tensor in state.all_tensors()]
     assert hift_roles(engine).host == sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
@@ -221,10 +224,16 @@ def test_always_active_parameters_count_beside_every_block():
     assert beside.host == alone.host
 
 
-def test_update_of_a_large_block_holds_one_tile_of_fp32_operands(monkeypatch):
-    monkeypatch.setattr(account, "TILE_NUMEL", 64)
-    roles = hift_roles(engine_of(Layers(torch.bfloat16), [["large"], ["small", "norm"]], 2, 1))
-    assert roles.state == 2 * slot(LARGE, 1) + 4 * 64 * 4
+def test_update_of_a_large_block_holds_its_weights_the_ring_and_one_tile_of_fp32_gradient():
+    smallest = 3 * 3 * 4 * 1024  # three tiles of 1024 elements: master, exp_avg, exp_avg_sq
+    module = nn.Linear(100, 100, bias=False).bfloat16()
+    roles = hift_roles(engine_of(module, [["weight"]], 2, 1, ring_bytes=smallest))
+    assert roles.state == 2 * 100 * 100 + smallest + 4 * 1024
+
+
+def test_a_block_smaller_than_the_ring_takes_no_more_than_its_own_state():
+    roles = hift_roles(engine_of(nn.Linear(64, 64, bias=False).bfloat16(), [["weight"]], 2, 1))
+    assert roles.state == (2 + 12 + 4) * 64 * 64
 
 
 # The table.

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from hift_ds.config import HiFTConfig
+from hift_ds.config import HiFTConfig, StateConfig
 
 
 def read(**section):
@@ -16,6 +16,7 @@ def test_enabled_alone_gives_the_documented_defaults():
     assert config == HiFTConfig(
         enabled=True, layers_per_block=1, order="bottom2up", seed=42, steps_per_block=1, lr_update="cycle",
         inactive_state="keep", blocks=None, frozen=None, always_active=None, kernel=None,
+        state=StateConfig(master="fp32", moments="fp32", residency="stream", ring_bytes=None, pin_memory=True),
     )  # fmt: skip
 
 
@@ -40,7 +41,15 @@ GOOD = {
     "frozen": [(None, None), (["embed"], ("embed",)), ([], None)],
     "always_active": [(None, None), (["norm", "bias$"], ("norm", "bias$"))],
     "kernel": [(None, None), ("torch", "torch"), ("triton", "triton")],
-}
+    "state": [
+        (None, StateConfig()), ({}, StateConfig()),
+        *(({"master": m}, StateConfig(master=m)) for m in ("fp32", "split16", "none")),
+        *(({"moments": m}, StateConfig(moments=m)) for m in ("fp32", "bf16", "int8")),
+        *(({"residency": r}, StateConfig(residency=r)) for r in ("stream", "device")),
+        ({"ring_bytes": 1 << 20, "pin_memory": False}, StateConfig(ring_bytes=1 << 20, pin_memory=False)),
+        ({"ring_bytes": None, "pin_memory": None}, StateConfig()),
+    ],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("key", "given", "read_as"), [(k, *pair) for k, pairs in GOOD.items() for pair in pairs])
@@ -92,7 +101,35 @@ BAD = [
     ("kernel", "cuda", ValueError, "'torch'"),
     ("kernel", "auto", ValueError, "'triton', 'torch'"),
     ("kernel", 1, ValueError, "'torch'"),
+    ("state", "split16", TypeError, "null or an object"),
+    ("state", ["split16"], TypeError, "null or an object"),
 ]
+BAD_STATE = [
+    ("master", "bf16", ValueError, "'fp32', 'split16', 'none'"),
+    ("moments", "fp16", ValueError, "'fp32', 'bf16', 'int8'"),
+    ("residency", "host", ValueError, "'stream', 'device'"),
+    ("ring_bytes", "64MiB", TypeError, "whole number"),
+    ("ring_bytes", 0, ValueError, "1 or more"),
+    ("pin_memory", 1, TypeError, "true or false"),
+    ("moment", "bf16", ValueError, "did you mean 'moments'?"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "exception", "allowed"), BAD_STATE)
+def test_a_bad_value_of_state_is_named_with_what_is_allowed(key, value, exception, allowed):
+    with pytest.raises(exception, match=re.escape(f"hift.state.{key}={value!r}: ")) as caught:
+        read(state={key: value})
+    assert type(caught.value) is exception
+    assert allowed in str(caught.value)
+
+
+def test_every_key_of_state_has_cases_here():
+    assert set(StateConfig.__dataclass_fields__) <= {key for key, *_ in BAD_STATE}
+
+
+def test_a_ring_for_state_that_does_not_stream_is_refused():
+    with pytest.raises(ValueError, match=r"hift\.state\.ring_bytes=64: nothing streams with residency 'device'"):
+        read(state={"residency": "device", "ring_bytes": 64})
 
 
 @pytest.mark.parametrize(("key", "value", "exception", "allowed"), BAD)

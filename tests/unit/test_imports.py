@@ -15,14 +15,15 @@ ROOT = PACKAGE.parent
 
 # Of the core, only these know DeepSpeed.
 KNOW_DEEPSPEED = {
-    "engine", "optimizer", "shards", "gradients", "launching", "checkpoint", "fragments", "surface",
+    "engine", "optimizer", "shards", "gradients", "measure", "host_update", "launching", "fragments", "surface",
 }  # fmt: skip
 # From the bottom up: a module imports from its own row and those before it.
 LAYERS = (
     ("rules",),
     ("config", "blocks", "rotation", "schedule", "ds_keys", "surface", "activations"),
-    ("shards", "gradients", "state", "launching"),
-    ("checkpoint", "update", "optimizer", "fragments"),
+    ("host_memory", "ring", "forms", "shards", "gradients", "launching"),
+    ("state", "measure"),
+    ("checkpoint", "update", "host_update", "optimizer", "fragments"),
     ("view", "engine"),
     ("recipes", "memory", "integrations", "cli", "run"),
 )

@@ -150,6 +150,26 @@ def test_each_rank_takes_its_own_device_before_the_first_collective(environment,
     assert taken == [1]
 
 
+def test_tasks_of_srun_without_ranks_are_refused_instead_of_training_alone_each(environment, monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    with pytest.raises(RuntimeError, match="srun has started 4 tasks.*set RANK, LOCAL_RANK"):
+        launching.init_distributed()
+    assert environment == [] and "RANK" not in os.environ
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    launching.init_distributed()
+    assert len(environment) == 1
+
+
+def test_a_rank_without_a_device_of_its_own_is_refused_before_it_joins(environment, monkeypatch):
+    monkeypatch.setattr(type(launching.get_accelerator()), "device_name", lambda self, index=None: "cuda")
+    monkeypatch.setattr(type(launching.get_accelerator()), "device_count", lambda self: 1)
+    for name, value in {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "8"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RuntimeError, match="LOCAL_RANK=1: this process sees 1 devices"):
+        launching.init_distributed()
+    assert environment == []
+
+
 def test_a_second_call_does_nothing(environment, monkeypatch):
     monkeypatch.setattr(launching.dist, "is_initialized", lambda: True)
     launching.init_distributed()

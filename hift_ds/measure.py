@@ -1,0 +1,107 @@
+"""The norm of a step's gradients and the checks of the rotation, in one all-reduce; read at once or a step later."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+
+from hift_ds.gradients import sum_of_squares
+
+NORM_TILE = 1 << 23  # elements whose rows are summed at a time
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the ranks have found out together.
+
+    Attributes:
+        norm: Global gradient norm, times the loss scale; nan or inf where an element is.
+        finite: Every element on every rank is.
+        reached: Parameters with a gradient, over all ranks; 0 = the update would be lost.
+        agreed: All ranks train the same block.
+    """
+
+    norm: float
+    finite: bool
+    reached: int
+    agreed: bool
+
+    @property
+    def good(self) -> bool:
+        """Whether the update may be made."""
+        return self.finite and self.agreed and self.reached > 0
+
+
+class Measurement:
+    """Of one step. Making it is collective; nothing in it waits for the device but `verdict`.
+
+    Args:
+        grads: Averaged gradient shards of everything that trains, scaled.
+        reached: Parameters of the active block that had a gradient on this rank.
+        block: The active block.
+        stage: ZeRO stage.
+        world: Ranks.
+        group: Their process group.
+        fused: By the kernel of `hift_kernels.grad_norm` instead of torch.
+
+    Attributes:
+        square: fp64, one element, on the device: the sum of squares over all ranks; nan where the update must be left
+            out, for whatever reason.
+    """
+
+    def __init__(
+        self, grads: list[torch.Tensor], *, reached: int, block: int, stage: int, world: int, group: object, fused: bool
+    ) -> None:
+        total = _fused_sum(grads) if fused else _eager_sum(grads)
+        facts = total.new_zeros(5)
+        facts[0:1].copy_(total)
+        facts[1:2].copy_(~torch.isfinite(total))
+        for place, value in enumerate((reached, block, block * block), start=2):
+            facts[place].fill_(value)  # not torch.tensor(value), which waits for the device
+        if world > 1:
+            dist.all_reduce(facts, group=group)
+        if stage == 0:
+            facts[0].div_(world)  # every rank has measured the whole gradient
+        self._facts, self._world = facts, world
+        good = (facts[1] == 0) & (facts[2] > 0) & (facts[4] * world == facts[3] * facts[3])
+        self.square = torch.where(good, facts[0], torch.nan).view(1)
+        self._host, self._sent = facts, None
+
+    def send(self) -> None:
+        """Begins to copy the facts to the host, so that a later `verdict` finds them there."""
+        if self._facts.device.type == "cuda":
+            self._host = torch.empty(5, dtype=torch.float64, pin_memory=True)
+            self._host.copy_(self._facts, non_blocking=True)
+            self._sent = torch.cuda.current_stream(self._facts.device).record_event()
+
+    def verdict(self) -> Verdict:
+        """Waits until the facts are on the host."""
+        if self._sent is not None:
+            self._sent.synchronize()
+        square, non_finite, reached, block_sum, block_square_sum = self._host.tolist()
+        return Verdict(
+            norm=square**0.5 if non_finite == 0 else float("nan"),
+            finite=non_finite == 0,
+            reached=int(reached),
+            agreed=block_square_sum * self._world == block_sum * block_sum,
+        )
+
+
+def _eager_sum(grads: list[torch.Tensor]) -> torch.Tensor:
+    total = torch.zeros(1, dtype=torch.float64, device=grads[0].device)
+    for grad in grads:
+        for tile in grad.split(NORM_TILE):
+            total += sum_of_squares(tile)
+    return total
+
+
+def _fused_sum(grads: list[torch.Tensor]) -> torch.Tensor:
+    from hift_kernels.grad_norm import sum_of_squares as fused_sum
+
+    total: Any = torch.zeros(1, dtype=torch.float64, device=grads[0].device)
+    for grad in grads:
+        fused_sum(grad, total, accumulate=True)
+    return total

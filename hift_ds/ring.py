@@ -1,0 +1,200 @@
+"""The ring: a small device buffer through which the state of any block streams, tile by tile.
+
+Three queues of device work: copies in, the update, copies out. What orders them are events: an update waits for its
+tile's copy in; a copy out waits for the update; a copy in waits until its slot of the ring is free and, because a
+block's next turn may come before its last copies out have landed, until its tile on the host is written.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from hift_ds.host_memory import ALIGNMENT
+
+
+class Lane(Protocol):
+    """A queue of device work, first in, first out."""
+
+    def run(self, work: Callable[[], None]) -> None:
+        """Appends work."""
+
+    def record(self) -> Any:
+        """An event: all work so far is done."""
+
+    def wait(self, event: Any) -> None:
+        """Work appended from now on begins after `event`, which another lane may have recorded."""
+
+    def synchronize(self) -> None:
+        """The host waits for all work so far."""
+
+
+class CudaLane:
+    """A CUDA stream; without one, whatever stream is current."""
+
+    def __init__(self, device: torch.device, own: bool) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if own else None
+
+    def run(self, work: Callable[[], None]) -> None:
+        with torch.cuda.stream(self._stream):  # None: as it is
+            work()
+
+    def record(self) -> torch.cuda.Event:
+        return self._now().record_event()
+
+    def wait(self, event: torch.cuda.Event) -> None:
+        self._now().wait_event(event)
+
+    def synchronize(self) -> None:
+        self._now().synchronize()
+
+    def _now(self) -> torch.cuda.Stream:
+        return self._stream or torch.cuda.current_stream(self._device)
+
+
+class DirectLane:
+    """Work is done when it is appended: where a device has no streams."""
+
+    def run(self, work: Callable[[], None]) -> None:
+        work()
+
+    def record(self) -> None:
+        return None
+
+    def wait(self, event: None) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
+@dataclass
+class Lanes:
+    """The three queues of a ring."""
+
+    copy_in: Lane
+    update: Lane
+    copy_out: Lane
+
+    @classmethod
+    def of(cls, device: torch.device) -> Lanes:
+        if device.type == "cuda":
+            return cls(CudaLane(device, own=True), CudaLane(device, own=False), CudaLane(device, own=True))
+        return cls(DirectLane(), DirectLane(), DirectLane())
+
+
+@dataclass(eq=False)
+class Tile:
+    """A range of one block's state at home on the host.
+
+    Attributes:
+        run: Index of the run of the block's shard that it belongs to.
+        span: The elements of the shard.
+        home: Its part of every state tensor, views.
+        written: The event of its last copy out; `None` if there has been none.
+    """
+
+    run: int
+    span: slice
+    home: dict[str, torch.Tensor]
+    written: Any = None
+
+
+@dataclass(eq=False)
+class _Slot:
+    buffer: torch.Tensor
+    free: Any = None  # the event after which it may be overwritten
+    loaded: Any = None
+
+
+class Ring:
+    """Streams tiles through one preallocated buffer; loads run ahead as far as there are slots.
+
+    Args:
+        num_slots: Tiles on the device at a time.
+        slot_bytes: Bytes of the largest tile, by `slot_bytes`.
+        device: Where the buffer is.
+        lanes: The queues.
+    """
+
+    def __init__(self, num_slots: int, slot_bytes: int, device: torch.device, lanes: Lanes | None = None) -> None:
+        self.lanes = Lanes.of(device) if lanes is None else lanes
+        self.buffer = torch.empty(num_slots * slot_bytes, dtype=torch.uint8, device=device)
+        # What the allocator gave may still be in use by earlier work of the update's lane.
+        fresh = self.lanes.update.record()
+        self._slots = [_Slot(part, free=fresh) for part in self.buffer.split(slot_bytes)] if num_slots else []
+        self._turn = 0
+        self._ahead: deque[tuple[Tile, _Slot]] = deque()
+
+    @property
+    def nbytes(self) -> int:
+        """Device bytes, all that there ever are."""
+        return self.buffer.nbytes
+
+    def prefetch(self, tiles: Sequence[Tile]) -> None:
+        """Begins to load the first of `tiles`, as many as there are slots, for the coming `visit` of the same."""
+        self._ahead.clear()
+        for tile in tiles[: len(self._slots)]:
+            self._load(tile)
+
+    def visit(self, tiles: Sequence[Tile], write: bool = True) -> Iterator[tuple[Tile, dict[str, torch.Tensor]]]:
+        """Each tile with its tensors on the device, in order; consume it to the end.
+
+        Args:
+            write: What the caller has changed in place goes back to the host.
+        """
+        lanes = self.lanes
+        if [tile for tile, _ in self._ahead] != list(tiles[: len(self._ahead)]) or not self._ahead:
+            self.prefetch(tiles)
+        for index, tile in enumerate(tiles):
+            slot = self._ahead.popleft()[1]
+            on_device = _views(slot.buffer, tile)
+            lanes.update.wait(slot.loaded)
+            yield tile, on_device
+            slot.free = lanes.update.record()
+            if write:
+                lanes.copy_out.wait(slot.free)
+                lanes.copy_out.run(lambda tile=tile, on_device=on_device: _copy(on_device, tile.home))
+                slot.free = tile.written = lanes.copy_out.record()
+            if index + len(self._ahead) + 1 < len(tiles):
+                self._load(tiles[index + len(self._ahead) + 1])
+
+    def settle(self) -> None:
+        """The host's copies are whole after this and may be read or changed; what was loaded ahead is forgotten."""
+        self.lanes.copy_in.synchronize()
+        self.lanes.copy_out.synchronize()
+        self._ahead.clear()
+
+    def _load(self, tile: Tile) -> None:
+        slot = self._slots[self._turn]
+        self._turn = (self._turn + 1) % len(self._slots)
+        copy_in = self.lanes.copy_in
+        copy_in.wait(slot.free)
+        if tile.written is not None:
+            copy_in.wait(tile.written)
+        copy_in.run(lambda: _copy(tile.home, _views(slot.buffer, tile)))
+        slot.loaded = copy_in.record()
+        self._ahead.append((tile, slot))
+
+
+def slot_bytes(sizes: Iterable[int]) -> int:
+    """Bytes of a slot for tensors of these sizes in bytes."""
+    return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
+
+
+def _views(buffer: torch.Tensor, tile: Tile) -> dict[str, torch.Tensor]:
+    views, offset = {}, 0
+    for name, tensor in tile.home.items():
+        views[name] = buffer[offset : offset + tensor.nbytes].view(tensor.dtype)
+        offset += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+    return views
+
+
+def _copy(sources: dict[str, torch.Tensor], targets: dict[str, torch.Tensor]) -> None:
+    for name, source in sources.items():
+        targets[name].copy_(source, non_blocking=True)
