@@ -83,7 +83,7 @@ class BlockUpdate:
             The new model weights of this rank's shard: 1-D, in the model's dtype (fp32 where a block mixes dtypes).
         """
         state.step += 1
-        weights = self._weights(state)
+        weights = self._weights(state, may_be_left_out=scaling.norm is None)
         if not self.rule.elementwise:
             for index, run in enumerate(state.shard.runs):
                 self._whole_run(state, index, run, grad, weights, scaling, rates[run.group])
@@ -94,11 +94,12 @@ class BlockUpdate:
             computes[tile.run](tile.span, grad[tile.span], weights[tile.span], tensors)
         return weights
 
-    def _weights(self, state: BlockState) -> torch.Tensor:
+    def _weights(self, state: BlockState, may_be_left_out: bool) -> torch.Tensor:
+        """Where the new model weights go; the present ones are in it if they are the masters or may have to stay."""
         dtypes = {param.dtype for param in state.shard.params}
         dtype = torch.float32 if len(dtypes) > 1 else dtypes.pop()
         weights = torch.empty(state.shard.numel, dtype=dtype, device=self.device)
-        if state.master is None or state.master.dtype != torch.float32:
+        if may_be_left_out or state.master is None or state.master.dtype != torch.float32:
             state.shard.read_weights(weights)
         return weights
 

@@ -47,6 +47,7 @@ def weights_by_block(engine: Any) -> dict[str, str]:
 
 def state_by_block(engine: Any) -> dict[str, str]:
     """Fingerprints of each block's master, slots and step on this rank."""
+    engine.optimizer.settle()
     states = dict(enumerate(engine.optimizer.states))
     if engine.optimizer.always is not None:
         states["always"] = engine.optimizer.always
@@ -161,14 +162,14 @@ def error_of(action: Any) -> str:
     return ""
 
 
-def ranks_disagree(stage: int) -> dict[str, Any]:
+def ranks_disagree(stage: int, hift: dict[str, Any] | None = None) -> dict[str, Any]:
     """The last rank believes that another block's turn has come."""
-    engine = engine_of(ds_config(stage, "fp32", {}))
+    engine = engine_of(ds_config(stage, "fp32", hift or {}))
     run_steps(engine, 2)
     before = weights_by_block(engine)
     if dist.get_rank() == dist.get_world_size() - 1:
         engine.optimizer.rotation.step += 1
-    error = error_of(lambda: run_steps(engine, 1, start=2))
+    error = error_of(lambda: run_steps(engine, 1, start=2)) or error_of(engine.optimizer.settle)
     return {"error": error, "changed": changed(before, weights_by_block(engine))}
 
 
@@ -189,9 +190,11 @@ class Branches(nn.Module):
         return self.layers[branch](self.layers[0](x)).square().mean()
 
 
-def branch_steps(stage: int, branches: tuple[int, int], steps: int) -> dict[str, Any]:
+def branch_steps(
+    stage: int, branches: tuple[int, int], steps: int, hift: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Rank r's batches go through branch `branches[r]` at every step; three blocks."""
-    hift = {"blocks": [["^layers.0"], ["^layers.1"], ["^layers.2"]]}
+    hift = {"blocks": [["^layers.0"], ["^layers.1"], ["^layers.2"]], **(hift or {})}
     engine = engine_of(ds_config(stage, "fp32", hift), Branches())
     rank, before = dist.get_rank(), weights_by_block(engine)
 
@@ -201,9 +204,10 @@ def branch_steps(stage: int, branches: tuple[int, int], steps: int) -> dict[str,
             engine.backward(engine(x, branches[rank]))
             engine.step()
 
-    error = error_of(train)
+    error = error_of(train) or error_of(engine.optimizer.settle)
     after = weights_by_block(engine)
-    return {"error": error, "changed": changed(before, after), "digest": digest_of(after)}
+    counts = [state.step for state in engine.optimizer.states]
+    return {"error": error, "changed": changed(before, after), "digest": digest_of(after), "counts": counts}
 
 
 class Warnings(logging.Handler):
@@ -363,10 +367,20 @@ def fp16_run(stage: int, fp16: dict[str, Any], applied: int, compare: bool = Tru
     return found
 
 
-def poisoned_run(stage: int, dtype: str, value: float, steps: int, poisoned: int) -> dict[str, Any]:
+def poisoned_run(
+    stage: int, dtype: str, value: float, steps: int, poisoned: int, hift: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """One non-finite gradient element, on the last rank, at step `poisoned` (counted in engine.step() calls)."""
-    engine = engine_of(ds_config(stage, dtype, {}))
+    engine = engine_of(ds_config(stage, dtype, hift or {}))
     found: dict[str, Any] = {"changed": [], "blocks": [], "applied": []}
+    with Warnings("hift_ds.optimizer") as found["warnings"]:
+        _poisoned_steps(engine, found, value, steps, poisoned)
+    found.update(skipped=engine.skipped_steps, digest=digest_of(weights_by_block(engine)))
+    found["counts"] = [state.step for state in engine.optimizer.states]
+    return found
+
+
+def _poisoned_steps(engine: Any, found: dict[str, Any], value: float, steps: int, poisoned: int) -> None:
     for step in range(steps):
         before = {**weights_by_block(engine), **{f"state {k}": v for k, v in state_by_block(engine).items()}}
         if step == poisoned:
@@ -376,5 +390,3 @@ def poisoned_run(stage: int, dtype: str, value: float, steps: int, poisoned: int
         found["changed"].append(changed(before, after))
         found["blocks"].append(engine.hift.active_block)
         found["applied"].append(engine.was_step_applied())
-    found.update(skipped=engine.skipped_steps, digest=digest_of(weights_by_block(engine)))
-    return found

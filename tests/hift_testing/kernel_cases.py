@@ -49,13 +49,16 @@ def kernels_agree(stage: int, dtype: str, rule: str, clip: float = 0.0) -> dict[
     }
 
 
-def engine_against_numpy(rule: str) -> dict[str, Any]:
+def engine_against_numpy(rule: str, state_form: dict[str, Any] | None = None) -> dict[str, Any]:
     """Two rotations in bf16 with `kernel: triton`; each update repeated in numpy from the same gradient. Collective.
+
+    Args:
+        state_form: `hift.state`.
 
     Returns:
         `wrong`: bits of masters, state and model weights that differ; `checked`: how many were compared.
     """
-    engine = _engine(2, "bf16", rule, "triton", hift={"always_active": ["norm"]})
+    engine = _engine(2, "bf16", rule, "triton", hift={"always_active": ["norm"], "state": state_form})
     optimizer, hyper = engine.optimizer, _oracle_hyper(rule)
     wrong = checked = 0
     for step in range(2 * len(engine.hift.blocks)):
@@ -69,11 +72,40 @@ def engine_against_numpy(rule: str) -> dict[str, Any]:
             scalars = fused_oracle.scalars(0.0, 1.0, state.step - 1, **prepared)
             vector = np.array([scalars[name] for name in _ORDER], dtype=np.float32)
             fused_oracle.RULES[_ORACLE.get(rule, rule)](master, grad, _renamed(slots), vector, **hyper)
-            pairs = [(state.master, master), *((state.slots[name], slots[name]) for name in slots)]
-            for found, expected in pairs:
-                wrong += int((found.numpy().view(np.int32) != expected.view(np.int32)).sum())
+            after = _as_numpy(state, torch.zeros(state.shard.numel))
+            for found, expected in ((after[0], master), *((after[1][name], slots[name]) for name in slots)):
+                wrong += int((found.view(np.int32) != expected.view(np.int32)).sum())
                 checked += expected.size
     return {"wrong": wrong, "checked": checked}
+
+
+def forms_agree(stage: int, rule: str, state: dict[str, Any]) -> dict[str, Any]:
+    """Two rotations in bf16 with a compact `hift.state` and with fp32 state. Collective.
+
+    Returns:
+        `off`: mean difference of the masters as a share of `moved`, the mean way that they have gone; `bytes`: on the
+        host, beside `fp32_bytes`.
+    """
+    masters, sizes = [], []
+    for form in (state, {}):
+        engine = _engine(stage, "bf16", rule, "triton", hift={"state": form})
+        start = _masters(engine)
+        run_steps(engine, 2 * len(engine.hift.blocks))
+        masters.append(_masters(engine))
+        sizes.append(engine.hift.host_bytes)
+    moved = (masters[1] - start).abs().mean()
+    return {
+        "off": ((masters[0] - masters[1]).abs().mean() / moved).item(),
+        "moved": moved.item(),
+        "bytes": sizes[0],
+        "fp32_bytes": sizes[1],
+    }
+
+
+def _masters(engine: Any) -> torch.Tensor:
+    engine.optimizer.settle()
+    states = engine.optimizer.states
+    return torch.cat([state.read(i, None).double() for state in states for i in range(len(state.shard.segments))])
 
 
 _ORDER = ("scale", "found_inf", "step_size", "inv_sqrt_bc2", "decay", "rate", "norm", "step")
@@ -92,8 +124,13 @@ def _oracle_hyper(rule: str) -> dict[str, Any]:
 
 
 def _as_numpy(state: Any, grad: torch.Tensor) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray]:
-    slots = {name: tensor.numpy().copy() for name, tensor in state.slots.items()}
-    return state.master.numpy().copy(), slots, grad.float().numpy().copy()
+    """Master and slots in fp32 and the gradient, of every parameter's slice without padding."""
+
+    def whole(key: str | None) -> np.ndarray:
+        return torch.cat([state.read(index, key) for index in range(len(state.shard.segments))]).numpy().copy()
+
+    kept = torch.cat([torch.arange(s.offset, s.offset + s.numel) for s in state.shard.segments])
+    return whole(None), {name: whole(name) for name in state.slots}, grad.float()[kept].numpy().copy()
 
 
 def _renamed(slots: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

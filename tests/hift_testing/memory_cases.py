@@ -10,6 +10,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from hift_testing.delayed_lanes import lazy_copies
 from hift_testing.device_meter import DeviceMeter
 from hift_testing.invariant_cases import digest_of, state_by_block, weights_by_block
 from hift_testing.training import DTYPES, cast_parameters, ds_config, engine_of, run_steps
@@ -17,6 +18,7 @@ from torch import nn
 
 from hift_ds import state
 from hift_ds.engine import HiFTEngine
+from hift_ds.ring import Lanes
 
 WIDTH, LAYERS, TILE, STEPS = 64, 12, 2048, 5
 RING_BYTES = 3 * TILE * 12  # three tiles of fp32 master and moments
@@ -119,10 +121,11 @@ def measured(
 
 
 def same_training(stage: int, dtype: str, hift: dict[str, Any], rule: dict[str, Any] | None = None) -> list[str]:
-    """Fingerprints of weights and state after 9 steps: one memory and one tile, then two memories and many tiles."""
+    """Fingerprints of weights and state after 9 steps: one memory and one tile; two memories and many tiles; the same
+    with copies that happen at the last moment."""
     found = []
-    for separate in (False, True):
-        with separate_host(separate, tile=48):
+    for separate, lanes in ((False, Lanes.of), (True, Lanes.of), (True, lazy_copies)):
+        with separate_host(separate, tile=48), mock.patch.object(Lanes, "of", lanes):
             ring = {"ring_bytes": 3 * 3 * 256} if separate else {}
             config = ds_config(stage, dtype, {**hift, "state": ring}, **({"optimizer": rule} if rule else {}))
             engine = engine_of(config)

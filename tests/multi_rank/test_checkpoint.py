@@ -7,6 +7,11 @@ from hift_testing import checkpoint_cases as cases
 
 pytestmark = pytest.mark.multi_rank
 
+COMPACT = [
+    {"kernel": "triton", "state": {"master": "split16", "moments": "int8"}},
+    {"kernel": "triton", "state": {"master": "split16"}},
+    {"kernel": "triton", "state": {"master": "none", "moments": "bf16"}},
+]
 # stage, dtype, hift section, steps before the checkpoint (six blocks, so 8 is inside the second cycle), scheduler
 RUNS = {
     "zero0-fp32": (0, "fp32", {}, 8, False),
@@ -21,6 +26,9 @@ RUNS = {
     "zero3-bf16-first-cycle": (3, "bf16", {}, 2, False),
     "zero2-bf16-at-start": (2, "bf16", {}, 0, True),
     "zero1-fp16": (1, "fp16", {}, 8, False),
+    "zero2-split16-int8": (2, "bf16", COMPACT[0], 8, False),
+    "zero3-split16-always": (3, "bf16", {**COMPACT[1], "always_active": ["down_proj"]}, 8, True),
+    "zero3-none-bf16": (3, "bf16", COMPACT[2], 8, False),
 }
 
 
@@ -122,3 +130,15 @@ def test_deepspeed_utils_write_master_state_and_gradient(two_ranks, stage, dtype
         assert facts["grad"]
         assert facts["norm"] == pytest.approx((96 * 40) ** 0.5)
         assert facts["inactive grad"].startswith("RuntimeError: no gradient to set")
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_deepspeed_utils_write_the_fp32_master_of_a_split_weight(two_ranks, stage):
+    for facts in two_ranks.run(cases.fragments_set, stage, "bf16", COMPACT[1]):
+        assert facts["model.embed_tokens.weight"] == facts["lm_head.weight"] == [True, True, True]
+        assert facts["others"] == []
+
+
+def test_a_checkpoint_of_another_form_of_state_is_refused(two_ranks, tmp_path):
+    for error in two_ranks.run(cases.other_form, str(tmp_path), COMPACT[1]):
+        assert "another hift.state.master and hift.state.moments (['split16', 'fp32']; this run: ['fp32'" in error

@@ -86,6 +86,6 @@ def test_device_holds_weights_and_one_block_on_one_rank(one_rank, stage, dtype):
         (3, "fp32", {}, {"type": "SGD", "params": {"lr": 1e-2, "momentum": 0.9}}),
     ],
 )
-def test_separate_memories_and_small_tiles_train_bitwise_the_same(two_ranks, stage, dtype, hift, rule):
-    for together, apart in two_ranks.run(cases.same_training, stage, dtype, hift, rule):
-        assert together == apart
+def test_state_that_streams_in_small_tiles_and_late_copies_trains_bitwise_the_same(two_ranks, stage, dtype, hift, rule):
+    for together, apart, late in two_ranks.run(cases.same_training, stage, dtype, hift, rule):
+        assert together == apart == late

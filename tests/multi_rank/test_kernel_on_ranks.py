@@ -6,6 +6,8 @@ from hift_testing import kernel_cases, parity_cases
 pytestmark = pytest.mark.multi_rank
 
 RULES = tuple(rule for rule in parity_cases.RULES if rule != "adafactor")
+
+
 @pytest.mark.parametrize("rule", ["adamw", "sgd_momentum"])
 @pytest.mark.parametrize("stage", (0, 2, 3))
 def test_fused_training_in_fp32_equals_eager_training_to_the_last_bits(two_ranks, stage, rule):
@@ -32,3 +34,25 @@ def test_every_update_has_the_bits_of_numpy_s(two_ranks, rule):
     for facts in two_ranks.run(kernel_cases.engine_against_numpy, rule):
         assert facts["wrong"] == 0, facts
         assert facts["checked"] > 10_000, facts
+
+
+def test_every_update_of_a_split_master_has_the_bits_of_numpy_s_fp32(two_ranks):
+    for facts in two_ranks.run(kernel_cases.engine_against_numpy, "adamw", {"master": "split16"}):
+        assert facts["wrong"] == 0, facts
+        assert facts["checked"] > 10_000, facts
+
+
+LOSSY = [
+    ("adamw", {"moments": "int8"}), ("adamw", {"master": "split16", "moments": "bf16"}), ("lion", {"moments": "bf16"}),
+    ("sgd_momentum", {"master": "none", "moments": "bf16"}), ("adagrad", {"moments": "bf16"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("rule", "state"), LOSSY)
+def test_compact_state_trains_as_fp32_state_does_but_for_its_rounding(two_ranks, rule, state):
+    """Two turns of each block: the error of a moment (8-bit codes are off by some per cent) times the way that weights
+    have gone."""
+    for facts in two_ranks.run(kernel_cases.forms_agree, 2, rule, state):
+        assert facts["off"] < 0.15, facts
+        assert facts["moved"] > 1e-5, facts
+        assert facts["bytes"] < 0.9 * facts["fp32_bytes"], facts
