@@ -22,9 +22,9 @@ test: lint
 slow: $(READY)
 	$(RUN) python -m pytest -q -m slow
 
-# On a machine with a CUDA device: the kernels' tests compiled instead of interpreted
+# On a machine with a CUDA device: the kernels' tests compiled instead of interpreted, and real streams
 gpu: $(READY)
-	$(RUN) TRITON_INTERPRET=0 HIFT_TEST_DEVICE=cuda python -m pytest -q tests/fused
+	$(RUN) TRITON_INTERPRET=0 HIFT_TEST_DEVICE=cuda DS_ACCELERATOR=cuda python -m pytest -q tests/fused tests/gpu
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -96,7 +96,7 @@ class HiFTEngine(DeepSpeedEngine):
                 publish_numel=self.zero_allgather_bucket_size(),
                 reset_state=config.inactive_state == "reset",
                 kernel=choose_kernel(
-                    config.kernel, rule, self.device.type, config.state.compact, _updates_on_host(self.config)
+                    config.kernel, self.device.type, config.state.compact, _updates_on_host(self.config)
                 ),
                 form=Form(config.state.master, config.state.moments),
                 resident=config.state.residency == "device",
@@ -345,19 +345,16 @@ def _prepare(
     if optimizer is None:
         if not section or "type" not in section:
             raise ValueError('optimizer: missing; HiFT needs one: pass it, or add "optimizer" to the DeepSpeed config')
-        rule, _ = rule_from_config(section["type"], section.get("params") or {})
+        rule_from_config(section["type"], section.get("params") or {})
     elif isinstance(optimizer, torch.optim.Optimizer):
-        rule = rule_from_optimizer(optimizer)
+        rule_from_optimizer(optimizer)
         _freeze_left_out(model, optimizer)
-    else:
-        rule = None  # a callable makes the optimizer, and knows what kind, later
     on_host = _updates_on_host(ds_config)
     if on_host and config.state.residency == "device":
         raise ValueError(
             "hift.state.residency='device': offload_optimizer.device 'cpu' updates on the host; remove one of the two"
         )
-    if rule is not None:
-        choose_kernel(config.kernel, rule, get_accelerator().device_name(), config.state.compact, on_host)
+    choose_kernel(config.kernel, get_accelerator().device_name(), config.state.compact, on_host)
     plan = plan_blocks(
         model,
         layers_per_block=config.layers_per_block,

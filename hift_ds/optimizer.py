@@ -352,6 +352,8 @@ class HiFTOptimizer(ZeROOptimizer):
         self._hear()
         if self.ring is not None:
             self.ring.settle()
+        if self.device.type == "cuda":  # extra tensors go back to the host with the update itself
+            torch.cuda.current_stream(self.device).synchronize()
 
     def _hear(self) -> None:
         """Reads what the last step did not wait for."""

@@ -78,7 +78,7 @@ class BlockState:
             self.tensors = storage.memory.arena(shapes)
         else:
             self.tensors = {n: torch.empty(s, dtype=dtype, device=storage.device) for n, (s, dtype) in shapes.items()}
-        self.extra: dict[str, torch.Tensor] = {}
+        self.extra = self._allocated(self._initial_extra())
         self.step = 0
         self.tiles = list(self._cut(TILE_NUMEL if tile_numel is None else tile_numel))
         self.refresh_master()
@@ -102,12 +102,12 @@ class BlockState:
     def reset(self) -> None:
         """Forgets moments and step count; the master weights stay."""
         self.step = 0
-        self.extra = {}
+        for name, tensor in self._initial_extra().items():
+            self.extra[name].copy_(tensor)
         for run in self.shard.runs:
             group = self._groups[run.group]
             for name in self.rule.slots(group):
                 self.tensors[name][run.start : run.stop].fill_(self.rule.initial_value(name, group))
-            self.extra.update(self.rule.init_extra(run.segments, group))
         for name, tensor in self.tensors.items():
             if name.endswith(SCALE_SUFFIX):
                 tensor.zero_()
@@ -186,6 +186,18 @@ class BlockState:
     def all_tensors(self) -> list[torch.Tensor]:
         """Every tensor of the state."""
         return [*self.tensors.values(), *self.extra.values()]
+
+    def _initial_extra(self) -> dict[str, torch.Tensor]:
+        found: dict[str, torch.Tensor] = {}
+        for run in self.shard.runs:
+            found.update(self.rule.init_extra(run.segments, self._groups[run.group]))
+        return found
+
+    def _allocated(self, like: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if self.storage.memory is None:
+            return {name: tensor.to(self.storage.device, copy=True) for name, tensor in like.items()}
+        arena = self.storage.memory.arena({name: (tensor.numel(), tensor.dtype) for name, tensor in like.items()})
+        return {name: arena[name].view(tensor.shape) for name, tensor in like.items()}
 
     def _check_key(self, key: str | None) -> None:
         keys = [name for name in self.slots if not name.endswith(SCALE_SUFFIX)]

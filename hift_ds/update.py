@@ -83,10 +83,10 @@ class BlockUpdate:
             The new model weights of this rank's shard: 1-D, in the model's dtype (fp32 where a block mixes dtypes).
         """
         state.step += 1
-        weights = self._weights(state, may_be_left_out=scaling.norm is None)
+        weights = self._weights(state)
         if not self.rule.elementwise:
             for index, run in enumerate(state.shard.runs):
-                self._whole_run(state, index, run, grad, weights, scaling, rates[run.group])
+                self._whole_run(state, index, run, grad, weights, scaling, rates[run.group], block)
             return weights
         of_run = self._fused if self.kernel == "triton" else self._eager
         computes = [of_run(state, run, scaling, rates[run.group], block) for run in state.shard.runs]
@@ -94,12 +94,12 @@ class BlockUpdate:
             computes[tile.run](tile.span, grad[tile.span], weights[tile.span], tensors)
         return weights
 
-    def _weights(self, state: BlockState, may_be_left_out: bool) -> torch.Tensor:
-        """Where the new model weights go; the present ones are in it if they are the masters or may have to stay."""
+    def _weights(self, state: BlockState) -> torch.Tensor:
+        """Where the new model weights go; the present ones are in it where they are the masters or a part of them."""
         dtypes = {param.dtype for param in state.shard.params}
         dtype = torch.float32 if len(dtypes) > 1 else dtypes.pop()
         weights = torch.empty(state.shard.numel, dtype=dtype, device=self.device)
-        if may_be_left_out or state.master is None or state.master.dtype != torch.float32:
+        if state.master is None or state.master.dtype != torch.float32:
             state.shard.read_weights(weights)
         return weights
 
@@ -145,22 +145,34 @@ class BlockUpdate:
 
     def _whole_run(
         self, state: BlockState, index: int, run: Run, grad: torch.Tensor, weights: torch.Tensor, scaling: Scaling,
-        lr: float,
+        lr: float, block: int,
     ) -> None:  # fmt: skip
         """A rule that looks at whole parameters: it goes over the tiles of a run more than once."""
         tiles = [tile for tile in state.tiles if tile.run == index]
+        group, gradient = self.param_groups[run.group], grad[run.start : run.stop]
+        common = dict(lr=lr, step=state.step, segments=run.segments, extra=state.extra, all_reduce=self.all_reduce)
 
-        def visit(write: bool) -> Iterator[tuple[int, torch.Tensor]]:
+        def masters(write: bool) -> Iterator[tuple[int, torch.Tensor]]:
             for tile, tensors in self._visit(state, tiles, write):
                 master = tensors.get("master")
                 yield tile.span.start - run.start, weights[tile.span] if master is None else master
                 if write and master is not None:
                     weights[tile.span].copy_(master)
 
-        self.rule.update_run(
-            visit, _unscaled(grad[run.start : run.stop], scaling), self.param_groups[run.group],
-            lr=lr, step=state.step, segments=run.segments, extra=state.extra, all_reduce=self.all_reduce,
-        )  # fmt: skip
+        def forms(write: bool) -> Iterator[tuple[int, Any]]:
+            for tile, tensors in self._visit(state, tiles, write):
+                yield tile.span.start - run.start, _form(weights[tile.span], tensors.get("master"))
+
+        if self.kernel == "triton":
+            from hift_kernels.rounding import mixed_seed
+
+            from hift_ds.rules.adafactor_fused import update_run
+
+            seed = mixed_seed(self.seed, block, state.step, state.shard.rank, index)
+            scalars = self._scalars(state, group, scaling, lr)
+            update_run(self.rule, forms, gradient, group, scalars, seed=seed, **common)
+        else:
+            self.rule.update_run(masters, _unscaled(gradient, scaling), group, **common)
 
 
 def _unscaled(grad: torch.Tensor, scaling: Scaling) -> torch.Tensor:

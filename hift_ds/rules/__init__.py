@@ -132,7 +132,7 @@ def rule_from_optimizer(optimizer: torch.optim.Optimizer) -> Rule:
 
 
 def choose_kernel(
-    kernel: str | None, rule: Rule, device_type: str, compact: bool = False, on_host: bool = False
+    kernel: str | None, device_type: str, compact: bool = False, on_host: bool = False
 ) -> str:
     """Which implementation runs the updates: `torch`, the eager rule, or `triton`, its fused kernel.
 
@@ -144,7 +144,7 @@ def choose_kernel(
         on_host: `offload_optimizer.device: cpu` asks for updates on the host.
 
     Raises:
-        ValueError: `triton` for a rule without a kernel, or where kernels cannot run; `torch` where only kernels can.
+        ValueError: `triton` where kernels cannot run; `torch` where only kernels can.
     """
     if on_host and (kernel == "triton" or compact):
         what = "hift.kernel='triton'" if kernel == "triton" else "hift.state"
@@ -160,8 +160,6 @@ def choose_kernel(
         return "torch"
     asked = "hift.kernel='triton'" if kernel == "triton" else "hift.state, which needs hift.kernel 'triton',"
     remedy = "use null or 'torch'" if kernel == "triton" else "leave master and moments at 'fp32'"
-    if not rule.has_kernel:
-        raise ValueError(f"{asked}: there is no fused kernel for {rule.name}; {remedy}")
     try:
         from hift_kernels.launching import is_available
     except ImportError as error:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hift_ds.rules.base import AllReduce, Rule, Segment, check_number, check_pair, refuse_flags
+from hift_ds.rules.base import AllReduce, Rule, Segment, check_number, check_pair, pieces, refuse_flags
 
 # Given whether tiles will be changed: each tile of the master weights with its first element's place in the run.
 Visit = Callable[[bool], Iterator[tuple[int, torch.Tensor]]]
@@ -102,7 +102,8 @@ class Adafactor(Rule):
         # Before the decay: the step is relative to the parameter as it was.
         squares = grad.new_zeros(len(segments), dtype=torch.float64)
         for start, master in visit(False):
-            for index, _, part in _pieces(segments, start, master):
+            for index, first, last in pieces(segments, start, master.numel()):
+                part = master[first - start : last - start]
                 squares[index] += torch.linalg.vector_norm(part, dtype=torch.float64).square_()
         param_squares = squares.float()
         weight = float(step) ** float(self.read(group, "beta2_decay"))
@@ -123,8 +124,8 @@ class Adafactor(Rule):
         for start, master in visit(True):
             if weight_decay != 0:
                 master.mul_(1 - lr * weight_decay)
-            for index, place, part in _pieces(segments, start, master):
-                part.add_(grad[place : place + part.numel()], alpha=factors[index])
+            for index, first, last in pieces(segments, start, master.numel()):
+                master[first - start : last - start].add_(grad[first:last], alpha=factors[index])
 
 
 @dataclass(frozen=True)
@@ -179,17 +180,6 @@ def _moment_shapes(shape: torch.Size) -> dict[str, torch.Size]:
     if len(shape) < 2:
         return {"variance": shape}
     return {"row_var": torch.Size((*shape[:-1], 1)), "col_var": torch.Size((*shape[:-2], 1, shape[-1]))}
-
-
-def _pieces(
-    segments: Sequence[Segment], start: int, tile: torch.Tensor
-) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """What of a tile that begins at `start` of the run belongs to which segment: index, place in the run, view."""
-    for index, segment in enumerate(segments):
-        first = max(segment.offset, start)
-        last = min(segment.offset + segment.numel, start + tile.numel())
-        if first < last:
-            yield index, first, tile[first - start : last - start]
 
 
 def _valid(flat: torch.Tensor, segment: Segment) -> torch.Tensor:

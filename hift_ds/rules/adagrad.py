@@ -24,7 +24,6 @@ class Adagrad(Rule):
     """
 
     name = "adagrad"
-    has_kernel = True
 
     def slots(self, group: Mapping[str, Any]) -> tuple[str, ...]:
         return ("sum",)

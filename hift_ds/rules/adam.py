@@ -24,7 +24,6 @@ class Adam(Rule):
     Source: arXiv 1412.6980, arXiv 1711.05101; order of operations: torch.optim.AdamW with foreach=False.
     """
 
-    has_kernel = True
     moments = ("fp32", "bf16", "int8")
 
     def __init__(self, decoupled: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -38,13 +38,11 @@ class Rule(ABC):
         name: as in the config, in lower case.
         elementwise: True: `update()` may be called on any sub-range of the shard (a tile). False: only on a whole
             run, with its segments, in the same order on every rank.
-        has_kernel: `update_fused` is there.
         moments: What `hift.state.moments` may be.
     """
 
     name: str
     elementwise: bool = True
-    has_kernel: bool = False
     moments: tuple[str, ...] = ("fp32", "bf16")
 
     @abstractmethod
@@ -107,7 +105,7 @@ class Rule(ABC):
     ) -> None:
         """`update` by the fused kernel: unscaling, clipping and the new model weights are in the same pass.
 
-        Only where `has_kernel`. Not collective.
+        Of an elementwise rule. Not collective.
 
         Args:
             grad: As reduced: any float dtype, scaled, not clipped. Left as it is.
@@ -116,7 +114,7 @@ class Rule(ABC):
             scalars: from `hift_kernels.grad_norm.prepare` with `prepared(group)` and the rate to use.
             seed: draws stochastic rounding, where a form or a moment needs it.
         """
-        raise NotImplementedError(f"{self.name} has no fused kernel")
+        raise NotImplementedError(f"{self.name} is updated by whole runs")
 
     def initial_value(self, slot: str, group: Mapping[str, Any]) -> float:
         """The value that fills a new state tensor."""
@@ -129,6 +127,15 @@ class Rule(ABC):
     def read(self, group: Mapping[str, Any], key: str) -> Any:
         """The group's hyper-parameter, or its default where the optimizer that made the group has no such key."""
         return group[key] if key in group else self.defaults()[key]
+
+
+def pieces(segments: Sequence[Segment], start: int, numel: int) -> Iterator[tuple[int, int, int]]:
+    """Which part of a tile that begins at `start` of a run belongs to which segment: index, first and last + 1 element
+    of the run."""
+    for index, segment in enumerate(segments):
+        first, last = max(segment.offset, start), min(segment.offset + segment.numel, start + numel)
+        if first < last:
+            yield index, first, last
 
 
 def check_number(

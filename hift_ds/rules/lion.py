@@ -26,7 +26,6 @@ class Lion(Rule):
     """
 
     name = "lion"
-    has_kernel = True
 
     def slots(self, group: Mapping[str, Any]) -> tuple[str, ...]:
         return ("exp_avg",)

@@ -23,7 +23,6 @@ class SGD(Rule):
     """
 
     name = "sgd"
-    has_kernel = True
 
     def slots(self, group: Mapping[str, Any]) -> tuple[str, ...]:
         return ("momentum_buffer",) if self.read(group, "momentum") != 0 else ()

@@ -9,33 +9,22 @@ The chain: unscale, norm, clip, step, cast to bf16.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
-from harness import Contestant, arguments, benchmark, new_weights, prepared_scalars, torch_chain
+from harness import Contestant, arguments, benchmark, chain, new_gradient, one_moment
 
 
 def contestants(numel: int, device: torch.device) -> list[Contestant]:
     """The kernel with fp32 masters and with 16-bit remainders, and torch."""
-    grad = torch.randn(numel, device=device).to(torch.bfloat16)
-    found = [_fused(numel, device, grad, form) for form in ("fp32", "split16")]
-    found.append(_torch_chain(numel, device, grad))
-    return found
-
-
-def _fused(numel: int, device: torch.device, grad: torch.Tensor, form: str) -> Contestant:
     from hift_kernels.adagrad import adagrad_step
 
-    weights, scalars = new_weights(numel, device, form), prepared_scalars(device)
-    moment = torch.zeros(numel, device=device)
-    bytes_moved = 2 + 8 + (10 if form == "fp32" else 8)
-    return Contestant(f"hift_kernels {form} master", bytes_moved,
-                      lambda: adagrad_step(grad, weights, moment, scalars, eps=1e-10, weight_decay=0.01))  # fmt: skip
+    def with_torch(params: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.Adagrad(params, lr=1e-3, weight_decay=0.01, foreach=True)
 
-
-def _torch_chain(numel: int, device: torch.device, grad: torch.Tensor) -> Contestant:
-    weight = torch.zeros(numel, dtype=torch.bfloat16, device=device)
-    master = torch.nn.Parameter(weight.float())
-    optimizer = torch.optim.Adagrad([master], lr=1e-3, weight_decay=0.01, foreach=True)
-    return Contestant("torch Adagrad (chain)", 22, torch_chain(optimizer, master, weight, grad))
+    grad = new_gradient(numel, device)
+    step = partial(adagrad_step, eps=1e-10, weight_decay=0.01)
+    return [*one_moment(step, numel, device, grad), chain("torch Adagrad", 22, with_torch, grad)]
 
 
 if __name__ == "__main__":

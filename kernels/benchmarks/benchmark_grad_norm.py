@@ -8,7 +8,7 @@ TRITON_INTERPRET=1 python kernels/benchmarks/benchmark_grad_norm.py --device cpu
 from __future__ import annotations
 
 import torch
-from harness import Contestant, arguments, benchmark
+from harness import Contestant, arguments, benchmark, new_gradient
 
 
 def contestants(numel: int, device: torch.device) -> list[Contestant]:
@@ -16,7 +16,7 @@ def contestants(numel: int, device: torch.device) -> list[Contestant]:
     from hift_kernels.grad_norm import prepare, sum_of_squares
     from hift_kernels.launching import NUM_SCALARS
 
-    grad = torch.randn(numel, device=device).to(torch.bfloat16)
+    grad = new_gradient(numel, device)
     square, divisor = (torch.ones(1, dtype=torch.float64, device=device) for _ in range(2))
     scalars = torch.zeros(NUM_SCALARS, device=device)
 
@@ -33,9 +33,9 @@ def contestants(numel: int, device: torch.device) -> list[Contestant]:
         return torch.linalg.vector_norm(grad, dtype=torch.float32).item()
 
     return [
-        Contestant("hift_kernels sum_of_squares + prepare", 2, fused),
-        Contestant("torch vector_norm, and a wait", 2, with_torch),
-        Contestant("DeepSpeed's checks and norm", 2, deepspeed),
+        Contestant("hift_kernels sum_of_squares + prepare", 2, lambda: fused),
+        Contestant("torch vector_norm, and a wait", 2, lambda: with_torch),
+        Contestant("DeepSpeed's checks and norm", 2, lambda: deepspeed),
     ]
 
 

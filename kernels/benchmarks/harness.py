@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import gc
 import sys
 import time
 from collections.abc import Callable
@@ -23,24 +24,36 @@ SIZES = (50_000_000, 202_379_264, 1_000_000_000)  # 202 M: a layer of a 7B Llama
 FIELDS = ("contestant", "numel", "bytes_per_parameter", "p20_ms", "p50_ms", "p80_ms", "gb_per_s", "share_of_copy")
 
 
+class Missing(Exception):
+    """Why a contestant cannot be had here."""
+
+
 @dataclass
 class Contestant:
-    """One way to do the same update; `None` instead of `run` says why it cannot be had here."""
+    """One way to do the same update.
+
+    Attributes:
+        make: Allocates its buffers and returns one update; raises `Missing` where it cannot be had.
+    """
 
     name: str
     bytes_per_parameter: float
-    run: Callable[[], Any] | None
-    missing: str = ""
+    make: Callable[[], Callable[[], Any]]
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """What the command lines of all benchmarks share."""
+    options = argparse.ArgumentParser(description=description)
+    options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), help="parameters of a shard")
+    options.add_argument("--repeats", type=int, default=30)
+    options.add_argument("--results_dir", default=str(ROOT / "kernels" / "benchmarks" / "results"))
+    return options
 
 
 def arguments(description: str) -> argparse.Namespace:
     """The command line of every kernel benchmark."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), help="parameters of a shard")
-    parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--results_dir", default=str(ROOT / "kernels" / "benchmarks" / "results"))
-    return parser.parse_args()
+    return parser(description).parse_args()
 
 
 def new_weights(numel: int, device: torch.device, form: str) -> Any:
@@ -66,16 +79,52 @@ def prepared_scalars(device: torch.device, square: torch.Tensor | None = None, i
     return scalars
 
 
-def torch_chain(optimizer: Any, master: torch.nn.Parameter, weight: torch.Tensor, grad: torch.Tensor) -> Callable:
+def new_gradient(numel: int, device: torch.device) -> torch.Tensor:
+    """bf16, as reduced."""
+    return torch.randn(numel, device=device).to(torch.bfloat16)
+
+
+def one_moment(step: Callable[..., None], numel: int, device: torch.device, grad: torch.Tensor) -> list[Contestant]:
+    """A kernel of one fp32 moment, with fp32 masters and with 16-bit remainders.
+
+    Args:
+        step: Called with gradient, weights, moment and scalars.
+    """
+
+    def contestant(form: str) -> Contestant:
+        def make() -> Callable[[], None]:
+            weights, scalars = new_weights(numel, device, form), prepared_scalars(device)
+            moment = torch.zeros(numel, device=device)
+            return lambda: step(grad, weights, moment, scalars)
+
+        return Contestant(f"hift_kernels {form} master", 2 + 8 + (10 if form == "fp32" else 8), make)
+
+    return [contestant(form) for form in ("fp32", "split16")]
+
+
+def chain(
+    name: str,
+    bytes_per_parameter: float,
+    optimizer_of: Callable[[list[torch.nn.Parameter]], Any],
+    grad: torch.Tensor,
+    shape: tuple[int, ...] | None = None,
+) -> Contestant:
     """A step as training loops do it today: cast and unscale, norm and clip, update, cast to the model's dtype."""
 
-    def run() -> None:
-        master.grad = grad.float().div_(1.0)
-        torch.nn.utils.clip_grad_norm_([master], 1.0)
-        optimizer.step()
-        weight.copy_(master.detach())
+    def make() -> Callable[[], None]:
+        weight = torch.zeros(shape or grad.shape, dtype=torch.bfloat16, device=grad.device)
+        master = torch.nn.Parameter(weight.float())
+        optimizer = optimizer_of([master])
 
-    return run
+        def run() -> None:
+            master.grad = grad.float().div_(1.0).view_as(master)
+            torch.nn.utils.clip_grad_norm_([master], 1.0)
+            optimizer.step()
+            weight.copy_(master.detach())
+
+        return run
+
+    return Contestant(f"{name} (chain)", bytes_per_parameter, make)
 
 
 def benchmark(
@@ -83,22 +132,26 @@ def benchmark(
 ) -> Path:
     """Measures every contestant at every size, in turn, beside a copy of the same device, and writes a dated CSV.
 
+    Where their buffers do not fit together, each is measured alone beside the copy.
+
     Args:
         kernel: The kernel's file stem.
-        contestants: Makes them for a size; what they hold is freed before the next size.
+        contestants: Lists them for a size.
     """
     device, rows = torch.device(args.device), []
     where = provenance(device)
     for numel in args.sizes:
-        try:
-            rows += _measure(contestants(numel, device), numel, device, args.repeats)
-        except torch.cuda.OutOfMemoryError:
-            rows.append({"contestant": "all", "numel": numel, "p50_ms": "OOM"})
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    path = Path(args.results_dir) / f"{where['date']}_{kernel}_{_slug(where['device'])}.csv"
+        everyone = contestants(numel, device)
+        found = _measure(everyone, numel, device, args.repeats)
+        if found is None:
+            alone = [_measure([one], numel, device, args.repeats) for one in everyone]
+            oom = [[{"contestant": one.name, "numel": numel, "p50_ms": "OOM"}] for one in everyone]
+            # A copy's row each: their shares of a copy are of that one.
+            found = [row for own, none in zip(alone, oom, strict=True) for row in own or none]
+        rows += found
+    path = Path(args.results_dir) / f"{where['date']}_{kernel}_{slug(where['device'])}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
-    common = {"date": where["date"], "commit": where["commit"], "device": where["device"], "driver": _driver(device),
+    common = {"date": where["date"], "commit": where["commit"], "device": where["device"], "driver": driver(device),
               **where["versions"]}  # fmt: skip
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, (*FIELDS, *common))
@@ -109,23 +162,42 @@ def benchmark(
     return path
 
 
-def _measure(contestants: list[Contestant], numel: int, device: torch.device, repeats: int) -> list[dict[str, Any]]:
+def _measure(
+    contestants: list[Contestant], numel: int, device: torch.device, repeats: int
+) -> list[dict[str, Any]] | None:
+    """A row for a copy and for each contestant; None if their buffers do not fit."""
+    try:
+        return _interleaved(contestants, numel, device, repeats)
+    except torch.cuda.OutOfMemoryError:
+        return None
+    finally:
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _interleaved(contestants: list[Contestant], numel: int, device: torch.device, repeats: int) -> list[dict[str, Any]]:
     source = torch.empty(numel, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
-    runners = [Contestant("device copy", 8, lambda: target.copy_(source)), *contestants]
-    times: dict[str, list[float]] = {one.name: [] for one in runners}
+    runners = [Contestant("device copy", 8, lambda: lambda: target.copy_(source)), *contestants]
+    runs: dict[str, Callable[[], Any]] = {}
+    missing: dict[str, str] = {}
     for one in runners:
+        try:
+            runs[one.name] = one.make()
+        except Missing as error:
+            missing[one.name] = str(error)
+    for run in runs.values():
         for _ in range(3):  # compiles, warms up
-            if one.run is not None:
-                one.run()
+            run()
+    times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
-        for one in runners:
-            if one.run is not None:
-                times[one.name].append(_milliseconds(one.run, device))
+        for name, run in runs.items():
+            times[name].append(_milliseconds(run, device))
     rows, copy_rate = [], 0.0
     for one in runners:
-        if one.run is None:
-            rows.append({"contestant": one.name, "numel": numel, "p50_ms": f"missing: {one.missing}"})
+        if one.name in missing:
+            rows.append({"contestant": one.name, "numel": numel, "p50_ms": f"missing: {missing[one.name]}"})
             continue
         p20, _, _, p80 = quantiles(times[one.name], n=5)
         p50 = sorted(times[one.name])[repeats // 2]
@@ -164,7 +236,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
     Console().print(table)
 
 
-def _driver(device: torch.device) -> str:
+def driver(device: torch.device) -> str:
     if device.type != "cuda":
         return ""
     import subprocess
@@ -174,5 +246,5 @@ def _driver(device: torch.device) -> str:
     return found.stdout.splitlines()[0].strip() if found.stdout else "unknown"
 
 
-def _slug(name: str) -> str:
+def slug(name: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-")[:40]

@@ -8,6 +8,7 @@ import triton.language as tl
 
 from hift_kernels.launching import Weights, check_update, launch
 from hift_kernels.rounding import load_master, random32, store_mask, store_master, store_rounded, widen
+from hift_kernels.scalars import FOUND_INF, RATE, SCALE, STEP
 
 
 @triton.jit(do_not_specialize=["seed"])
@@ -21,10 +22,10 @@ def _adagrad_kernel(
     grad = tl.load(grad_ptr + offsets, mask=mask)
     old, compensation = load_master(weight_ptr, master_ptr, offsets, mask, MASTER)
     total = tl.load(sum_ptr + offsets, mask=mask)
-    scale = tl.load(scalars_ptr + 0)
-    found_inf = tl.load(scalars_ptr + 1)
-    rate = tl.load(scalars_ptr + 5)
-    step = tl.load(scalars_ptr + 7)
+    scale = tl.load(scalars_ptr + SCALE)
+    found_inf = tl.load(scalars_ptr + FOUND_INF)
+    rate = tl.load(scalars_ptr + RATE)
+    step = tl.load(scalars_ptr + STEP)
     # compute
     rate = tl.div_rn(rate, 1.0 + (step - 1.0) * lr_decay)
     grad = widen(grad) * scale + weight_decay * old
@@ -32,9 +33,10 @@ def _adagrad_kernel(
     new = old - rate * tl.div_rn(grad, tl.sqrt_rn(total) + eps)
     bits = random32(offsets, seed, 0)
     # store
-    mask = store_mask(mask, offsets, found_inf)
-    store_master(weight_ptr, master_ptr, offsets, old, new, compensation, bits & 0xFFFF, mask, MASTER, INTERPRETED)
-    store_rounded(sum_ptr + offsets, total, mask, bits >> 16, True, INTERPRETED)
+    stored = store_mask(mask, offsets, found_inf)
+    store_master(weight_ptr, master_ptr, offsets, old, new, compensation, bits & 0xFFFF, mask, stored,
+                 MASTER, INTERPRETED)  # fmt: skip
+    store_rounded(sum_ptr + offsets, total, stored, bits >> 16, True, INTERPRETED)
 
 
 def adagrad_step(

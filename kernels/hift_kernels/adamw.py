@@ -8,6 +8,7 @@ import triton.language as tl
 
 from hift_kernels.launching import Weights, check_update, launch
 from hift_kernels.rounding import load_master, random32, store_mask, store_master, store_rounded, widen
+from hift_kernels.scalars import DECAY, FOUND_INF, INV_SQRT_BC2, SCALE, STEP_SIZE
 
 
 @triton.jit
@@ -40,11 +41,11 @@ def _adamw_kernel(
     old, compensation = load_master(weight_ptr, master_ptr, offsets, mask, MASTER)
     exp_avg = tl.load(exp_avg_ptr + offsets, mask=mask)
     exp_avg_sq = tl.load(exp_avg_sq_ptr + offsets, mask=mask)
-    scale = tl.load(scalars_ptr + 0)
-    found_inf = tl.load(scalars_ptr + 1)
-    step_size = tl.load(scalars_ptr + 2)
-    inv_sqrt_bc2 = tl.load(scalars_ptr + 3)
-    decay = tl.load(scalars_ptr + 4)
+    scale = tl.load(scalars_ptr + SCALE)
+    found_inf = tl.load(scalars_ptr + FOUND_INF)
+    step_size = tl.load(scalars_ptr + STEP_SIZE)
+    inv_sqrt_bc2 = tl.load(scalars_ptr + INV_SQRT_BC2)
+    decay = tl.load(scalars_ptr + DECAY)
     # compute
     new, exp_avg, exp_avg_sq = adam_math(
         old, widen(grad) * scale, widen(exp_avg), widen(exp_avg_sq), step_size, inv_sqrt_bc2, decay,
@@ -53,10 +54,11 @@ def _adamw_kernel(
     bits = random32(offsets, seed, 0)
     more_bits = random32(offsets, seed, 1)
     # store
-    mask = store_mask(mask, offsets, found_inf)
-    store_master(weight_ptr, master_ptr, offsets, old, new, compensation, bits & 0xFFFF, mask, MASTER, INTERPRETED)
-    store_rounded(exp_avg_ptr + offsets, exp_avg, mask, bits >> 16, True, INTERPRETED)
-    store_rounded(exp_avg_sq_ptr + offsets, exp_avg_sq, mask, more_bits & 0xFFFF, True, INTERPRETED)
+    stored = store_mask(mask, offsets, found_inf)
+    store_master(weight_ptr, master_ptr, offsets, old, new, compensation, bits & 0xFFFF, mask, stored,
+                 MASTER, INTERPRETED)  # fmt: skip
+    store_rounded(exp_avg_ptr + offsets, exp_avg, stored, bits >> 16, True, INTERPRETED)
+    store_rounded(exp_avg_sq_ptr + offsets, exp_avg_sq, stored, more_bits & 0xFFFF, True, INTERPRETED)
 
 
 def adamw_step(

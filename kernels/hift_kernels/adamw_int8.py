@@ -17,6 +17,7 @@ import triton.language as tl
 from hift_kernels.adamw import adam_math
 from hift_kernels.launching import GRADIENTS, NUM_SCALARS, Weights, check, launch_one
 from hift_kernels.rounding import INTERPRET, load_master, random32, store_mask, store_master, widen
+from hift_kernels.scalars import DECAY, FOUND_INF, INV_SQRT_BC2, SCALE, STEP_SIZE
 
 GROUP = 256  # elements that share a scale
 _ROWS = 256 if INTERPRET else 2  # groups of one program: 4 elements a thread (8 need 128 registers)
@@ -84,11 +85,11 @@ def _adamw_int8_kernel(
     code2 = tl.load(exp_avg_sq_ptr + offsets, mask=mask, other=0).to(tl.int32)
     largest1 = tl.load(exp_avg_scale_ptr + rows, mask=row_mask, other=0.0)[:, None]
     largest2 = tl.load(exp_avg_sq_scale_ptr + rows, mask=row_mask, other=0.0)[:, None]
-    scale = tl.load(scalars_ptr + 0)
-    found_inf = tl.load(scalars_ptr + 1)
-    step_size = tl.load(scalars_ptr + 2)
-    inv_sqrt_bc2 = tl.load(scalars_ptr + 3)
-    decay = tl.load(scalars_ptr + 4)
+    scale = tl.load(scalars_ptr + SCALE)
+    found_inf = tl.load(scalars_ptr + FOUND_INF)
+    step_size = tl.load(scalars_ptr + STEP_SIZE)
+    inv_sqrt_bc2 = tl.load(scalars_ptr + INV_SQRT_BC2)
+    decay = tl.load(scalars_ptr + DECAY)
     # compute
     exp_avg = decode(code1 & 127, 0) * largest1
     exp_avg = tl.where(code1 > 127, -exp_avg, exp_avg)
@@ -108,11 +109,12 @@ def _adamw_int8_kernel(
     code2 = tl.where((exp_avg_sq > 0.0) & (code2 == 0), 1, code2)
     bits = random32(offsets, seed, 0)
     # store
-    mask = store_mask(mask, offsets, found_inf)
+    stored = store_mask(mask, offsets, found_inf)
     row_mask = store_mask(row_mask, rows, found_inf)
-    store_master(weight_ptr, master_ptr, offsets, old, new, compensation, bits & 0xFFFF, mask, MASTER, INTERPRETED)
-    tl.store(exp_avg_ptr + offsets, code1.to(tl.uint8), mask=mask)
-    tl.store(exp_avg_sq_ptr + offsets, code2.to(tl.uint8), mask=mask)
+    store_master(weight_ptr, master_ptr, offsets, old, new, compensation, bits & 0xFFFF, mask, stored,
+                 MASTER, INTERPRETED)  # fmt: skip
+    tl.store(exp_avg_ptr + offsets, code1.to(tl.uint8), mask=stored)
+    tl.store(exp_avg_sq_ptr + offsets, code2.to(tl.uint8), mask=stored)
     tl.store(exp_avg_scale_ptr + rows, largest1, mask=row_mask)
     tl.store(exp_avg_sq_scale_ptr + rows, largest2, mask=row_mask)
 

@@ -6,22 +6,28 @@ then `prepare` for each param group, and the update kernels read its vector of s
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
+from hift_kernels import scalars as places
 from hift_kernels.launching import GRADIENTS, NUM_SCALARS, check, fp64_halves, launch_one
 from hift_kernels.rounding import INTERPRET, widen
+from hift_kernels.scalars import load_step, store_scalars
 
-# Places in the fp32 vector of scalars that `prepare` writes and the update kernels read.
-SCALE, FOUND_INF, STEP_SIZE, INV_SQRT_BC2, DECAY, RATE, NORM, STEP = range(8)
+# Places in the vector of scalars, as the host counts them.
+SCALE, FOUND_INF = places.SCALE.value, places.FOUND_INF.value
+STEP_SIZE, INV_SQRT_BC2 = places.STEP_SIZE.value, places.INV_SQRT_BC2.value
+DECAY, RATE, NORM, STEP = places.DECAY.value, places.RATE.value, places.NORM.value, places.STEP.value
 MAX_PROGRAMS = 1024
 _TILE = 65536 if INTERPRET else 2048
 _NUM_WARPS = 8
 
 
 @triton.jit
-def _sum_of_squares_kernel(grad_ptr, partial_ptr, numel, TILES: tl.constexpr, TILE: tl.constexpr):
+def _sum_of_squares_kernel(partial_ptr, numel, grad_ptr, TILES: tl.constexpr, TILE: tl.constexpr):
     program = tl.program_id(0)
     start = program.to(tl.int64) * TILES * TILE
     total = tl.zeros((TILE,), dtype=tl.float32)
@@ -39,6 +45,33 @@ def _finish_kernel(partial_ptr, num_partials, result_ptr, ACCUMULATE: tl.constex
     if ACCUMULATE:
         total += tl.load(result_ptr)
     tl.store(result_ptr, total)
+
+
+def add_over_tiles(
+    kernel: Any, numel: int, result: torch.Tensor, *args: Any, accumulate: bool = True, **constexprs: Any
+) -> None:
+    """Runs a kernel that leaves one fp64 partial sum per program, and adds these up in `result`.
+
+    Deterministic: a fixed grid of at most MAX_PROGRAMS programs (8 KiB of partial sums), no atomics.
+
+    Args:
+        kernel: Takes `partial_ptr` and `numel` first, and the constexprs TILES and TILE: a program's tiles.
+        numel: Elements to add over, at least one.
+        result: fp64, one element.
+    """
+    tile = min(_TILE, triton.next_power_of_2(numel)) if INTERPRET else _TILE
+    num_tiles = triton.cdiv(numel, tile)
+    # A constexpr (Triton 3.6 interprets no loop of a length that is an argument), so a power of two: few variants.
+    tiles = triton.next_power_of_2(triton.cdiv(num_tiles, MAX_PROGRAMS))
+    num_programs = triton.cdiv(num_tiles, tiles)
+    partials = torch.empty(num_programs, dtype=torch.float64, device=result.device)
+    launch_one(kernel, num_programs, result.device, partials, numel, *args,
+               TILES=tiles, TILE=tile, num_warps=_NUM_WARPS, **constexprs)  # fmt: skip
+    if num_programs == 1 and accumulate:  # one small parameter of many
+        result.add_(partials)
+        return
+    launch_one(_finish_kernel, 1, result.device, partials, num_programs, result,
+               ACCUMULATE=accumulate, TILE=MAX_PROGRAMS, num_warps=_NUM_WARPS)  # fmt: skip
 
 
 def sum_of_squares(grad: torch.Tensor, result: torch.Tensor, accumulate: bool = False) -> None:
@@ -59,20 +92,10 @@ def sum_of_squares(grad: torch.Tensor, result: torch.Tensor, accumulate: bool = 
     """
     check("grad", grad, GRADIENTS, grad.numel(), grad.device)
     check("result", result, (torch.float64,), 1, grad.device)
-    if grad.numel() == 0:
-        if not accumulate:
-            result.zero_()
-        return
-    tile = min(_TILE, triton.next_power_of_2(grad.numel())) if INTERPRET else _TILE
-    num_tiles = triton.cdiv(grad.numel(), tile)
-    # A constexpr (Triton 3.6 interprets no loop of a length that is an argument), so a power of two: few variants.
-    tiles = triton.next_power_of_2(triton.cdiv(num_tiles, MAX_PROGRAMS))
-    num_programs = triton.cdiv(num_tiles, tiles)
-    partials = torch.empty(num_programs, dtype=torch.float64, device=grad.device)
-    launch_one(_sum_of_squares_kernel, num_programs, grad.device, grad, partials, grad.numel(),
-               TILES=tiles, TILE=tile, num_warps=_NUM_WARPS)  # fmt: skip
-    launch_one(_finish_kernel, 1, grad.device, partials, num_programs, result,
-               ACCUMULATE=accumulate, TILE=MAX_PROGRAMS, num_warps=_NUM_WARPS)  # fmt: skip
+    if grad.numel():
+        add_over_tiles(_sum_of_squares_kernel, grad.numel(), result, grad, accumulate=accumulate)
+    elif not accumulate:
+        result.zero_()
 
 
 @triton.jit
@@ -98,7 +121,7 @@ def _prepare_kernel(
     # load
     square = tl.load(square_ptr)
     divisor = tl.load(divisor_ptr)  # of the gradient: loss scale
-    step = tl.load(scalars_ptr + 7)
+    step = load_step(scalars_ptr)
     # compute, all of it in fp64; a Python float arrives as fp32 (interpreted: as a float), so it comes in two halves
     zero = divisor * 0.0
     rate = zero + rate_high + rate_low
@@ -118,14 +141,10 @@ def _prepare_kernel(
         correction1 = 1.0 - _power(beta1, step.to(tl.int32))
         correction2 = 1.0 - _power(beta2, step.to(tl.int32))
     # store
-    tl.store(scalars_ptr + 0, (1.0 / divisor).to(tl.float32))
-    tl.store(scalars_ptr + 1, tl.where(found_inf, 1.0, 0.0).to(tl.float32))
-    tl.store(scalars_ptr + 2, (rate / correction1).to(tl.float32))
-    tl.store(scalars_ptr + 3, (1.0 / tl.sqrt(correction2)).to(tl.float32))
-    tl.store(scalars_ptr + 4, (1.0 - rate * weight_decay).to(tl.float32))
-    tl.store(scalars_ptr + 5, rate.to(tl.float32))
-    tl.store(scalars_ptr + 6, norm.to(tl.float32))
-    tl.store(scalars_ptr + 7, step)
+    store_scalars(
+        scalars_ptr, 1.0 / divisor, tl.where(found_inf, 1.0, 0.0), rate / correction1, 1.0 / tl.sqrt(correction2),
+        1.0 - rate * weight_decay, rate, norm, step,
+    )  # fmt: skip
 
 
 def prepare(

@@ -8,6 +8,7 @@ import triton.language as tl
 
 from hift_kernels.launching import Weights, check_update, launch
 from hift_kernels.rounding import load_master, random32, store_mask, store_master, store_rounded, widen
+from hift_kernels.scalars import DECAY, FOUND_INF, RATE, SCALE
 
 
 @triton.jit(do_not_specialize=["seed"])
@@ -22,10 +23,10 @@ def _lion_kernel(
     grad = tl.load(grad_ptr + offsets, mask=mask)
     old, compensation = load_master(weight_ptr, master_ptr, offsets, mask, MASTER)
     exp_avg = tl.load(exp_avg_ptr + offsets, mask=mask)
-    scale = tl.load(scalars_ptr + 0)
-    found_inf = tl.load(scalars_ptr + 1)
-    decay = tl.load(scalars_ptr + 4)
-    rate = tl.load(scalars_ptr + 5)
+    scale = tl.load(scalars_ptr + SCALE)
+    found_inf = tl.load(scalars_ptr + FOUND_INF)
+    decay = tl.load(scalars_ptr + DECAY)
+    rate = tl.load(scalars_ptr + RATE)
     # compute
     grad = widen(grad) * scale
     exp_avg = widen(exp_avg)
@@ -35,9 +36,10 @@ def _lion_kernel(
     exp_avg = exp_avg * beta2 + one_minus_beta2 * grad
     bits = random32(offsets, seed, 0)
     # store
-    mask = store_mask(mask, offsets, found_inf)
-    store_master(weight_ptr, master_ptr, offsets, old, new, compensation, bits & 0xFFFF, mask, MASTER, INTERPRETED)
-    store_rounded(exp_avg_ptr + offsets, exp_avg, mask, bits >> 16, True, INTERPRETED)
+    stored = store_mask(mask, offsets, found_inf)
+    store_master(weight_ptr, master_ptr, offsets, old, new, compensation, bits & 0xFFFF, mask, stored,
+                 MASTER, INTERPRETED)  # fmt: skip
+    store_rounded(exp_avg_ptr + offsets, exp_avg, stored, bits >> 16, True, INTERPRETED)
 
 
 def lion_step(

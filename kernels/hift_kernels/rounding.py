@@ -125,29 +125,33 @@ def load_master(weight_ptr, master_ptr, offsets, mask, MASTER: tl.constexpr):
 
 @triton.jit
 def store_master(
-    weight_ptr, master_ptr, offsets, old, new, compensation, random16, mask,
+    weight_ptr, master_ptr, offsets, old, new, compensation, random16, mask, stored,
     MASTER: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Stores the new master weight in its form, and the model weight."""
+    """Stores the new master weight in its form, and the model weight.
+
+    mask: the tile's elements; stored: those whose update is not left out (`store_mask`). With COPY a model weight is
+    written in any case, then from the old master: it need not have been there before.
+    """
     if MASTER == COPY:
-        tl.store(master_ptr + offsets, new, mask=mask)
-        store_rounded(weight_ptr + offsets, new, mask, random16, False, INTERPRETED)
+        tl.store(master_ptr + offsets, new, mask=stored)
+        store_rounded(weight_ptr + offsets, tl.where(stored, new, old), mask, random16, False, INTERPRETED)
     elif MASTER == SPLIT16:
         # Half up, not to even: then the remainder fits 16 bits with its sign. The two halves are the fp32, bit by bit.
         bits = new.to(tl.uint32, bitcast=True)
         high = (bits + 0x8000) >> 16
-        tl.store(weight_ptr + offsets, bf16_of(high), mask=mask)
-        tl.store(master_ptr + offsets, (bits - (high << 16)).to(tl.int32, bitcast=True).to(tl.int16), mask=mask)
+        tl.store(weight_ptr + offsets, bf16_of(high), mask=stored)
+        tl.store(master_ptr + offsets, (bits - (high << 16)).to(tl.int32, bitcast=True).to(tl.int16), mask=stored)
     elif MASTER == STOCHASTIC:
-        store_rounded(weight_ptr + offsets, new, mask, random16, True, INTERPRETED)
+        store_rounded(weight_ptr + offsets, new, stored, random16, True, INTERPRETED)
     elif MASTER == KAHAN:
         change = (new - old) + compensation
         rounded = bf16_nearest(old + change, INTERPRETED)
-        tl.store(weight_ptr + offsets, rounded, mask=mask)
+        tl.store(weight_ptr + offsets, rounded, mask=stored)
         lost = change + (old - widen(rounded))
-        tl.store(master_ptr + offsets, bf16_nearest(lost, INTERPRETED), mask=mask)
+        tl.store(master_ptr + offsets, bf16_nearest(lost, INTERPRETED), mask=stored)
     else:
-        tl.store(weight_ptr + offsets, new, mask=mask)
+        tl.store(weight_ptr + offsets, new, mask=stored)
 
 
 @triton.jit

@@ -8,6 +8,7 @@ import triton.language as tl
 
 from hift_kernels.launching import Weights, check_update, launch
 from hift_kernels.rounding import load_master, random32, store_mask, store_master, store_rounded, widen
+from hift_kernels.scalars import FOUND_INF, RATE, SCALE, STEP
 
 
 @triton.jit(do_not_specialize=["seed"])
@@ -23,10 +24,10 @@ def _sgd_kernel(
     old, compensation = load_master(weight_ptr, master_ptr, offsets, mask, MASTER)
     if MOMENTUM:
         buffer = tl.load(momentum_ptr + offsets, mask=mask)
-    scale = tl.load(scalars_ptr + 0)
-    found_inf = tl.load(scalars_ptr + 1)
-    rate = tl.load(scalars_ptr + 5)
-    step = tl.load(scalars_ptr + 7)
+    scale = tl.load(scalars_ptr + SCALE)
+    found_inf = tl.load(scalars_ptr + FOUND_INF)
+    rate = tl.load(scalars_ptr + RATE)
+    step = tl.load(scalars_ptr + STEP)
     # compute
     direction = widen(grad) * scale + weight_decay * old
     if MOMENTUM:
@@ -41,10 +42,11 @@ def _sgd_kernel(
     new = old - rate * direction
     bits = random32(offsets, seed, 0)
     # store
-    mask = store_mask(mask, offsets, found_inf)
-    store_master(weight_ptr, master_ptr, offsets, old, new, compensation, bits & 0xFFFF, mask, MASTER, INTERPRETED)
+    stored = store_mask(mask, offsets, found_inf)
+    store_master(weight_ptr, master_ptr, offsets, old, new, compensation, bits & 0xFFFF, mask, stored,
+                 MASTER, INTERPRETED)  # fmt: skip
     if MOMENTUM:
-        store_rounded(momentum_ptr + offsets, updated, mask, bits >> 16, True, INTERPRETED)
+        store_rounded(momentum_ptr + offsets, updated, stored, bits >> 16, True, INTERPRETED)
 
 
 def sgd_step(

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hift_kernels.adagrad import adagrad_step
 from hift_kernels.adamw import adamw_step
+from hift_kernels.grad_norm import FOUND_INF, STEP
 from hift_kernels.lion import lion_step
 from hift_kernels.rounding import mixed_seed
 from hift_kernels.sgd import sgd_step
@@ -83,10 +84,19 @@ def test_a_gradient_that_is_not_finite_stores_nothing_and_does_not_count(rule, f
     grad[57] = bad
     shard.step(STEPS[rule], grad, HYPER[rule], lr=1e-2)
     assert all(torch.equal(a, b) for a, b in zip(before, shard.snapshot(), strict=True))
-    assert shard.scalars[1] == 1 and shard.scalars[7] == 1
+    assert shard.scalars[FOUND_INF] == 1 and shard.scalars[STEP] == 1
     shard.step(STEPS[rule], gradient(100, 2), HYPER[rule], lr=1e-2)
-    assert shard.scalars[1] == 0 and shard.scalars[7] == 2
+    assert shard.scalars[FOUND_INF] == 0 and shard.scalars[STEP] == 2
     assert not torch.equal(before[0], shard.snapshot()[0])
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_step_left_out_writes_the_old_masters_into_model_weights_that_were_not_there(rule):
+    shard = Shard("fp32", 4097, MOMENTS[rule])
+    shard.step(STEPS[rule], gradient(4097, 0), HYPER[rule], lr=1e-2)
+    shard.weight.tensor.fill_(float("nan"))
+    shard.step(STEPS[rule], torch.full((4097,), float("nan")), HYPER[rule], lr=1e-2)
+    assert torch.equal(shard.weight.tensor, shard.master.tensor.bfloat16())
 
 
 @pytest.mark.parametrize("rule", RULES)

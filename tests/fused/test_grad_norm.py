@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hift_kernels.grad_norm import prepare, sum_of_squares
+from hift_kernels.grad_norm import STEP, prepare, sum_of_squares
 from hift_kernels.launching import NUM_SCALARS, fp64_halves
 from hift_testing import fused_oracle
 from hift_testing.fused_cases import DEVICE, DTYPES, SIZES, fp64
@@ -60,7 +60,7 @@ HYPER = {"lr": 3.3e-4, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.1, "bias_
 @pytest.mark.parametrize("step", [0, 1, 2, 9, 99, 4095, 99_999])
 def test_scalars_are_python_s_fp64_rounded_to_fp32(step, max_norm):
     scalars = torch.zeros(NUM_SCALARS, device=DEVICE)
-    scalars[7] = step
+    scalars[STEP] = step
     found = prepared(7.3, 1024.0, scalars, max_norm=max_norm, **HYPER)
     expected = fused_oracle.scalars(7.3, 1024.0, step, max_norm=max_norm, **HYPER)
     for name, value in expected.items():
@@ -81,7 +81,7 @@ def test_the_clip_coefficient_is_torch_s():
 @pytest.mark.parametrize("square", [float("inf"), float("nan")])
 def test_a_norm_that_is_not_finite_is_found_and_the_step_does_not_count(square):
     scalars = torch.zeros(NUM_SCALARS, device=DEVICE)
-    scalars[7] = 4
+    scalars[STEP] = 4
     found = prepared(square, 1.0, scalars, max_norm=1.0, **HYPER)
     assert (found["found_inf"], found["step"]) == (1.0, 4.0)
     found = prepared(1.0, 1.0, scalars, max_norm=1.0, **HYPER)

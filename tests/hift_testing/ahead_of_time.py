@@ -19,8 +19,17 @@ POINTERS = {
     "exp_avg_ptr": "fp32", "exp_avg_sq_ptr": "fp32", "momentum_ptr": "fp32", "sum_ptr": "fp32", "scalars_ptr": "fp32",
     "partial_ptr": "fp64", "result_ptr": "fp64", "square_ptr": "fp64", "divisor_ptr": "fp64",
     "exp_avg_scale_ptr": "fp32", "exp_avg_sq_scale_ptr": "fp32",
+    "row_ptr": "fp32", "col_ptr": "fp32", "mean_ptr": "fp32", "variance_ptr": "fp32", "coefficient_ptr": "fp32",
+    "row_partial_ptr": "fp64", "col_partial_ptr": "fp64",
 }  # fmt: skip
-INTEGERS = ("numel", "seed", "num_partials")
+ALIGNED = ("numel", "start", "skip", "num_rows", "num_columns", "length")  # integers that 16 divides
+INTEGERS = (*ALIGNED, "seed", "index", "num_partials", "num_batches", "row_blocks", "col_blocks")
+# What is not the elementwise kernels': warps and constexprs, as the launchers give them.
+LAUNCHES: dict[str, tuple[int, dict[str, Any]]] = {
+    "_sum_of_squares_kernel": (8, {"TILE": 2048}), "_finish_kernel": (8, {"TILE": 1024}), "_prepare_kernel": (1, {}),
+    "_weight_square_kernel": (8, {"TILE": 2048}), "_update_square_kernel": (8, {"TILE": 2048}),
+    "_add_partials_kernel": (4, {"TILE": 256}),
+}  # fmt: skip
 # form -> MASTER, dtype of weight_ptr, dtype of master_ptr
 FORMS = {
     "plain": (0, "fp32", "fp32"), "fp32": (1, "bf16", "fp32"), "split16": (2, "bf16", "i16"),
@@ -58,8 +67,43 @@ def cases() -> dict[str, tuple[str, str, dict[str, Any], dict[str, str], tuple[i
     )  # fmt: skip
     for grad in ("bf16", "fp32"):
         found[f"sum_of_squares-{grad}"] = ("grad_norm", "_sum_of_squares_kernel", {}, {"grad_ptr": grad}, ARCHITECTURES)
+    found |= _adafactor_cases()
     found["finish"] = ("grad_norm", "_finish_kernel", {"ACCUMULATE": True}, {}, (86,))
     found["prepare"] = ("grad_norm", "_prepare_kernel", {"CLIP": True, "CORRECT": True}, {}, ARCHITECTURES)
+    return found
+
+
+def _adafactor_cases() -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    matrix = {"FACTORED": True, "BATCHED": False, "FOURS": True}
+    batched, vector = {**matrix, "BATCHED": True}, {"FACTORED": False, "BATCHED": False, "FOURS": False}
+    for form, (master, weight, second) in FORMS.items():
+        pointers = {"grad_ptr": "bf16", "weight_ptr": weight, "master_ptr": second}
+        kinds = {"": matrix, "-batched": batched, "-1d": vector} if form == "fp32" else {"": matrix}
+        for kind, constexprs in kinds.items():
+            constants = {**constexprs, "MASTER": master}
+            archs = ARCHITECTURES if form + kind in ("fp32", "split16") else (86,)
+            found[f"adafactor-{form}{kind}"] = ("adafactor", "_adafactor_kernel", constants, pointers, archs)
+        found[f"weight_square-{form}"] = ("adafactor", "_weight_square_kernel", {"MASTER": master}, pointers, (86,))
+    squares, bf16 = "adafactor_squares", {"grad_ptr": "bf16"}
+    one = dict.fromkeys(("num_batches", "num_rows", "num_columns", "row_blocks", "col_blocks"), 1)
+    blocks = {
+        "": (32, 1, 8, 256, {"num_batches": 1}), "-batched": (4, 1, 8, 256, {}), "-small": (1, 128, 4, 4, {}),
+        "-one": (1, 1, 1, 1, one),
+    }  # fmt: skip
+    for name, (depth, batches, rows, columns, ones) in blocks.items():
+        constants = {"BLOCKS": depth, "BATCHES": batches, "ROWS": rows, "COLUMNS": columns, **ones}
+        archs = (86,) if name else ARCHITECTURES
+        found[f"squares{name}"] = (squares, "_squares_kernel", constants, bf16, archs)
+    for name, constexprs in (("", matrix), ("-batched", batched), ("-1d", vector)):
+        archs = (86,) if name else ARCHITECTURES
+        found[f"update_square{name}"] = ("adafactor", "_update_square_kernel", constexprs, bf16, archs)
+    ones = {**batched, "FOURS": False, "MASTER": 1, "num_rows": 1, "num_columns": 1, "start": 1}
+    pointers = {"grad_ptr": "fp32", "weight_ptr": "bf16", "master_ptr": "fp32"}
+    found["adafactor-ones"] = ("adafactor", "_adafactor_kernel", ones, pointers, (86,))
+    constants = {"CHUNKS": 4, "PARTIALS": 16}
+    found["add_partials"] = (squares, "_add_partials_kernel", constants, {"sum_ptr": "fp32"}, (86,))
+    found["variance"] = (squares, "_variance_kernel", {}, bf16, (86,))
     return found
 
 
@@ -74,21 +118,21 @@ def compiled(module_name: str, kernel_name: str, constexprs: dict, pointers: dic
     module = importlib.import_module(f"hift_kernels.{module_name}")
     rounding = importlib.import_module("hift_kernels.rounding")
     kernel = getattr(module, kernel_name)
-    others = {"_sum_of_squares_kernel": 8, "_finish_kernel": 8, "_prepare_kernel": 1}
-    warps = others.get(kernel_name, rounding.NUM_WARPS)
-    defaults = {"INTERPRETED": False, "ROWS": 2, "GROUP": 256, "TILES": 128}
-    defaults["TILE"] = {"_sum_of_squares_kernel": 2048, "_finish_kernel": 1024}.get(kernel_name, rounding.TILE)
+    warps, own = LAUNCHES.get(kernel_name, (rounding.NUM_WARPS, {}))
+    defaults = {"INTERPRETED": False, "ROWS": 2, "GROUP": 256, "TILES": 128, "TILE": rounding.TILE, **own}
     known = {**POINTERS, **pointers}
     signature, values, attributes = {}, {}, {}
     for index, name in enumerate(kernel.arg_names):
         if name.isupper():
             signature[name], values[name] = "constexpr", {**defaults, **constexprs}[name]
+        elif name in constexprs:  # an integer that is 1: the JIT makes it a constant
+            signature[name], values[name] = "constexpr", constexprs[name]
         elif name.endswith("_ptr"):
             signature[name] = "*" + known[name]
             attributes[(index,)] = [["tt.divisibility", 16]]
         elif name in INTEGERS:
             signature[name] = "i32"
-            if name == "numel" and aligned:
+            if name in ALIGNED and aligned:
                 attributes[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32"

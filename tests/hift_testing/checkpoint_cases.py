@@ -48,8 +48,8 @@ def _continue(engine: Any, start: int, steps: int) -> dict[str, Any]:
     trace: list[Any] = []
 
     def note(step: int) -> None:
-        facts = (float(engine.get_global_grad_norm()), engine.get_lr(), engine.hift.active_block, engine.optimizer.loss_scale)
-        trace.append((step, *facts, digest_of(weights_by_block(engine))))
+        facts = (engine.get_lr(), engine.hift.active_block, engine.optimizer.loss_scale)
+        trace.append((step, float(engine.get_global_grad_norm()), *facts, digest_of(weights_by_block(engine))))
 
     losses = run_steps(engine, steps, start=start, after_step=note)
     counters = (engine.global_steps, engine.global_samples, engine.skipped_steps, engine.hift.cycle)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from hift_kernels.grad_norm import prepare
+from hift_kernels.grad_norm import STEP, prepare
 from hift_kernels.launching import NUM_SCALARS, Weights
 from hift_testing import fused_oracle
 
@@ -104,7 +104,7 @@ class Shard:
             "weight_decay": hyper.get("weight_decay", 0.01), "bias_correction": "beta1" in hyper and "eps" in hyper,
         }  # fmt: skip
         if quick:
-            values = fused_oracle.scalars(square, divisor, self.scalars[7].item(), **prepared)
+            values = fused_oracle.scalars(square, divisor, self.scalars[STEP].item(), **prepared)
             self.scalars[: len(values)] = torch.tensor(list(values.values()), dtype=torch.float64).float()
         else:
             prepare(fp64(square), fp64(divisor), self.scalars, **prepared)

@@ -83,4 +83,9 @@ def adagrad(p, g, state, s, *, eps, weight_decay=0.0, lr_decay=0.0) -> None:
     p -= rate * (g / (np.sqrt(state["accumulator"]) + F(eps)))
 
 
+def adafactor(p, g, s, estimate, coefficient, *, eps1) -> None:
+    """`estimate`: the second moments, each element's own."""
+    p[:] = p * s[4] - coefficient * (g * s[0] / np.sqrt(np.maximum(estimate, F(eps1 * eps1))))
+
+
 RULES: dict[str, Any] = {"adamw": adamw, "sgd": sgd, "lion": lion, "adagrad": adagrad}

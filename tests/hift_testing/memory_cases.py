@@ -5,20 +5,21 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
 import torch
 from hift_testing.delayed_lanes import lazy_copies
 from hift_testing.device_meter import DeviceMeter
-from hift_testing.invariant_cases import digest_of, state_by_block, weights_by_block
-from hift_testing.training import DTYPES, cast_parameters, ds_config, engine_of, run_steps
+from hift_testing.invariant_cases import digest, digest_of, state_by_block, weights_by_block
+from hift_testing.training import DTYPES, cast_parameters, ds_config, engine_of, run_steps, whole_weights
 from torch import nn
 
-from hift_ds import state
+from hift_ds import host_update, state
 from hift_ds.engine import HiFTEngine
 from hift_ds.ring import Lanes
+from hift_ds.rules.adam import Adam
 
 WIDTH, LAYERS, TILE, STEPS = 64, 12, 2048, 5
 RING_BYTES = 3 * TILE * 12  # three tiles of fp32 master and moments
@@ -134,3 +135,46 @@ def same_training(stage: int, dtype: str, hift: dict[str, Any], rule: dict[str, 
             run_steps(engine, 9)
         found.append(digest_of(weights_by_block(engine)) + digest_of(state_by_block(engine)))
     return found
+
+
+class StandInAdam:
+    """What `HostUpdate` uses of DeepSpeedCPUAdam, which would compile a C++ op (`make slow` takes the real one)."""
+
+    def __init__(self, params: list[nn.Parameter], adamw_mode: bool) -> None:
+        self.param_groups: list[dict[str, Any]] = [{"params": params}]
+        self.state: dict[nn.Parameter, dict[str, Any]] = {}
+        self._rule = Adam(adamw_mode)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for param in group["params"]:
+                state = self.state[param]
+                state["step"] += 1
+                hyper = {key: value for key, value in group.items() if key != "params"}
+                self._rule.update(param.data, param.grad, state, hyper, lr=group["lr"], step=state["step"])
+
+
+def host_training(
+    stage: int, dtype: str, rule: dict[str, Any], hift: dict[str, Any], real: bool = False
+) -> dict[str, Any]:
+    """Nine steps with updates on the device, then on the host.
+
+    Returns:
+        `same`: whether weights and state have the same bits; `difference`: of the weights, at most; `kinds`: of the
+        updates; `host`: bytes there.
+    """
+    weights, digests, facts = [], [], {"kinds": [], "host": []}
+    for offload in ({}, {"offload_optimizer": {"device": "cpu"}}):
+        stand_in = nullcontext() if real else mock.patch.object(host_update, "DeepSpeedCPUAdam", StandInAdam)
+        with separate_host(), stand_in, mock.patch.object(state, "TILE_NUMEL", 1000):
+            engine = engine_of(ds_config(stage, dtype, hift, optimizer=rule, zero_optimization=offload))
+            run_steps(engine, 9)
+        weights.append(torch.cat([weight.float().flatten() for weight in whole_weights(engine).values()]))
+        slots = [tensor for block in engine.optimizer.states for tensor in block.slots.values()]
+        digests.append(digest_of(weights_by_block(engine)) + digest(slots))
+        facts["kinds"].append(type(engine.optimizer.host_update).__name__)
+        facts["host"].append(engine.hift.host_bytes)
+    return {
+        **facts, "same": digests[0] == digests[1], "difference": (weights[0] - weights[1]).abs().max().item(),
+    }  # fmt: skip

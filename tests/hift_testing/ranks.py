@@ -74,7 +74,8 @@ class RankPool:
 def _serve(rank: int, world: int, port: int, pipe: Any) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_SIZE=str(world), MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port), DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1",
+        MASTER_PORT=str(port), OMP_NUM_THREADS="1",
+        DS_ACCELERATOR="cuda" if os.environ.get("HIFT_TEST_DEVICE") == "cuda" else "cpu",
     )  # fmt: skip
     import torch
 

@@ -2,7 +2,7 @@
 
 import pytest
 from hift_testing import invariant_cases, wait_cases
-from hift_testing.memory_cases import RING_BYTES
+from hift_testing.parity_cases import RULES
 
 pytestmark = pytest.mark.multi_rank
 
@@ -11,14 +11,14 @@ STEPS = 6  # two rotations of three blocks
 
 
 @pytest.mark.parametrize(
-    ("stage", "dtype", "hift"),
+    ("stage", "dtype", "hift", "rule"),
     [
-        (0, "fp32", FUSED), (1, "bf16", FUSED), (2, "bf16", {**FUSED, "state": {"master": "split16"}}),
-        (3, "bf16", {**FUSED, "always_active": ["norm"], "state": {"ring_bytes": RING_BYTES}}),
+        (0, "fp32", {}, "adamw"), (1, "bf16", {}, "adafactor"), (2, "bf16", {"state": {"master": "split16"}}, "adamw"),
+        (3, "bf16", {"always_active": ["norm"], "state": {"moments": "int8"}}, "adamw"), (2, "fp32", {}, "adafactor"),
     ],
 )  # fmt: skip
-def test_a_fused_step_never_waits_for_the_device(two_ranks, stage, dtype, hift):
-    for facts in two_ranks.run(wait_cases.of_steps, stage, dtype, hift):
+def test_a_fused_step_never_waits_for_the_device(two_ranks, stage, dtype, hift, rule):
+    for facts in two_ranks.run(wait_cases.of_steps, stage, dtype, {**FUSED, **hift}, RULES[rule][0]):
         assert facts["waits"] == []
         assert facts["read"] == STEPS - 1
 

@@ -152,7 +152,7 @@ def test_each_rank_takes_its_own_device_before_the_first_collective(environment,
 
 def test_tasks_of_srun_without_ranks_are_refused_instead_of_training_alone_each(environment, monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
-    with pytest.raises(RuntimeError, match="srun has started 4 tasks.*set RANK, LOCAL_RANK"):
+    with pytest.raises(RuntimeError, match=r"srun has started 4 tasks.*set RANK, LOCAL_RANK"):
         launching.init_distributed()
     assert environment == [] and "RANK" not in os.environ
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")

@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 
-from hift_ds.rules import Segment, choose_kernel, rule_from_config, rule_from_optimizer
+from hift_ds.rules import Segment, check_form, choose_kernel, rule_from_config, rule_from_optimizer
 
 # Lengths with and without a whole number of vector registers, a scalar, an empty and a 3-D parameter.
 SHAPES = {"weight": (37, 65), "bias": (33,), "scalar": (), "stack": (3, 5, 7), "empty": (0, 4), "wide": (2, 300)}
@@ -485,19 +485,54 @@ def test_a_fused_update_is_the_eager_one_to_two_spacings(optimizer_class, hyper)
 
 
 def test_the_kernel_is_what_was_asked_for_and_torch_where_nothing_was(monkeypatch):
-    adamw, adafactor = (rule_from_config(name, {})[0] for name in ("AdamW", "Adafactor"))
     monkeypatch.setattr("hift_kernels.launching.INTERPRET", False)
-    assert choose_kernel(None, adamw, "cuda") == choose_kernel("torch", adamw, "cuda") == "torch"
-    assert choose_kernel("triton", adamw, "cuda") == "triton"
+    assert choose_kernel(None, "cuda") == choose_kernel("torch", "cuda") == "torch"
+    assert choose_kernel("triton", "cuda") == choose_kernel(None, "cuda", compact=True) == "triton"
+    assert choose_kernel(None, "cpu", on_host=True) == choose_kernel("torch", "cuda", on_host=True) == "torch"
     with pytest.raises(ValueError, match=r"hift\.kernel='triton': needs a CUDA device, and this run is on 'cpu'; use"):
-        choose_kernel("triton", adamw, "cpu")
-    with pytest.raises(ValueError, match=r"hift\.kernel='triton': there is no fused kernel for adafactor; use null"):
-        choose_kernel("triton", adafactor, "cuda")
+        choose_kernel("triton", "cpu")
     monkeypatch.setattr("hift_kernels.launching.INTERPRET", True)
-    assert choose_kernel("triton", adamw, "cpu") == "triton"
+    assert choose_kernel("triton", "cpu") == "triton"
+
+
+def test_compact_state_needs_the_fused_kernels(monkeypatch):
+    with pytest.raises(ValueError, match=r"hift\.kernel='torch': updates masters and moments in fp32 alone; use null"):
+        choose_kernel("torch", "cuda", compact=True)
+    monkeypatch.setattr("hift_kernels.launching.INTERPRET", False)
+    with pytest.raises(ValueError, match=r"hift\.state, which .* CUDA device.*leave master and moments at 'fp32'"):
+        choose_kernel(None, "cpu", compact=True)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "compact", "named"), [("triton", False, "hift.kernel='triton'"), (None, True, "hift.state")]
+)
+def test_updates_on_the_host_go_with_neither_kernels_nor_compact_state(kernel, compact, named):
+    with pytest.raises(ValueError, match=f"offload_optimizer.device='cpu': .*remove it, or {named}$"):
+        choose_kernel(kernel, "cuda", compact, on_host=True)
 
 
 def test_the_kernel_without_triton_is_refused(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "hift_kernels.launching", None)
     with pytest.raises(ValueError, match=r"hift\.kernel='triton': Triton is missing .*; use null or 'torch'"):
-        choose_kernel("triton", rule_from_config("AdamW", {})[0], "cuda")
+        choose_kernel("triton", "cuda")
+
+
+@pytest.mark.parametrize(
+    ("master", "moments", "kind", "dtype", "message"),
+    [
+        ("fp32", "int8", "Lion", torch.bfloat16, "hift.state.moments='int8': lion keeps them in 'fp32' or 'bf16'"),
+        ("fp32", "bf16", "Adafactor", torch.bfloat16, "hift.state.moments='bf16': adafactor keeps them in 'fp32'"),
+        ("split16", "fp32", "AdamW", torch.float32, "hift.state.master='split16': needs bf16 .* and these are float32"),
+        ("none", "fp32", "AdamW", torch.float16, "hift.state.master='none': needs bf16 .* and these are float16"),
+    ],
+)
+def test_a_form_of_state_that_does_not_go_with_rule_or_weights_is_refused(master, moments, kind, dtype, message):
+    with pytest.raises(ValueError, match=message):
+        check_form(master, moments, rule_from_config(kind, {})[0], dtype)
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "Adam"])
+@pytest.mark.parametrize("moments", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("master", ["fp32", "split16", "none"])
+def test_adam_takes_every_form_with_bf16_weights(kind, moments, master):
+    check_form(master, moments, rule_from_config(kind, {})[0], torch.bfloat16)

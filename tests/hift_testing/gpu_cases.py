@@ -1,0 +1,102 @@
+"""Cases for a CUDA device that a CPU can run too, so that they are known to work before there is a device."""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from hift_testing.training import batch_of, ds_config, engine_of, whole_weights
+
+from hift_ds.forms import Form
+from hift_ds.host_memory import HostMemory
+from hift_ds.rules import rule_from_config
+from hift_ds.shards import BlockShard
+from hift_ds.state import BlockState, Storage, make_states
+from hift_ds.update import BlockUpdate, Scaling
+
+DEVICE = torch.device(os.environ.get("HIFT_TEST_DEVICE", "cpu"))
+BLOCKS, NUMEL, STEPS = 3, 100_003, 12
+
+
+def states_of(form: Form, streams: bool, ring_bytes: int | None = None) -> tuple[list[BlockState], BlockUpdate]:
+    """Three blocks of bf16 weights under AdamW, and what updates them with the fused kernels."""
+    rule, defaults = rule_from_config("AdamW", {"lr": 1e-2, "weight_decay": 0.01})
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(NUMEL, generator=generator).bfloat16().to(DEVICE)) for _ in range(BLOCKS)]
+    shards = [BlockShard([("weight", param)], {"weight": 0}, 1, 0) for param in params]
+    groups = [{**defaults, "params": params}]
+    memory = (HostMemory.pinned() if DEVICE.type == "cuda" else HostMemory()) if streams else None
+    states, ring = make_states(shards, rule, groups, Storage(DEVICE, form, memory), ring_bytes)
+    return states, BlockUpdate(rule, groups, DEVICE, lambda tensor: tensor, "triton", ring, seed=5)
+
+
+def trained(form: Form, streams: bool, turns: list[int], ring_bytes: int | None = None) -> list[torch.Tensor]:
+    """Every state tensor and weight after updates of blocks in `turns`, with the next block's tiles prefetched."""
+    states, update = states_of(form, streams, ring_bytes)
+    square = torch.ones(1, dtype=torch.float64, device=DEVICE)
+    for step, block in enumerate(turns):
+        state = states[block]
+        grad = torch.randn(state.shard.numel, generator=torch.Generator().manual_seed(step)).bfloat16().to(DEVICE)
+        weights = update.run(state, grad, Scaling(1.0, 0.0, None, square), [1e-2], block)
+        state.shard.write_weights(weights, None, NUMEL)
+        if update.ring is not None and step + 1 < len(turns):
+            update.ring.prefetch(states[turns[step + 1]].tiles)
+    if update.ring is not None:
+        update.ring.settle()
+    kept = [tensor.cpu() for state in states for tensor in state.tensors.values()]
+    return kept + [param.detach().cpu() for state in states for param in state.shard.params]
+
+
+@contextmanager
+def waiting_is_an_error():
+    """torch raises at every operation that waits for the CUDA device."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def engine_steps(stage: int, dtype: str, hift: dict[str, Any], steps: int, strict: bool) -> dict[str, Any]:
+    """Steps of an engine.
+
+    Args:
+        strict: Waiting for the device inside `optimizer.step` is an error, from the second step on.
+
+    Returns:
+        `losses`, `weights` (whole, on the CPU), `pinned`: whether the host's state is.
+    """
+    engine = engine_of(ds_config(stage, dtype, hift))
+    losses = []
+    for step in range(steps):
+        batch = {key: tensor.to(engine.device) for key, tensor in batch_of(step, 0, 0).items()}
+        loss = engine(**batch).loss
+        losses.append(loss.item())
+        engine.backward(loss)
+        with waiting_is_an_error() if strict and step > 0 else nullcontext():
+            engine.optimizer.step()
+        engine.optimizer.zero_grad()
+    engine.optimizer.settle()
+    tensors = [tensor for state in engine.optimizer.states for tensor in state.tensors.values()]
+    return {
+        "losses": losses,
+        "weights": {name: weight.float().cpu() for name, weight in whole_weights(engine).items()},
+        "pinned": all(tensor.is_pinned() for tensor in tensors) if engine.device.type == "cuda" else None,
+    }
+
+
+def device_bytes_of_state(ring_bytes: int) -> dict[str, int]:
+    """Most bytes that an update allocates beside gradient and new weights, the ring included (CUDA only)."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    states, update = states_of(Form(), True, ring_bytes)
+    weights = sum(param.nbytes for state in states for param in state.shard.params)
+    grad = torch.randn(states[0].shard.numel, device=DEVICE).bfloat16()
+    torch.cuda.reset_peak_memory_stats()
+    square = torch.ones(1, dtype=torch.float64, device=DEVICE)
+    update.run(states[0], grad, Scaling(1.0, 0.0, None, square), [1e-2], 0)
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before - weights - grad.nbytes - states[0].shard.numel * 2
+    return {"state": peak, "ring": update.ring.nbytes, "allowed": ring_bytes}

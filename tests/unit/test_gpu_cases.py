@@ -1,0 +1,23 @@
+"""The cases of tests/gpu run on a CPU as far as they can, so that a GPU's first hour is not spent on typing errors."""
+
+import pytest
+import torch
+from hift_testing import gpu_cases as cases
+
+from hift_ds.forms import Form
+
+TURNS = [0, 1, 1, 2]
+
+
+@pytest.mark.parametrize("form", [Form(), Form("split16", "bf16"), Form("none", "int8")], ids=str)
+def test_streamed_state_has_the_bits_of_the_same_state_streamed_again(form):
+    streamed = cases.trained(form, True, TURNS, 3 * 3 * 4 * 1024 * 8)
+    again = cases.trained(form, True, TURNS, 3 * 3 * 4 * 1024 * 8)
+    assert all(torch.equal(a, b) for a, b in zip(streamed, again, strict=True))
+    if form == Form():
+        assert all(torch.equal(a, b) for a, b in zip(streamed, cases.trained(form, False, TURNS), strict=True))
+
+
+def test_an_engine_of_the_gpu_cases_trains(one_rank):
+    (facts,) = one_rank.run(cases.engine_steps, 2, "bf16", {"kernel": "triton"}, 7, strict=False)
+    assert len(facts["losses"]) == 7 and facts["pinned"] is None
