@@ -25,22 +25,17 @@ from hift_ds.ds_keys import check_ds_config
 from hift_ds.forms import Form
 from hift_ds.gradients import GradientReducer
 from hift_ds.launching import agree, init_distributed, load_ds_config, require_alike
-from hift_ds.optimizer import HiFTOptimizer, Settings
+from hift_ds.optimizer import HiFTOptimizer
+from hift_ds.param_groups import HyperParameters, check_coverage, freeze_left_out, trainable_groups
 from hift_ds.rotation import Rotation
 from hift_ds.rules import Rule, check_form, choose_kernel, rule_from_config, rule_from_optimizer
 from hift_ds.schedule import CycleScheduler
-from hift_ds.shards import Averaging, group_indices
+from hift_ds.settings import Settings
+from hift_ds.shards import Averaging
 from hift_ds.view import HiFT
 
 logger = logging.getLogger(__name__)
 _PATCH = threading.Lock()
-
-
-class HyperParameters(torch.optim.Optimizer):
-    """Param groups and nothing else: what schedulers and loggers read and write. It never has state."""
-
-    def step(self, closure: Any = None) -> None:
-        """Does nothing: HiFTOptimizer updates the weights."""
 
 
 class HiFTEngine(DeepSpeedEngine):
@@ -66,7 +61,7 @@ class HiFTEngine(DeepSpeedEngine):
         self._check_for_duplicates(holder)
         for group in holder.param_groups:
             rule.check_group(group)
-        _check_coverage(holder, params)
+        check_coverage(holder, params)
         check_form(self.hift_config.state.master, self.hift_config.state.moments, rule, self.get_data_types()[0])
         self.basic_optimizer = holder
         offload = self._make_offload() if self.zero_optimization_stage() == 3 else None
@@ -117,7 +112,7 @@ class HiFTEngine(DeepSpeedEngine):
         if client_optimizer is None:
             # DeepSpeed's own way would compile FusedAdam or CPUAdam just to hold a learning rate.
             rule, defaults = rule_from_config(self.optimizer_name(), self.optimizer_params() or {})
-            return HyperParameters(_trainable_groups(model_parameters), defaults), rule
+            return HyperParameters(trainable_groups(model_parameters), defaults), rule
         if not isinstance(client_optimizer, torch.optim.Optimizer):
             client_optimizer = client_optimizer(model_parameters)
         return client_optimizer, rule_from_optimizer(client_optimizer)
@@ -348,7 +343,7 @@ def _prepare(
         rule_from_config(section["type"], section.get("params") or {})
     elif isinstance(optimizer, torch.optim.Optimizer):
         rule_from_optimizer(optimizer)
-        _freeze_left_out(model, optimizer)
+        freeze_left_out(model, optimizer)
     on_host = _updates_on_host(ds_config)
     if on_host and config.state.residency == "device":
         raise ValueError(
@@ -377,34 +372,6 @@ def _offload_optimizer(ds_config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _updates_on_host(ds_config: Mapping[str, Any]) -> bool:
     return _offload_optimizer(ds_config).get("device") == "cpu"
-
-
-def _freeze_left_out(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    # DeepSpeed computes gradients for such parameters and never uses them.
-    inside = {id(param) for group in optimizer.param_groups for param in group["params"]}
-    left_out = [(n, p) for n, p in model.named_parameters() if p.requires_grad and id(p) not in inside]
-    for _, param in left_out:
-        param.requires_grad_(False)
-    if left_out:
-        names = ", ".join(name for name, _ in left_out[:3]) + (" ..." if len(left_out) > 3 else "")
-        logger.warning("%d parameters are in no param group of the optimizer and stay frozen: %s", len(left_out), names)
-
-
-def _trainable_groups(model_parameters: Any) -> list[dict[str, Any]]:
-    parameters = list(model_parameters)
-    groups = parameters if parameters and isinstance(parameters[0], dict) else [{"params": parameters}]
-    kept = [{**group, "params": [p for p in group["params"] if p.requires_grad]} for group in groups]
-    return [group for group in kept if group["params"]]
-
-
-def _check_coverage(holder: torch.optim.Optimizer, params: dict[str, torch.nn.Parameter]) -> None:
-    inside = group_indices(holder.param_groups, params)
-    missing = [name for name in params if name not in inside]
-    if missing:
-        raise ValueError(
-            f"model_parameters: {len(missing)} trainable parameters are in no param group, first {missing[0]!r}: add "
-            'them, or freeze them with "hift": {"frozen": [...]}'
-        )
 
 
 @contextmanager

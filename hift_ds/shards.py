@@ -191,12 +191,6 @@ class Averaging:
             reduced.mul_(self.predivide / world)
 
 
-def group_indices(param_groups: list[dict], params: dict[str, torch.nn.Parameter]) -> dict[str, int]:
-    """Param group index by parameter name, for the parameters that are in a group."""
-    index_of = {id(param): index for index, group in enumerate(param_groups) for param in group["params"]}
-    return {name: index_of[id(param)] for name, param in params.items() if id(param) in index_of}
-
-
 def full_numel(param: torch.nn.Parameter) -> int:
     """Elements of the whole parameter, partitioned or not."""
     return getattr(param, "ds_numel", param.numel())

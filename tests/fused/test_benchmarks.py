@@ -34,3 +34,26 @@ def test_a_benchmark_writes_a_row_for_each_contestant_and_size(kernel, tmp_path,
     for row in rows:
         assert row["commit"] and row["date"] and row["device"].startswith("cpu") and row["torch"]
         assert row["p50_ms"].startswith("missing: ") or float(row["p50_ms"]) > 0
+
+
+def test_the_benchmark_of_the_ring_writes_a_row_for_each_ring_and_load(tmp_path, monkeypatch):
+    path = FOLDER / "benchmark_stream.py"
+    rings = ["3 tiles", "half a block", "a block", "resident"]
+    options = ["--device", "cpu", "--sizes", "8192", "--repeats", "2", "--compute_ms", "0", "1"]
+    monkeypatch.setattr(sys, "argv", [str(path), *options, "--results_dir", str(tmp_path), "--rings", *rings])
+    monkeypatch.syspath_prepend(str(FOLDER))
+    runpy.run_path(str(path), run_name="benchmark_stream")["main"]()
+    (written,) = tmp_path.iterdir()
+    rows = list(csv.DictReader(written.open()))
+    assert [(row["contestant"], row["compute_ms"]) for row in rows] == [(r, ms) for ms in ("0.0", "1.0") for r in rings]
+    assert all(float(row["p50_ms"]) > 0 and row["commit"] and row["torch"] for row in rows)
+    sizes = {row["contestant"]: float(row["ring_mib"]) for row in rows}
+    assert sizes["resident"] == 0 < sizes["half a block"] <= sizes["a block"]
+
+
+def test_overlap_is_the_share_of_the_copies_time_that_kernels_cover(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    shared = runpy.run_path(str(FOLDER / "benchmark_stream.py"))["shared"]
+    assert shared([(0, 4), (2, 6), (10, 12)], [(1, 3), (5, 11)]) == (2 + 1 + 1) / 8
+    assert shared([(0, 4)], []) == 0
+    assert shared([], [(0, 4)]) is None

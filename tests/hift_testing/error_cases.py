@@ -72,7 +72,12 @@ CASES: dict[str, Any] = {
     "type": lambda: _config({"layers_per_block": "2"}),
     "value": lambda: _config({"order": "bottom_up"}),
     "enabled": lambda: (small_llama(), {**ds_config(1), "hift": {"order": "random"}}, {}),
-    "triton": lambda: _config({"kernel": "triton"}, optimizer={"type": "Adafactor", "params": {"lr": 1e-3}}),
+    "moments": lambda: _config({"state": {"moments": "int8"}}, optimizer={"type": "Adafactor", "params": {"lr": 1e-3}}),
+    "master": lambda: _config({"state": {"master": "split16"}}),
+    "on host and device": lambda: _config(
+        {"state": {"residency": "device"}},
+        zero_optimization={"stage": 1, "offload_optimizer": {"device": "cpu"}},
+    ),
     "nothing to train": _frozen,
     "nothing to train on rank 1": lambda: _frozen(on_rank=1),
     "other model on rank 1": _other_model_on_rank_1,

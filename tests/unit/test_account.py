@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hift_ds import gradients as gradients_module
 from hift_ds.gradients import GradientReducer
 from hift_ds.memory.account import Roles, full_roles, hift_roles
-from hift_ds.optimizer import Settings
 from hift_ds.recipes.display import memory_table
 from hift_ds.rules import rule_from_config
+from hift_ds.settings import Settings
 from hift_ds.shards import ALIGNMENT, Averaging, BlockShard
 from hift_ds.state import BlockState, Storage
 

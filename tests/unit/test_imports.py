@@ -21,8 +21,9 @@ KNOW_DEEPSPEED = {
 LAYERS = (
     ("rules",),
     ("config", "blocks", "rotation", "schedule", "ds_keys", "surface", "activations"),
-    ("host_memory", "ring", "forms", "shards", "gradients", "launching"),
+    ("host_memory", "ring", "forms", "param_groups", "shards", "gradients", "launching"),
     ("state", "measure"),
+    ("settings",),
     ("checkpoint", "update", "host_update", "optimizer", "fragments"),
     ("view", "engine"),
     ("recipes", "memory", "integrations", "cli", "run"),

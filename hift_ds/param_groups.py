@@ -1,0 +1,56 @@
+"""Param groups: the holder of hyper-parameters, and which parameter is in which group."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+
+class HyperParameters(torch.optim.Optimizer):
+    """Param groups and nothing else: what schedulers and loggers read and write. It never has state."""
+
+    def step(self, closure: Any = None) -> None:
+        """Does nothing: HiFTOptimizer updates the weights."""
+
+
+def trainable_groups(model_parameters: Any) -> list[dict[str, Any]]:
+    """Parameters or param groups, as `deepspeed.initialize` takes them, as groups of what requires gradients."""
+    parameters = list(model_parameters)
+    groups = parameters if parameters and isinstance(parameters[0], dict) else [{"params": parameters}]
+    kept = [{**group, "params": [p for p in group["params"] if p.requires_grad]} for group in groups]
+    return [group for group in kept if group["params"]]
+
+
+def check_coverage(holder: torch.optim.Optimizer, params: dict[str, torch.nn.Parameter]) -> None:
+    """Raises ValueError if one of `params` (what the blocks train) is in no param group."""
+    inside = group_indices(holder.param_groups, params)
+    missing = [name for name in params if name not in inside]
+    if missing:
+        raise ValueError(
+            f"model_parameters: {len(missing)} trainable parameters are in no param group, first {missing[0]!r}: add "
+            'them, or freeze them with "hift": {"frozen": [...]}'
+        )
+
+
+def freeze_left_out(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Parameters that a client optimizer does not have stop requiring gradients; one warning names them.
+
+    DeepSpeed would compute their gradients and never use them.
+    """
+    inside = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    left_out = [(n, p) for n, p in model.named_parameters() if p.requires_grad and id(p) not in inside]
+    for _, param in left_out:
+        param.requires_grad_(False)
+    if left_out:
+        names = ", ".join(name for name, _ in left_out[:3]) + (" ..." if len(left_out) > 3 else "")
+        logger.warning("%d parameters are in no param group of the optimizer and stay frozen: %s", len(left_out), names)
+
+
+def group_indices(param_groups: list[dict], params: dict[str, torch.nn.Parameter]) -> dict[str, int]:
+    """Param group index by parameter name, for the parameters that are in a group."""
+    index_of = {id(param): index for index, group in enumerate(param_groups) for param in group["params"]}
+    return {name: index_of[id(param)] for name, param in params.items() if id(param) in index_of}

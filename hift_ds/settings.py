@@ -1,0 +1,54 @@
+"""What the engine tells the optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from hift_ds.forms import Form
+from hift_ds.host_memory import HostMemory
+from hift_ds.state import Storage
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the engine tells the optimizer; DeepSpeed's keys where there is one.
+
+    Attributes:
+        stage: ZeRO stage.
+        world: Ranks of the data-parallel group.
+        clip: `gradient_clipping`, the largest global norm of the active block's gradient; 0 = off.
+        publish_numel: `allgather_bucket_size`.
+        reset_state: `inactive_state: reset`.
+        kernel: `torch` or `triton`, which implementation updates the active block.
+        form: `hift.state.master` and `hift.state.moments`.
+        resident: `hift.state.residency: device`.
+        ring_bytes: `hift.state.ring_bytes`.
+        pin_memory: Page-lock the host's copies.
+        on_host: Update on the host (`offload_optimizer.device: cpu` on a machine with an accelerator).
+        separate_host: Treat host and device as separate memories; `None` = unless the device is the CPU.
+        seed: `hift.seed`.
+    """
+
+    stage: int
+    world: int
+    clip: float
+    publish_numel: int
+    reset_state: bool
+    kernel: str = "torch"
+    form: Form = field(default_factory=Form)
+    resident: bool = False
+    ring_bytes: int | None = None
+    pin_memory: bool = True
+    on_host: bool = False
+    separate_host: bool | None = None
+    seed: int = 0
+
+    def storage(self, device: torch.device) -> Storage:
+        """Of the blocks' state."""
+        apart = device.type != "cpu" if self.separate_host is None else self.separate_host
+        if self.resident or not apart:
+            return Storage(device, self.form)
+        pinned = self.pin_memory and device.type == "cuda"
+        return Storage(device, self.form, HostMemory.pinned() if pinned else HostMemory(), own_master=self.on_host)
