@@ -67,7 +67,7 @@ class Measurement:
             facts[0].div_(world)  # every rank has measured the whole gradient
         self._facts, self._world = facts, world
         good = (facts[1] == 0) & (facts[2] > 0) & (facts[4] * world == facts[3] * facts[3])
-        self.square = torch.where(good, facts[0], torch.nan).view(1)
+        self.square = facts[0:1].masked_fill(~good, torch.nan)  # torch.where would bring its scalar there, and wait
         self._host, self._sent = facts, None
 
     def send(self) -> None:

@@ -137,6 +137,23 @@ def same_training(stage: int, dtype: str, hift: dict[str, Any], rule: dict[str, 
     return found
 
 
+def loaded_ahead(stage: int, hift: dict[str, Any]) -> dict[str, list[bool]]:
+    """After each of seven steps, whether what the ring has loaded are the first tiles of the block whose turn comes,
+    and how many; after a checkpoint's reading of the state, whether there is nothing."""
+    with separate_host():
+        engine = engine_of(ds_config(stage, "bf16", {**hift, "state": {"ring_bytes": 4 * 12 * state.TILE_MULTIPLE}}))
+        optimizer, found = engine.optimizer, {"right": [], "full": []}
+        for step in range(7):
+            run_steps(engine, 1, start=step)
+            tiles = optimizer.states[engine.hift.active_block].tiles
+            ahead = [tile for tile, _ in optimizer.ring._ahead]
+            found["right"].append(ahead == tiles[: len(ahead)])
+            found["full"].append(len(ahead) == min(len(optimizer.ring._slots), len(tiles)))
+        optimizer.state_dict()
+        found["forgotten"] = [not optimizer.ring._ahead]
+    return found
+
+
 class StandInAdam:
     """What `HostUpdate` uses of DeepSpeedCPUAdam, which would compile a C++ op (`make slow` takes the real one)."""
 
