@@ -127,9 +127,7 @@ def _block_state(state: BlockState, in_shards: bool) -> dict[str, Any]:
     content["extra"] = state.extra
     if in_shards and (state.master is None or state.master.dtype != torch.float32):
         # The model file has only placeholders, and the weights do not follow from the masters.
-        dtypes = {param.dtype for param in state.shard.params}
-        dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-        content["weights"] = state.shard.read_weights(torch.empty(state.shard.numel, dtype=dtype))
+        content["weights"] = state.shard.read_weights(torch.empty(state.shard.numel, dtype=state.shard.dtype))
     return content
 
 

@@ -50,10 +50,7 @@ class HostUpdate:
     ) -> torch.Tensor:
         """As `BlockUpdate.run`."""
         state.step += 1
-        dtypes = {param.dtype for param in state.shard.params}
-        weights = torch.empty(
-            state.shard.numel, dtype=torch.float32 if len(dtypes) > 1 else dtypes.pop(), device=self.device
-        )
+        weights = torch.empty(state.shard.numel, dtype=state.shard.dtype, device=self.device)
         if not self.rule.elementwise:
             self._whole_runs(state, grad, scaling, rates)
             weights.copy_(state.master)

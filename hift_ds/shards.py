@@ -72,6 +72,12 @@ class BlockShard:
             runs.append(Run(group, start, last.offset + last.padded_numel, relative))
         return tuple(runs)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The model weights'; fp32 where a block mixes dtypes."""
+        dtypes = {param.dtype for param in self.params}
+        return dtypes.pop() if len(dtypes) == 1 else torch.float32
+
     def buckets(self, max_numel: int) -> list[range]:
         """Consecutive segments of one dtype and at most `max_numel` elements over all ranks each (one at least), last
         first, as backward produces them."""

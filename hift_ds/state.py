@@ -39,9 +39,8 @@ class Storage:
     def shapes(self, shard: BlockShard, rule: Rule, param_groups: list[dict]) -> Shapes:
         """The state tensors of a block, `master` first, then the rule's slots."""
         shapes: dict[str, tuple[int, torch.dtype]] = {}
-        weight_dtypes = {param.dtype for param in shard.params}
-        weight_dtype = weight_dtypes.pop() if len(weight_dtypes) == 1 else None
-        master = torch.float32 if self.own_master or weight_dtype is None else self.form.master_dtype(weight_dtype)
+        mixed = any(param.dtype != shard.dtype for param in shard.params)
+        master = torch.float32 if self.own_master or mixed else self.form.master_dtype(shard.dtype)
         if master is not None:
             shapes["master"] = (shard.numel, master)
         slots = dict.fromkeys(slot for run in shard.runs for slot in rule.slots(param_groups[run.group]))

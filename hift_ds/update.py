@@ -96,9 +96,7 @@ class BlockUpdate:
 
     def _weights(self, state: BlockState) -> torch.Tensor:
         """Where the new model weights go; the present ones are in it where they are the masters or a part of them."""
-        dtypes = {param.dtype for param in state.shard.params}
-        dtype = torch.float32 if len(dtypes) > 1 else dtypes.pop()
-        weights = torch.empty(state.shard.numel, dtype=dtype, device=self.device)
+        weights = torch.empty(state.shard.numel, dtype=state.shard.dtype, device=self.device)
         if state.master is None or state.master.dtype != torch.float32:
             state.shard.read_weights(weights)
         return weights

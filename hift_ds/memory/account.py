@@ -125,10 +125,7 @@ def _reduction_bytes(shard: BlockShard, reducer: GradientReducer, accumulates: b
 def _state_bytes(optimizer: HiFTOptimizer) -> int:
     """On an accelerator: the largest block's new weights, the ring (or all state), an eager rule's fp32 gradient."""
     settings, states = optimizer.settings, optimizer.states
-    weights = max(
-        sum(segment.padded_numel for segment in state.shard.segments) * state.shard.params[0].element_size()
-        for state in states
-    )
+    weights = max(state.shard.numel * state.shard.dtype.itemsize for state in states)
     if settings.on_host:
         return weights
     if settings.resident:
