@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +18,7 @@ TILE_BYTES = 32 << 20  # of a tile in the ring: long enough for the bus, small b
 RING_BYTES = 128 << 20  # where hift.state.ring_bytes is null
 TILE_MULTIPLE = 1024  # elements: whole groups of int8 moments, aligned for every dtype
 MIN_SLOTS = 3  # one on its way in, one being updated, one on its way out
+EXTRA_COPIES = 3  # of a block's factored moments on the device: this gradient's sums, those kept, those that result
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class BlockState:
             self.tensors = storage.memory.arena(shapes)
         else:
             self.tensors = {n: torch.empty(s, dtype=dtype, device=storage.device) for n, (s, dtype) in shapes.items()}
-        self.extra = self._allocated(self._initial_extra())
+        self.extra = self._allocated(initial_extra(shard, rule, param_groups))
         self.step = 0
         self.tiles = list(self._cut(TILE_NUMEL if tile_numel is None else tile_numel))
         self.refresh_master()
@@ -101,7 +102,7 @@ class BlockState:
     def reset(self) -> None:
         """Forgets moments and step count; the master weights stay."""
         self.step = 0
-        for name, tensor in self._initial_extra().items():
+        for name, tensor in initial_extra(self.shard, self.rule, self._groups).items():
             self.extra[name].copy_(tensor)
         for run in self.shard.runs:
             group = self._groups[run.group]
@@ -186,12 +187,6 @@ class BlockState:
         """Every tensor of the state."""
         return [*self.tensors.values(), *self.extra.values()]
 
-    def _initial_extra(self) -> dict[str, torch.Tensor]:
-        found: dict[str, torch.Tensor] = {}
-        for run in self.shard.runs:
-            found.update(self.rule.init_extra(run.segments, self._groups[run.group]))
-        return found
-
     def _allocated(self, like: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if self.storage.memory is None:
             return {name: tensor.to(self.storage.device, copy=True) for name, tensor in like.items()}
@@ -214,6 +209,19 @@ class BlockState:
                 yield Tile(index, span, self.tile_of(index, span))
 
 
+def initial_extra(shard: BlockShard, rule: Rule, param_groups: list[dict]) -> dict[str, torch.Tensor]:
+    """A block's state that is not shaped like its shard (Adafactor's factored moments), before the first update."""
+    found: dict[str, torch.Tensor] = {}
+    for run in shard.runs:
+        found.update(rule.init_extra(run.segments, param_groups[run.group]))
+    return found
+
+
+def extra_bytes(extras: Iterable[dict[str, torch.Tensor]]) -> int:
+    """Most bytes that such state, kept on the host, takes on the device during an update of any one block."""
+    return EXTRA_COPIES * max((sum(tensor.nbytes for tensor in extra.values()) for extra in extras), default=0)
+
+
 @dataclass(frozen=True)
 class RingPlan:
     """Sizes of a ring: `tile_numel` elements of state in a slot of `slot_bytes`, `num_slots` of them."""
@@ -223,25 +231,28 @@ class RingPlan:
     num_slots: int
 
 
-def plan_ring(all_shapes: list[tuple[BlockShard, Shapes]], ring_bytes: int | None) -> RingPlan:
+def plan_ring(all_shapes: list[tuple[BlockShard, Shapes]], ring_bytes: int | None, beside: int = 0) -> RingPlan:
     """As large as the largest block at most: its slots serve the next block's tiles, too, and more would hide nothing.
 
     Args:
         all_shapes: Every streaming block, and its state tensors.
         ring_bytes: `hift.state.ring_bytes`.
+        beside: Bytes of it that state takes outside the ring (`extra_bytes`).
 
     Raises:
-        ValueError: `ring_bytes` cannot hold three of the smallest tiles.
+        ValueError: `ring_bytes` cannot hold three of the smallest tiles and what is beside them.
     """
     smallest = max((_slot_bytes(shapes, TILE_MULTIPLE) for _, shapes in all_shapes), default=0)
-    if smallest == 0:  # a rule without state on fp32 weights
-        return RingPlan(TILE_NUMEL, 0, 0)
-    limit = RING_BYTES if ring_bytes is None else ring_bytes
-    if limit < MIN_SLOTS * smallest:
+    least = MIN_SLOTS * smallest
+    limit = max(RING_BYTES - beside, least) if ring_bytes is None else ring_bytes - beside
+    if limit < least:
         raise ValueError(
-            f"hift.state.ring_bytes={ring_bytes}: must be {MIN_SLOTS * smallest} or more, three tiles of "
-            f"{TILE_MULTIPLE} elements; null chooses {RING_BYTES}"
+            f"hift.state.ring_bytes={ring_bytes}: must be {least + beside} or more, three tiles of "
+            f"{TILE_MULTIPLE} elements{f' and {beside} bytes of factored moments' if beside else ''}; null chooses "
+            f"{RING_BYTES}"
         )
+    if smallest == 0:  # no state that streams: a rule without any, or Adafactor, on fp32 weights
+        return RingPlan(TILE_NUMEL, 0, 0)
     tile_numel = max(min(TILE_BYTES, limit // MIN_SLOTS) // smallest, 1) * TILE_MULTIPLE
     longest = max(min(tile_numel, run.stop - run.start) for shard, _ in all_shapes for run in shard.runs)
     slot_bytes = max(_slot_bytes(shapes, longest) for _, shapes in all_shapes)
@@ -259,7 +270,8 @@ def make_states(
     """
     if storage.memory is None or storage.own_master:
         return [BlockState(shard, rule, param_groups, storage) for shard in shards], None
-    plan = plan_ring([(shard, storage.shapes(shard, rule, param_groups)) for shard in shards], ring_bytes)
+    beside = extra_bytes(initial_extra(shard, rule, param_groups) for shard in shards)
+    plan = plan_ring([(shard, storage.shapes(shard, rule, param_groups)) for shard in shards], ring_bytes, beside)
     states = [BlockState(shard, rule, param_groups, storage, plan.tile_numel) for shard in shards]
     return states, Ring(plan.num_slots, plan.slot_bytes, storage.device) if plan.num_slots else None
 

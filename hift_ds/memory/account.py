@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hift_ds.shards import full_numel, is_partitioned
-from hift_ds.state import plan_ring
+from hift_ds.state import extra_bytes, plan_ring
 
 if TYPE_CHECKING:
     from hift_ds.engine import HiFTEngine
@@ -131,7 +131,9 @@ def _state_bytes(optimizer: HiFTOptimizer) -> int:
     if settings.resident:
         return weights + sum(tensor.nbytes for state in states for tensor in state.all_tensors())
     shapes = [(s.shard, s.storage.shapes(s.shard, s.rule, optimizer.param_groups)) for s in states]
-    plan = plan_ring(shapes, settings.ring_bytes)
+    beside = extra_bytes(state.extra for state in states)
+    plan = plan_ring(shapes, settings.ring_bytes, beside)
     longest = max(run.stop - run.start for state in states for run in state.shard.runs)
     gradient = min(plan.tile_numel, longest) if optimizer.rule.elementwise else longest
-    return weights + plan.num_slots * plan.slot_bytes + (4 * gradient if settings.kernel == "torch" else 0)
+    ring = plan.num_slots * plan.slot_bytes + beside
+    return weights + ring + (4 * gradient if settings.kernel == "torch" else 0)

@@ -12,6 +12,7 @@ from hift_testing import memory_cases as cases
 pytestmark = pytest.mark.multi_rank
 
 TINY = 4096  # activations' gradients, and DeepSpeed's scalars
+FACTORED = 2 * (64 + 256) + 64 + 256  # rows and columns of a layer's two matrices, and its biases: 1-D stay whole
 ALWAYS = {"always_active": ["layers.0.2.weight"]}
 RUNS = [
     *((stage, dtype, {}) for stage in range(4) for dtype in ("fp32", "bf16")),
@@ -45,11 +46,12 @@ def bounds(
     # the first parameter in the engine's dtype beside the given one; its ZeRO-3 partition beside the whole
     init = parameter * element * (facts["given"] > facts["weights"] or stage == 3)
     kept = facts["always"] + facts["ring"]
+    moving = facts["always"] + cases.RING_BYTES  # factored moments come beside the ring
     return {
         "init": facts["given"] + kept + init + TINY,
         "idle": facts["weights"] + kept + TINY,
         "backward": backward + held_by_gloo + TINY,
-        "step": kept + shard * element + max(shard * gradient + tile, gathered) + held_by_gloo + TINY,
+        "step": moving + shard * element + max(shard * gradient + tile, gathered) + held_by_gloo + TINY,
         "after": kept + TINY,
     }
 
@@ -62,11 +64,13 @@ def assert_within_bounds(stage: int, world: int, dtype: str, keywords: dict, res
         if "hift" not in keywords:
             whole = facts["given"] / (2 if "start" in keywords else 1)
             assert max(allowed["backward"], allowed["step"]) < whole / 2
-        per_element = 8 if dtype == "fp32" else 12  # moments and, unless the weights are fp32, the master
         parts = world if stage > 0 else 1
         assert 0 < facts["ring"] <= cases.RING_BYTES
-        inside = cases.LAYERS * 33088 / parts * per_element - facts["always"]
-        assert facts["host"] == inside
+        if "rule" in keywords:
+            per_element, factored = 4, cases.LAYERS * 4 * FACTORED  # the master
+        else:
+            per_element, factored = (8 if dtype == "fp32" else 12), 0  # moments, and the master of bf16 weights
+        assert facts["host"] == cases.LAYERS * 33088 / parts * per_element + factored - facts["always"]
 
 
 @pytest.mark.parametrize(("stage", "dtype", "keywords"), RUNS)
@@ -78,6 +82,11 @@ def test_device_holds_weights_and_one_blocks_share_on_two_ranks(two_ranks, stage
 @pytest.mark.parametrize(("stage", "dtype"), [(0, "bf16"), (2, "fp32"), (3, "bf16")])
 def test_device_holds_weights_and_one_block_on_one_rank(one_rank, stage, dtype):
     assert_within_bounds(stage, 1, dtype, {}, one_rank.run(cases.measured, stage, dtype))
+
+
+def test_ring_bytes_hold_adafactor_s_factored_moments_too(one_rank):
+    keywords = {"hift": {"kernel": "triton"}, "rule": {"type": "Adafactor", "params": {}}}
+    assert_within_bounds(0, 1, "bf16", keywords, one_rank.run(cases.measured, 0, "bf16", **keywords))
 
 
 @pytest.mark.parametrize(

@@ -231,6 +231,22 @@ def test_update_of_a_large_block_holds_its_weights_the_ring_and_one_tile_of_fp32
     assert roles.state == 2 * 100 * 100 + smallest + 4 * 1024
 
 
+FACTORED = 3 * 4 * (100 + 100)  # bytes of three copies of a matrix's row and column moments
+
+
+def test_factored_moments_have_their_share_of_ring_bytes():
+    module = nn.Linear(100, 100, bias=False).bfloat16()
+    for ring_bytes, slots in ((3 * 4096 + FACTORED, 3), (4 * 4096 + FACTORED - 1, 3), (4 * 4096 + FACTORED, 4)):
+        roles = hift_roles(engine_of(module, [["weight"]], 2, 1, kind="Adafactor", ring_bytes=ring_bytes))
+        assert roles.state == 2 * 100 * 100 + slots * 4096 + FACTORED + 4 * 100 * 100
+
+
+def test_ring_bytes_too_small_for_tiles_and_factored_moments_are_refused_with_the_least():
+    module = nn.Linear(100, 100, bias=False).bfloat16()
+    with pytest.raises(ValueError, match=rf"hift\.state\.ring_bytes=14687: must be {3 * 4096 + FACTORED} or more"):
+        hift_roles(engine_of(module, [["weight"]], 2, 1, kind="Adafactor", ring_bytes=3 * 4096 + FACTORED - 1))
+
+
 def test_a_block_smaller_than_the_ring_takes_no_more_than_its_own_state():
     roles = hift_roles(engine_of(nn.Linear(64, 64, bias=False).bfloat16(), [["weight"]], 2, 1))
     assert roles.state == (2 + 12 + 4) * 64 * 64
