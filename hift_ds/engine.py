@@ -366,7 +366,11 @@ def _prepare(
 
 def _offload_optimizer(ds_config: Mapping[str, Any]) -> Mapping[str, Any]:
     zero = ds_config.get("zero_optimization")
-    section = zero.get("offload_optimizer") if isinstance(zero, Mapping) else None
+    if not isinstance(zero, Mapping):
+        return {}
+    if zero.get("cpu_offload"):  # the old name
+        return {"device": "cpu"}
+    section = zero.get("offload_optimizer")
     return section if isinstance(section, Mapping) else {}
 
 

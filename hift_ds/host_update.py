@@ -30,6 +30,7 @@ class HostUpdate:
         param_groups: The hyper-parameter holder's.
         device: Where gradients and model weights are.
         all_reduce: Sums a device tensor over the ranks that share a block's state.
+        states: The blocks'.
 
     Raises:
         RuntimeError: DeepSpeed's C++ op cannot be built.
@@ -41,9 +42,11 @@ class HostUpdate:
         param_groups: list[dict[str, Any]],
         device: torch.device,
         all_reduce: Callable[[torch.Tensor], torch.Tensor],
+        states: list[BlockState],
     ) -> None:
         self.rule, self.param_groups, self.device, self.all_reduce = rule, param_groups, device, all_reduce
         self._adam = _adam(rule) if isinstance(rule, Adam) else None
+        self._staging = _Staging(states, device) if rule.elementwise else None
 
     def run(
         self, state: BlockState, grad: torch.Tensor, scaling: Scaling, rates: list[float], block: int
@@ -55,17 +58,14 @@ class HostUpdate:
             self._whole_runs(state, grad, scaling, rates)
             weights.copy_(state.master)
             return weights
-        staging = _Staging(state, grad, weights)
-        for tile in state.tiles:
+        for tile, gradient in self._staging.visit(state.tiles, grad, weights):
             run = state.shard.runs[tile.run]
-            gradient = staging.gradient(tile).mul_(1.0 / scaling.divisor)
+            gradient.mul_(1.0 / scaling.divisor)
             group, lr = self.param_groups[run.group], rates[run.group]
             if self._adam is not None:
                 self._step_adam(tile.home, gradient, group, lr, state.step)
             else:
                 self.rule.update(tile.home["master"], gradient, tile.home, group, lr=lr, step=state.step)
-            staging.publish(tile)
-        staging.finish()
         return weights
 
     def _step_adam(
@@ -99,53 +99,57 @@ class HostUpdate:
 
 
 class _Staging:
-    """Two page-locked buffers each for gradients on their way to the host and new weights on their way back."""
+    """Two buffers each in the states' host memory, for gradients on their way in and new weights on their way out.
 
-    def __init__(self, state: BlockState, grad: torch.Tensor, weights: torch.Tensor) -> None:
-        self._tiles, self._grad, self._weights = state.tiles, grad, weights
-        self._device = grad.device
-        largest = max(tile.span.stop - tile.span.start for tile in state.tiles)
-        cuda = self._device.type == "cuda"
-        self._in = [torch.empty(largest, dtype=grad.dtype, pin_memory=cuda) for _ in range(2)]
-        self._out = [torch.empty(largest, dtype=weights.dtype, pin_memory=cuda) for _ in range(2)]
+    Args:
+        states: Every state that is updated on the host; their longest tile in fp32 is a buffer.
+        device: Where gradients and model weights are.
+    """
+
+    def __init__(self, states: list[BlockState], device: torch.device) -> None:
+        self._device = device
+        longest = max(tile.span.stop - tile.span.start for state in states for tile in state.tiles)
+        names = ("in0", "in1", "out0", "out1")
+        arena = states[0].storage.memory.arena(dict.fromkeys(names, (longest, torch.float32)))
+        self._in, self._out = [arena[name] for name in names[:2]], [arena[name] for name in names[2:]]
         self._fetched: list[Any] = [None, None]
         self._sent: list[Any] = [None, None]
-        self._next = 0
-        self._fetch(0)
 
-    def gradient(self, tile: Tile) -> torch.Tensor:
-        """fp32 on the host, a new tensor; the next tile's copy has begun."""
-        place, self._next = self._next % 2, self._next + 1
-        if self._next < len(self._tiles):
-            self._fetch(self._next)
-        if self._fetched[place] is not None:
-            self._fetched[place].synchronize()
-        return self._in[place][: tile.span.stop - tile.span.start].to(torch.float32, copy=True)
+    def visit(
+        self, tiles: list[Tile], grad: torch.Tensor, weights: torch.Tensor
+    ) -> Iterator[tuple[Tile, torch.Tensor]]:
+        """Each tile with its gradient in fp32 on the host, a new tensor; meanwhile the next one's comes.
 
-    def publish(self, tile: Tile) -> None:
-        """Begins to bring a tile's new weights to the device."""
-        place = (self._next - 1) % 2
-        if self._sent[place] is not None:
-            self._sent[place].synchronize()
-        out = self._out[place][: tile.span.stop - tile.span.start]
-        self._weights[tile.span].copy_(out.copy_(tile.home["master"]), non_blocking=True)
-        self._sent[place] = self._event()
+        When the next tile is asked for, this one's masters start their way to `weights` as the new model weights.
+        """
+        self._fetch(0, tiles[0], grad)
+        for index, tile in enumerate(tiles):
+            if index + 1 < len(tiles):
+                self._fetch(index + 1, tiles[index + 1], grad)
+            _wait(self._fetched[index % 2])
+            yield tile, _part(self._in[index % 2], tile, grad.dtype).to(torch.float32, copy=True)
+            _wait(self._sent[index % 2])  # of two tiles ago, or of an earlier block
+            out = _part(self._out[index % 2], tile, weights.dtype).copy_(tile.home["master"])
+            weights[tile.span].copy_(out, non_blocking=True)
+            self._sent[index % 2] = self._event()
 
-    def finish(self) -> None:
-        """Until the last copies have left the buffers, which the allocator may then give away."""
-        for event in self._sent:
-            if event is not None:
-                event.synchronize()
-
-    def _fetch(self, index: int) -> None:
-        span = self._tiles[index].span
-        self._in[index % 2][: span.stop - span.start].copy_(self._grad[span], non_blocking=True)
+    def _fetch(self, index: int, tile: Tile, grad: torch.Tensor) -> None:
+        _part(self._in[index % 2], tile, grad.dtype).copy_(grad[tile.span], non_blocking=True)
         self._fetched[index % 2] = self._event()
 
     def _event(self) -> Any:
         if self._device.type != "cuda":
             return None
         return torch.cuda.current_stream(self._device).record_event()
+
+
+def _part(buffer: torch.Tensor, tile: Tile, dtype: torch.dtype) -> torch.Tensor:
+    return buffer.view(dtype)[: tile.span.stop - tile.span.start]
+
+
+def _wait(event: Any) -> None:
+    if event is not None:
+        event.synchronize()
 
 
 def _adam(rule: Adam) -> DeepSpeedCPUAdam:

@@ -103,7 +103,7 @@ class HiFTOptimizer(ZeROOptimizer):
         )
         self.host_update = None
         if settings.on_host:
-            self.host_update = HostUpdate(rule, holder.param_groups, device, self._sum_over_shards)
+            self.host_update = HostUpdate(rule, holder.param_groups, device, self._sum_over_shards, self.states)
         # Where nothing needs to know on the host how a step's gradients are, it does not wait for the device.
         self._waits = settings.kernel != "triton" or settings.on_host or bool(loss_scaler.dynamic)
         self._unread: tuple[Measurement, int, list[BlockState]] | None = None

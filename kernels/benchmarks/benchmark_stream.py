@@ -62,7 +62,7 @@ def make(name: str, numel: int, device: torch.device, compute: Callable[[], None
     sizes["half a block"] = max(block_bytes // 2, least)
     states, ring = make_states(shards, rule, groups, storage, sizes.get(name, 2 * block_bytes))
     kind = {"rule": rule, "param_groups": groups, "device": device, "all_reduce": lambda tensor: tensor}
-    update: Any = HostUpdate(**kind) if on_host else BlockUpdate(**kind, kernel="triton", ring=ring)
+    update: Any = HostUpdate(**kind, states=states) if on_host else BlockUpdate(**kind, kernel="triton", ring=ring)
     grad = torch.randn(states[0].shard.numel, device=device).bfloat16()
     norm = float(numel) ** 0.5 if on_host else None
     scaling = Scaling(1.0, 1.0, norm, torch.full((1,), float(numel), dtype=torch.float64, device=device))

@@ -183,16 +183,21 @@ class StandInAdam:
 
 
 def host_training(
-    stage: int, dtype: str, rule: dict[str, Any], hift: dict[str, Any], real: bool = False
+    stage: int,
+    dtype: str,
+    rule: dict[str, Any],
+    hift: dict[str, Any],
+    real: bool = False,
+    key: tuple[str, Any] = ("offload_optimizer", {"device": "cpu"}),
 ) -> dict[str, Any]:
-    """Nine steps with updates on the device, then on the host.
+    """Nine steps with updates on the device, then on the host, as `key` of "zero_optimization" asks for.
 
     Returns:
         `same`: whether weights and state have the same bits; `difference`: of the weights, at most; `kinds`: of the
         updates; `host`: bytes there.
     """
     weights, digests, facts = [], [], {"kinds": [], "host": []}
-    for offload in ({}, {"offload_optimizer": {"device": "cpu"}}):
+    for offload in ({}, dict([key])):
         stand_in = nullcontext() if real else mock.patch.object(host_update, "DeepSpeedCPUAdam", StandInAdam)
         with separate_host(), stand_in, mock.patch.object(state, "TILE_NUMEL", 1000):
             engine = engine_of(ds_config(stage, dtype, hift, optimizer=rule, zero_optimization=offload))

@@ -30,13 +30,19 @@ def test_training_is_bitwise_that_of_updates_on_the_device(two_ranks, stage, dty
         assert facts["same"] and facts["difference"] == 0.0
 
 
+def test_the_old_key_asks_for_the_same(two_ranks):
+    for facts in two_ranks.run(cases.host_training, 2, "bf16", RULES["adamw"][0], {}, key=("cpu_offload", True)):
+        assert facts["kinds"] == ["NoneType", "HostUpdate"]
+        assert facts["same"]
+
+
 def test_an_op_that_cannot_be_built_is_refused_at_once(monkeypatch):
     def fails(*args, **kwargs):
         raise RuntimeError("DeepSpeedCPUAdam requires the cpu_adam op") from OSError("c++ not found")
 
     monkeypatch.setattr("hift_ds.host_update.DeepSpeedCPUAdam", fails)
     with pytest.raises(RuntimeError, match=r"offload_optimizer\.device='cpu': .* \(c\+\+ not found\); install a C\+\+"):
-        HostUpdate(Adam(True), [], torch.device("cpu"), lambda tensor: tensor)
+        HostUpdate(Adam(True), [], torch.device("cpu"), lambda tensor: tensor, [])
 
 
 def test_fp32_weights_have_a_master_of_their_own_on_the_host(two_ranks):

@@ -6,26 +6,11 @@ import logging
 
 import pytest
 import torch
+from hift_testing.locking import Driver
 
 from hift_ds.host_memory import HostMemory
 
 SHAPES = {"master": (1000, torch.float32), "empty": (0, torch.float32), "codes": (77, torch.uint8)}
-
-
-class Driver:
-    """Stands in for CUDA's page-locking; `fails`: refuses."""
-
-    def __init__(self, fails: bool = False) -> None:
-        self.fails, self.locked, self.attempts = fails, {}, 0
-
-    def register(self, address: int, nbytes: int) -> None:
-        self.attempts += 1
-        if self.fails:
-            raise RuntimeError("out of memory")
-        self.locked[address] = nbytes
-
-    def unregister(self, address: int) -> None:
-        del self.locked[address]
 
 
 def test_tensors_are_as_asked_writable_apart_and_aligned():
