@@ -151,7 +151,9 @@ def report(args: argparse.Namespace, hift: Any, rows: list[dict[str, Any]]) -> N
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
     parser.add_argument("--model_name_or_path", default="smollm2-135m")
     parser.add_argument("--stage", type=int, default=2, choices=(0, 1, 2, 3))

@@ -26,7 +26,9 @@ def main() -> int:
     prepare_process("--verbose" in sys.argv)
     from hift_ds.recipes.arguments import add_arguments
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_arguments(parser, HERE / "demo.json")
     args = parser.parse_args()
     try:

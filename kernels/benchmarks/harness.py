@@ -43,7 +43,7 @@ class Contestant:
 
 def parser(description: str) -> argparse.ArgumentParser:
     """What the command lines of all benchmarks share."""
-    options = argparse.ArgumentParser(description=description)
+    options = argparse.ArgumentParser(allow_abbrev=False, description=description)
     options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), help="parameters of a shard")
     options.add_argument("--repeats", type=int, default=30)

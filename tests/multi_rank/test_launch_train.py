@@ -394,6 +394,12 @@ def test_error_is_one_sentence_and_an_exit_code(name, failures):
     assert "Traceback" not in out + err
 
 
+def test_a_shortened_option_is_refused_and_not_guessed(folder):
+    done = run([sys.executable, SCRIPT, "--hift", "--hift_layers", "2"], folder)
+    assert done.code == 2
+    assert "unrecognized arguments: --hift_layers 2" in done.err
+
+
 def test_many_ranks_on_a_machine_take_one_thread_each(failures):
     assert failures["threads"] == 1
 
