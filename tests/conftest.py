@@ -11,6 +11,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 from hift_testing.ranks import RankPool
 
+POOLS = {"two_ranks", "one_rank", "four_ranks"}
+
+
+def pytest_itemcollected(item):
+    """With pytest-xdist's `--dist loadgroup`, one worker has every test that shares ranks, the other all the rest."""
+    group = "ranks" if POOLS & set(item.fixturenames) else item.path.stem
+    item.add_marker(pytest.mark.xdist_group(group))
+
 
 def _pool(world: int):
     pool = RankPool(world)
