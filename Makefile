@@ -15,9 +15,8 @@ demo: $(READY)
 demo-results: demo
 	cp outputs/demo/summary.json launch/results/$$(date +%F)_demo.json
 
-# On two workers: one with all tests that share ranks, one with the others
 test: lint
-	$(RUN) python -m pytest -q -n 2 --dist loadgroup
+	$(RUN) python -m pytest -q -n 2 --dist loadfile
 
 # Against DeepSpeed's own optimizers, each of which compiles a C++ op at the first run
 slow: $(READY)

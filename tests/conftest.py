@@ -11,14 +11,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 from hift_testing.ranks import RankPool
 
-POOLS = {"two_ranks", "one_rank", "four_ranks"}
-
-
-def pytest_itemcollected(item):
-    """With pytest-xdist's `--dist loadgroup`, one worker has every test that shares ranks, the other all the rest."""
-    group = "ranks" if POOLS & set(item.fixturenames) else item.path.stem
-    item.add_marker(pytest.mark.xdist_group(group))
-
 
 def _pool(world: int):
     pool = RankPool(world)
@@ -28,7 +20,7 @@ def _pool(world: int):
 
 @pytest.fixture(scope="session")
 def two_ranks():
-    """Two gloo ranks, started at the first use and shared by the whole session."""
+    """Two gloo ranks, started at the first use and shared by the whole session (of one of pytest-xdist's workers)."""
     yield from _pool(2)
 
 
