@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
 
 import deepspeed
 import torch
@@ -101,33 +103,32 @@ def parity(
     steps_per_block = hift.get("steps_per_block", 1)
     steps = rotations * len(view.blocks) * steps_per_block
     start = whole_weights(engine)
-    model = build(family)
+    oracle = Oracle(
+        family, dtype, rule, groups, tuple(tuple(block.fqns) for block in view.blocks), tuple(view.order),
+        engine.block_plan.always_active, steps, micro_steps, clip, steps_per_block,
+        accumulate_before_reducing=stage < 2 and micro_steps > 1, reset=hift.get("inactive_state") == "reset",
+        further=tuple((reference or {}).items()),
+    )  # fmt: skip
     if zero_init:
+        model = build(family)
         model.load_state_dict(start, strict=False)
         # zero.Init makes buffers (rotary frequencies) in the weights' dtype; outside of it they stay fp32.
         for name, buffer in engine.module.named_buffers():
             model.get_submodule(name.rpartition(".")[0]).register_buffer(name.rpartition(".")[2], buffer.clone())
-    model = cast_parameters(model, DTYPES[dtype])
-    assert largest_difference(start, _weights(model)) == 0.0, "the two must start alike"
-    oracle = ReferenceHiFT(
-        model, [block.fqns for block in view.blocks], view.order,
-        lambda members: _torch_optimizer(optimizer_class, members, hyper, groups),
-        None, clip, steps_per_block=steps_per_block, always=engine.block_plan.always_active,
-        accumulate_before_reducing=stage < 2, reset=hift.get("inactive_state") == "reset",
-        **{key: DTYPES.get(value, value) for key, value in (reference or {}).items()},
-    )  # fmt: skip
+        right = oracle.train(model)
+    else:
+        right = oracle.train_once()
+    assert largest_difference(start, right.start) == 0.0, "the two must start alike"
     norms, losses = [], []
-    rank, world = dist.get_rank(), dist.get_world_size()
     for step in range(steps):
-        mine = [batch(family, step, micro, rank) for micro in range(micro_steps)]
+        mine = [batch(family, step, micro, dist.get_rank()) for micro in range(micro_steps)]
         losses += _MICRO_STEPS[backward](engine, mine)
         norms.append(engine.get_global_grad_norm())
-        oracle.step([[batch(family, step, micro, rank) for micro in range(micro_steps)] for rank in range(world)])
     weights = whole_weights(engine)
     return {
-        "weights": largest_difference(weights, _weights(model)),
-        "share": _share_that_differs(weights, _weights(model)),
-        "norm": max(abs(a - b) / b for a, b in zip(norms, oracle.norms, strict=True)),
+        "weights": largest_difference(weights, right.end),
+        "share": _share_that_differs(weights, right.end),
+        "norm": max(abs(a - b) / b for a, b in zip(norms, right.norms, strict=True)),
         "moved": min(
             largest_difference({n: weights[n] for n in block.fqns}, {n: start[n] for n in block.fqns})
             for block in view.blocks
@@ -135,6 +136,61 @@ def parity(
         "blocks": len(view.blocks),
         "losses": losses,
     }
+
+
+class Trained(NamedTuple):
+    """What a reference run leaves: weights before and after, and the gradient norm of each step."""
+
+    start: dict[str, torch.Tensor]
+    end: dict[str, torch.Tensor]
+    norms: list[float]
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """A run of `ReferenceHiFT` on every rank's batches; the arguments are `parity`'s, the engine's plan and the rest
+    `ReferenceHiFT`'s."""
+
+    family: str
+    dtype: str
+    rule: str
+    groups: bool
+    blocks: tuple[tuple[str, ...], ...]
+    order: tuple[int, ...]
+    always: tuple[str, ...]
+    steps: int
+    micro_steps: int
+    clip: float
+    steps_per_block: int
+    accumulate_before_reducing: bool
+    reset: bool
+    further: tuple[tuple[str, Any], ...]
+
+    def train_once(self) -> Trained:
+        """From the start that every process builds; once in a process, for all stages that ask for the same."""
+        return _trained(self)
+
+    def train(self, model: torch.nn.Module) -> Trained:
+        """Trains an fp32 model, cast to the run's dtype."""
+        model = cast_parameters(model, DTYPES[self.dtype])
+        start = {name: weight.clone() for name, weight in _weights(model).items()}
+        _, kind, hyper = RULES[self.rule]
+        reference = ReferenceHiFT(
+            model, self.blocks, self.order, lambda members: _torch_optimizer(kind, members, hyper, self.groups), None,
+            self.clip, self.steps_per_block, self.always, self.accumulate_before_reducing, self.reset,
+            **{key: DTYPES.get(value, value) for key, value in self.further},
+        )  # fmt: skip
+        for step in range(self.steps):
+            reference.step([
+                [batch(self.family, step, micro, rank) for micro in range(self.micro_steps)]
+                for rank in range(dist.get_world_size())
+            ])  # fmt: skip
+        return Trained(start, _weights(model), reference.norms)
+
+
+@cache
+def _trained(oracle: Oracle) -> Trained:
+    return oracle.train(build(oracle.family))
 
 
 def full_equivalence(
