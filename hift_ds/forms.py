@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-GROUP = 256  # elements of an int8 moment that share a scale, as in hift_kernels.adamw_int8
+GROUP = 256  # elements of an int8 moment that share a scale, as in hift_kernels.quantize
 SCALE_SUFFIX = "_scale"
 MOMENT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.uint8}
 _MASTER_DTYPES = {"fp32": torch.float32, "split16": torch.int16}
@@ -47,7 +47,7 @@ def split_master(master: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def decode_int8(codes: torch.Tensor, scales: torch.Tensor, first: int, signed: bool) -> torch.Tensor:
     """fp32 of codes that begin at element `first` of their first group.
 
-    Source: hift_kernels.adamw_int8, `decode`.
+    Source: hift_kernels.quantize, `decode`.
     """
     extra = 0 if signed else 1
     magnitude = (codes & 127 if signed else codes).to(torch.float64)

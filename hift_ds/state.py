@@ -152,7 +152,7 @@ class BlockState:
             return values.float()
         run_index, run = next((i, r) for i, r in enumerate(self.shard.runs) if r.start <= here.start < r.stop)
         scales = self.tile_of(run_index, slice(run.start, run.stop))[key + SCALE_SUFFIX]
-        return decode_int8(values, scales, here.start - run.start, signed=key == "exp_avg")
+        return decode_int8(values, scales, here.start - run.start, signed=key != "exp_avg_sq")
 
     @torch.no_grad()
     def write(self, index: int, key: str | None, value: torch.Tensor) -> None:

@@ -26,6 +26,7 @@ class Lion(Rule):
     """
 
     name = "lion"
+    moments = ("fp32", "bf16", "int8")
 
     def slots(self, group: Mapping[str, Any]) -> tuple[str, ...]:
         return ("exp_avg",)
@@ -70,7 +71,13 @@ class Lion(Rule):
         scalars: torch.Tensor,
         seed: int = 0,
     ) -> None:
-        from hift_kernels.lion import lion_step
-
         beta1, beta2 = (float(beta) for beta in self.read(group, "betas"))
-        lion_step(grad, weights, state["exp_avg"], scalars, beta1=beta1, beta2=beta2, seed=seed)
+        hyper = dict(beta1=beta1, beta2=beta2, seed=seed)
+        if state["exp_avg"].dtype == torch.uint8:
+            from hift_kernels.lion_int8 import lion_int8_step
+
+            lion_int8_step(grad, weights, state["exp_avg"], state["exp_avg_scale"], scalars, **hyper)
+        else:
+            from hift_kernels.lion import lion_step
+
+            lion_step(grad, weights, state["exp_avg"], scalars, **hyper)

@@ -23,6 +23,7 @@ class SGD(Rule):
     """
 
     name = "sgd"
+    moments = ("fp32", "bf16", "int8")
 
     def slots(self, group: Mapping[str, Any]) -> tuple[str, ...]:
         return ("momentum_buffer",) if self.read(group, "momentum") != 0 else ()
@@ -81,10 +82,17 @@ class SGD(Rule):
         scalars: torch.Tensor,
         seed: int = 0,
     ) -> None:
-        from hift_kernels.sgd import sgd_step
-
-        sgd_step(
-            grad, weights, state.get("momentum_buffer"), scalars, momentum=float(self.read(group, "momentum")),
-            dampening=float(self.read(group, "dampening")), weight_decay=float(self.read(group, "weight_decay")),
-            nesterov=bool(self.read(group, "nesterov")), seed=seed,
+        buffer = state.get("momentum_buffer")
+        hyper = dict(
+            momentum=float(self.read(group, "momentum")), dampening=float(self.read(group, "dampening")),
+            weight_decay=float(self.read(group, "weight_decay")), nesterov=bool(self.read(group, "nesterov")),
+            seed=seed,
         )  # fmt: skip
+        if buffer is not None and buffer.dtype == torch.uint8:
+            from hift_kernels.sgd_int8 import sgd_int8_step
+
+            sgd_int8_step(grad, weights, buffer, state["momentum_buffer_scale"], scalars, **hyper)
+        else:
+            from hift_kernels.sgd import sgd_step
+
+            sgd_step(grad, weights, buffer, scalars, **hyper)

@@ -27,7 +27,8 @@ def contestants(numel: int, device: torch.device) -> list[Contestant]:
 
 
 def _int8(grad: torch.Tensor, form: str) -> Contestant:
-    from hift_kernels.adamw_int8 import GROUP, adamw_int8_step
+    from hift_kernels.adamw_int8 import adamw_int8_step
+    from hift_kernels.quantize import GROUP
 
     def make() -> Callable[[], None]:
         weights, scalars = new_weights(grad.numel(), grad.device, form), prepared_scalars(grad.device)

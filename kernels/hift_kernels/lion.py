@@ -11,6 +11,14 @@ from hift_kernels.rounding import load_master, random32, store_mask, store_maste
 from hift_kernels.scalars import DECAY, FOUND_INF, RATE, SCALE
 
 
+@triton.jit
+def lion_math(old, grad, exp_avg, decay, rate, beta1, one_minus_beta1, beta2, one_minus_beta2):
+    """New master and momentum of an unscaled gradient, all fp32."""
+    direction = exp_avg * beta1 + one_minus_beta1 * grad
+    sign = tl.where(direction > 0.0, 1.0, tl.where(direction < 0.0, -1.0, 0.0))
+    return old * decay - rate * sign, exp_avg * beta2 + one_minus_beta2 * grad
+
+
 @triton.jit(do_not_specialize=["seed"])
 def _lion_kernel(
     grad_ptr, weight_ptr, master_ptr, exp_avg_ptr, scalars_ptr, numel, seed,
@@ -28,12 +36,9 @@ def _lion_kernel(
     decay = tl.load(scalars_ptr + DECAY)
     rate = tl.load(scalars_ptr + RATE)
     # compute
-    grad = widen(grad) * scale
-    exp_avg = widen(exp_avg)
-    direction = exp_avg * beta1 + one_minus_beta1 * grad
-    sign = tl.where(direction > 0.0, 1.0, tl.where(direction < 0.0, -1.0, 0.0))
-    new = old * decay - rate * sign
-    exp_avg = exp_avg * beta2 + one_minus_beta2 * grad
+    new, exp_avg = lion_math(
+        old, widen(grad) * scale, widen(exp_avg), decay, rate, beta1, one_minus_beta1, beta2, one_minus_beta2
+    )
     bits = random32(offsets, seed, 0)
     # store
     stored = store_mask(mask, offsets, found_inf)

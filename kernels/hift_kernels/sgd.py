@@ -11,6 +11,18 @@ from hift_kernels.rounding import load_master, random32, store_mask, store_maste
 from hift_kernels.scalars import FOUND_INF, RATE, SCALE, STEP
 
 
+@triton.jit
+def momentum_math(direction, buffer, step, momentum, one_minus_dampening, NESTEROV: tl.constexpr):
+    """Direction and new momentum buffer of a gradient with its weight decay, all fp32."""
+    first = (tl.zeros_like(direction) + step) == 1.0  # the first buffer is the gradient, undamped
+    updated = tl.where(first, direction, buffer * momentum + one_minus_dampening * direction)
+    if NESTEROV:
+        direction = direction + momentum * updated
+    else:
+        direction = updated
+    return direction, updated
+
+
 @triton.jit(do_not_specialize=["seed"])
 def _sgd_kernel(
     grad_ptr, weight_ptr, master_ptr, momentum_ptr, scalars_ptr, numel, seed,
@@ -31,14 +43,7 @@ def _sgd_kernel(
     # compute
     direction = widen(grad) * scale + weight_decay * old
     if MOMENTUM:
-        # The first buffer is the gradient, undamped.
-        first = (tl.zeros((TILE,), dtype=tl.float32) + step) == 1.0
-        updated = widen(buffer) * momentum + one_minus_dampening * direction
-        updated = tl.where(first, direction, updated)
-        if NESTEROV:
-            direction = direction + momentum * updated
-        else:
-            direction = updated
+        direction, updated = momentum_math(direction, widen(buffer), step, momentum, one_minus_dampening, NESTEROV)
     new = old - rate * direction
     bits = random32(offsets, seed, 0)
     # store

@@ -4,7 +4,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from hift_kernels.adamw_int8 import GROUP, adamw_int8_step, decode, encode
+from hift_kernels.adamw_int8 import adamw_int8_step
+from hift_kernels.quantize import GROUP, decode, encode
 from hift_kernels.rounding import mixed_seed
 from hift_testing.fused_cases import DEVICE, GUARD, HYPER, SIZES, Shard, gradient
 

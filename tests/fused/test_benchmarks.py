@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).resolve().parents[2] / "kernels" / "benchmarks"
-HELPERS = {"__init__", "launching", "rounding", "scalars", "adafactor_squares"}
+HELPERS = {"__init__", "launching", "rounding", "scalars", "adafactor_squares", "quantize"}
 KERNELS = sorted({path.stem for path in (FOLDER.parent / "hift_kernels").glob("*.py")} - HELPERS)
 
 

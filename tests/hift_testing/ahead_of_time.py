@@ -18,7 +18,7 @@ ARCHITECTURES = (80, 86, 89, 90)
 POINTERS = {
     "exp_avg_ptr": "fp32", "exp_avg_sq_ptr": "fp32", "momentum_ptr": "fp32", "sum_ptr": "fp32", "scalars_ptr": "fp32",
     "partial_ptr": "fp64", "result_ptr": "fp64", "square_ptr": "fp64", "divisor_ptr": "fp64",
-    "exp_avg_scale_ptr": "fp32", "exp_avg_sq_scale_ptr": "fp32",
+    "exp_avg_scale_ptr": "fp32", "exp_avg_sq_scale_ptr": "fp32", "momentum_scale_ptr": "fp32",
     "row_ptr": "fp32", "col_ptr": "fp32", "mean_ptr": "fp32", "variance_ptr": "fp32", "coefficient_ptr": "fp32",
     "row_partial_ptr": "fp64", "col_partial_ptr": "fp64",
 }  # fmt: skip
@@ -65,6 +65,12 @@ def cases() -> dict[str, tuple[str, str, dict[str, Any], dict[str, str], tuple[i
     found["adamw_int8-fp32"] = (
         "adamw_int8", "_adamw_int8_kernel", {"DECOUPLED": True, "MASTER": 1}, pointers, ARCHITECTURES,
     )  # fmt: skip
+    for form, (master, weight, second) in FORMS.items():
+        pointers = {"grad_ptr": "bf16", "weight_ptr": weight, "master_ptr": second}
+        constants = {"NESTEROV": True, "MASTER": master}
+        moments = {"exp_avg_ptr": "u8", "momentum_ptr": "u8"}
+        for rule in ("sgd_int8", "lion_int8"):
+            found[f"{rule}-{form}"] = (rule, f"_{rule}_kernel", constants, pointers | moments, (86,))
     for grad in ("bf16", "fp32"):
         found[f"sum_of_squares-{grad}"] = ("grad_norm", "_sum_of_squares_kernel", {}, {"grad_ptr": grad}, ARCHITECTURES)
     found |= _adafactor_cases()

@@ -45,6 +45,7 @@ def test_every_update_of_a_split_master_has_the_bits_of_numpy_s_fp32(two_ranks):
 LOSSY = [
     ("adamw", {"moments": "int8"}), ("adamw", {"master": "split16", "moments": "bf16"}), ("lion", {"moments": "bf16"}),
     ("sgd_momentum", {"master": "none", "moments": "bf16"}), ("adagrad", {"moments": "bf16"}),
+    ("sgd_momentum", {"moments": "int8"}), ("lion", {"master": "split16", "moments": "int8"}),
 ]  # fmt: skip
 
 

@@ -29,7 +29,7 @@ def test_the_weight_of_a_split_master_is_the_nearest_bf16():
 
 @pytest.mark.parametrize("signed", [True, False])
 def test_int8_codes_are_read_as_the_kernel_reads_them(signed):
-    """Against the definition of hift_kernels.adamw_int8: decade i holds 10^(i-6) (0.1 + 0.9 t / 2^i), t = 1..2^i."""
+    """Against the definition of hift_kernels.quantize: decade i holds 10^(i-6) (0.1 + 0.9 t / 2^i), t = 1..2^i."""
     extra = 0 if signed else 1
     table = [0.0]
     for decade in range(7):

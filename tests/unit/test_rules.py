@@ -520,7 +520,7 @@ def test_the_kernel_without_triton_is_refused(monkeypatch):
 @pytest.mark.parametrize(
     ("master", "moments", "kind", "dtype", "message"),
     [
-        ("fp32", "int8", "Lion", torch.bfloat16, "hift.state.moments='int8': lion keeps them in 'fp32' or 'bf16'"),
+        ("fp32", "int8", "Adagrad", torch.bfloat16, "hift.state.moments='int8': adagrad keeps .* 'fp32' or 'bf16'"),
         ("fp32", "bf16", "Adafactor", torch.bfloat16, "hift.state.moments='bf16': adafactor keeps them in 'fp32'"),
         ("split16", "fp32", "AdamW", torch.float32, "hift.state.master='split16': needs bf16 .* and these are float32"),
         ("none", "fp32", "AdamW", torch.float16, "hift.state.master='none': needs bf16 .* and these are float16"),
@@ -531,8 +531,8 @@ def test_a_form_of_state_that_does_not_go_with_rule_or_weights_is_refused(master
         check_form(master, moments, rule_from_config(kind, {})[0], dtype)
 
 
-@pytest.mark.parametrize("kind", ["AdamW", "Adam"])
+@pytest.mark.parametrize("kind", ["AdamW", "Adam", "SGD", "Lion"])
 @pytest.mark.parametrize("moments", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("master", ["fp32", "split16", "none"])
-def test_adam_takes_every_form_with_bf16_weights(kind, moments, master):
+def test_these_rules_take_every_form_with_bf16_weights(kind, moments, master):
     check_form(master, moments, rule_from_config(kind, {})[0], torch.bfloat16)
