@@ -62,6 +62,7 @@ def resume(
     """Trains, saves, trains on; a fresh engine on other weights loads and does the same; the first goes back, too."""
     first = _engine(stage, dtype, hift, seed=0, scheduler=scheduler)
     run_steps(first, saved_at)
+    first.optimizer.param_groups[0]["weight_decay"] = 0.2  # the config says otherwise
     first.save_checkpoint(folder, client_state={"mine": saved_at})
     expected = _continue(first, saved_at, more)
     fresh = _engine(stage, dtype, hift, seed=1, scheduler=scheduler)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+
 from deepspeed import comm as dist
 
 from hift_ds.launching import agree
+from hift_ds.recipes.setup import load_run
 
 
 def agree_on(failing: tuple[int, ...]) -> int | str:
@@ -19,3 +22,12 @@ def agree_on(failing: tuple[int, ...]) -> int | str:
         return agree(work)
     except (ValueError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
+
+
+def loads(args: argparse.Namespace, datasets: list[str]) -> str:
+    """How loading a run ends where each rank is given a data set of its own. Collective."""
+    args.dataset = datasets[dist.get_rank()]
+    try:
+        return f"{len(load_run(args).data.train)} rows"
+    except RuntimeError as error:
+        return str(error)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hift_testing import launching_cases
 
 import hift_ds
 from hift_ds.recipes.arguments import add_arguments
@@ -417,6 +418,19 @@ def test_every_rank_hears_of_the_one_that_fails_before_a_collective_load(folder)
     assert first.err.startswith(f"[rank 0] error: rank 1 failed: FileNotFoundError: {sentence}")
     assert second.err.startswith(f"[rank 1] error: {sentence}")
     assert "Traceback" not in first.err + second.err
+
+
+def test_ranks_with_other_numbers_of_rows_are_refused_before_they_wait_for_each_other(two_ranks, folder):
+    parser = argparse.ArgumentParser()
+    add_arguments(parser, DEMO)
+    options = [*COMMON, *HIFT, "--output_dir", str(folder / "unlike"), "--model_name_or_path", str(folder / "model")]
+    args = parser.parse_args(options)
+    short = folder / "short.jsonl"
+    short.write_text("\n".join((folder / "data.jsonl").read_text().splitlines()[:40]))
+    whole = str(folder / "data.jsonl")
+    sentence = "rows of the data set or steps: ranks 0 and 1 differ; every rank must be given the same"
+    assert two_ranks.run(launching_cases.loads, args, [whole, str(short)]) == [sentence] * 2
+    assert two_ranks.run(launching_cases.loads, args, [whole, whole]) == ["46 rows"] * 2
 
 
 def test_deepspeed_launcher_ends_with_the_error_of_its_ranks(folder):

@@ -9,6 +9,7 @@ from hift_testing.tiny_models import tiny_model
 
 from hift_ds.recipes import loop
 from hift_ds.recipes.datasets import IGNORED, TextData, TokenRows
+from hift_ds.recipes.results import provenance
 
 CPU = torch.device("cpu")
 
@@ -182,3 +183,8 @@ def test_other_ranks_write_nothing(as_rank, tmp_path):
     as_rank(1, 2)
     loop.save_model(SimpleNamespace(module=tiny_model("llama")), None, tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+def test_without_git_a_results_file_says_that_the_commit_is_unknown(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert provenance(torch.device("cpu"))["commit"] == "unknown"
