@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from contextlib import nullcontext
 from pathlib import Path
@@ -27,6 +28,7 @@ from hift_testing.invariant_cases import (
     state_by_block,
     weights_by_block,
 )
+from hift_testing.parity_cases import RULES
 from hift_testing.training import batch_of, ds_config, engine_of, run_steps, small_llama, whole_weights
 
 from hift_ds.forms import split_master
@@ -35,8 +37,11 @@ WARMUP = {"type": "WarmupDecayLR", "params": {"total_num_steps": 40, "warmup_num
 FP16 = {"enabled": True, "initial_scale_power": 6, "hysteresis": 1, "loss_scale_window": 3}
 
 
-def _engine(stage: int, dtype: str, hift: dict[str, Any], seed: int, scheduler: bool = False) -> Any:
-    config = ds_config(stage, dtype, hift, **({"scheduler": WARMUP} if scheduler else {}))
+def _engine(
+    stage: int, dtype: str, hift: dict[str, Any], seed: int, scheduler: bool = False, rule: str = "adamw"
+) -> Any:
+    optimizer = copy.deepcopy(RULES[rule][0])
+    config = ds_config(stage, dtype, hift, optimizer=optimizer, **({"scheduler": WARMUP} if scheduler else {}))
     if dtype == "fp16":
         config["fp16"] = dict(FP16)
     with fp16_allowed() if dtype == "fp16" else nullcontext():
@@ -57,15 +62,22 @@ def _continue(engine: Any, start: int, steps: int) -> dict[str, Any]:
 
 
 def resume(
-    folder: str, stage: int, dtype: str, hift: dict[str, Any], saved_at: int, more: int, scheduler: bool = False
+    folder: str,
+    stage: int,
+    dtype: str,
+    hift: dict[str, Any],
+    saved_at: int,
+    more: int,
+    scheduler: bool = False,
+    rule: str = "adamw",
 ) -> dict[str, Any]:
     """Trains, saves, trains on; a fresh engine on other weights loads and does the same; the first goes back, too."""
-    first = _engine(stage, dtype, hift, seed=0, scheduler=scheduler)
+    first = _engine(stage, dtype, hift, seed=0, scheduler=scheduler, rule=rule)
     run_steps(first, saved_at)
     first.optimizer.param_groups[0]["weight_decay"] = 0.2  # the config says otherwise
     first.save_checkpoint(folder, client_state={"mine": saved_at})
     expected = _continue(first, saved_at, more)
-    fresh = _engine(stage, dtype, hift, seed=1, scheduler=scheduler)
+    fresh = _engine(stage, dtype, hift, seed=1, scheduler=scheduler, rule=rule)
     different = changed(weights_by_block(first), weights_by_block(fresh))
     path, client_state = fresh.load_checkpoint(folder)
     resumed = _continue(fresh, saved_at, more)

@@ -12,7 +12,7 @@ COMPACT = [
     {"kernel": "triton", "state": {"master": "split16"}},
     {"kernel": "triton", "state": {"master": "none", "moments": "bf16"}},
 ]
-# stage, dtype, hift section, steps before the checkpoint (six blocks, so 8 is inside the second cycle), scheduler
+# stage, dtype, hift section, steps before the checkpoint (six blocks, so 8 is inside the second cycle), scheduler, rule
 RUNS = {
     "zero0-fp32": (0, "fp32", {}, 8, False),
     "zero1-fp32": (1, "fp32", {}, 8, True),
@@ -29,13 +29,14 @@ RUNS = {
     "zero2-split16-int8": (2, "bf16", COMPACT[0], 8, False),
     "zero3-split16-always": (3, "bf16", {**COMPACT[1], "always_active": ["down_proj"]}, 8, True),
     "zero3-none-bf16": (3, "bf16", COMPACT[2], 8, False),
+    "zero2-bf16-adafactor": (2, "bf16", {}, 8, False, "adafactor"),
 }
 
 
 @pytest.mark.parametrize("run", RUNS)
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_by_bit(two_ranks, tmp_path, run):
-    stage, dtype, hift, saved_at, scheduler = RUNS[run]
-    for result in two_ranks.run(cases.resume, str(tmp_path), stage, dtype, hift, saved_at, 5, scheduler):
+    stage, dtype, hift, saved_at, *others = RUNS[run]
+    for result in two_ranks.run(cases.resume, str(tmp_path), stage, dtype, hift, saved_at, 5, *others):
         assert len(result["different"]) >= 6
         assert result["mine"] == saved_at
         assert result["resumed"] == result["expected"]
