@@ -12,7 +12,16 @@ import triton.language as tl
 
 from hift_kernels.adamw import adam_math
 from hift_kernels.launching import Weights, check_update
-from hift_kernels.quantize import check_codes, decode, encode, fraction_of, launch_groups, load_signed, quantize_signed
+from hift_kernels.quantize import (
+    check_codes,
+    decode,
+    decode_signed,
+    encode,
+    encode_signed,
+    fraction_of,
+    launch_groups,
+    load_codes,
+)
 from hift_kernels.rounding import load_master, random32, store_mask, store_master, widen
 from hift_kernels.scalars import DECAY, FOUND_INF, INV_SQRT_BC2, SCALE, STEP_SIZE
 
@@ -30,24 +39,27 @@ def _adamw_int8_kernel(
     # load
     grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0)
     old, compensation = load_master(weight_ptr, master_ptr, offsets, mask, MASTER)
-    exp_avg = load_signed(exp_avg_ptr, exp_avg_scale_ptr, offsets, rows, mask, row_mask)
-    code2 = tl.load(exp_avg_sq_ptr + offsets, mask=mask, other=0).to(tl.int32)
-    largest2 = tl.load(exp_avg_sq_scale_ptr + rows, mask=row_mask, other=0.0)[:, None]
+    code1, largest1 = load_codes(exp_avg_ptr, exp_avg_scale_ptr, offsets, rows, mask, row_mask)
+    code2, largest2 = load_codes(exp_avg_sq_ptr, exp_avg_sq_scale_ptr, offsets, rows, mask, row_mask)
     scale = tl.load(scalars_ptr + SCALE)
     found_inf = tl.load(scalars_ptr + FOUND_INF)
     step_size = tl.load(scalars_ptr + STEP_SIZE)
     inv_sqrt_bc2 = tl.load(scalars_ptr + INV_SQRT_BC2)
     decay = tl.load(scalars_ptr + DECAY)
     # compute
+    exp_avg = decode_signed(code1, largest1)
     exp_avg_sq = decode(code2, 1) * largest2
     new, exp_avg, exp_avg_sq = adam_math(
         old, widen(grad) * scale, exp_avg, exp_avg_sq, step_size, inv_sqrt_bc2, decay,
         one_minus_beta1, one_minus_beta2, eps, weight_decay, DECOUPLED,
     )  # fmt: skip
-    code1, largest1 = quantize_signed(exp_avg, mask)
     # What lies behind the end was loaded as 0, but a master there is undefined.
+    exp_avg = tl.where(mask, exp_avg, 0.0)
     exp_avg_sq = tl.where(mask, exp_avg_sq, 0.0)
+    # Both before either is encoded: with Triton 3.6 the other order costs 27 registers.
+    largest1 = tl.max(tl.abs(exp_avg), axis=1)
     largest2 = tl.max(exp_avg_sq, axis=1)
+    code1 = encode_signed(exp_avg, largest1)
     code2 = encode(fraction_of(exp_avg_sq, largest2[:, None]), 1)
     code2 = tl.where((exp_avg_sq > 0.0) & (code2 == 0), 1, code2)
     bits = random32(offsets, seed, 0)

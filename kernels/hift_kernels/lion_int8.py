@@ -8,7 +8,7 @@ import triton.language as tl
 
 from hift_kernels.launching import Weights, check_update
 from hift_kernels.lion import lion_math
-from hift_kernels.quantize import check_codes, launch_groups, load_signed, quantize_signed
+from hift_kernels.quantize import check_codes, decode_signed, encode_signed, launch_groups, load_codes
 from hift_kernels.rounding import load_master, random32, store_mask, store_master, widen
 from hift_kernels.scalars import DECAY, FOUND_INF, RATE, SCALE
 
@@ -26,16 +26,18 @@ def _lion_int8_kernel(
     # load
     grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0)
     old, compensation = load_master(weight_ptr, master_ptr, offsets, mask, MASTER)
-    exp_avg = load_signed(exp_avg_ptr, exp_avg_scale_ptr, offsets, rows, mask, row_mask)
+    code, largest = load_codes(exp_avg_ptr, exp_avg_scale_ptr, offsets, rows, mask, row_mask)
     scale = tl.load(scalars_ptr + SCALE)
     found_inf = tl.load(scalars_ptr + FOUND_INF)
     decay = tl.load(scalars_ptr + DECAY)
     rate = tl.load(scalars_ptr + RATE)
     # compute
+    exp_avg = decode_signed(code, largest)
     new, exp_avg = lion_math(
         old, widen(grad) * scale, exp_avg, decay, rate, beta1, one_minus_beta1, beta2, one_minus_beta2
     )
-    code, largest = quantize_signed(exp_avg, mask)
+    largest = tl.max(tl.abs(exp_avg), axis=1)
+    code = encode_signed(exp_avg, largest)
     bits = random32(offsets, seed, 0)
     # store
     stored = store_mask(mask, offsets, found_inf)

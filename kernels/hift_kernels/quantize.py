@@ -68,21 +68,24 @@ def fraction_of(value, largest):
 
 
 @triton.jit
-def load_signed(code_ptr, scale_ptr, offsets, rows, mask, row_mask):
-    """A moment with a sign (in the code's highest bit) in fp32: `rows` groups of `offsets`."""
+def load_codes(code_ptr, scale_ptr, offsets, rows, mask, row_mask):
+    """Codes and scales of the groups `rows`, 0 behind the end. (To decode between loads would cost registers.)"""
     code = tl.load(code_ptr + offsets, mask=mask, other=0).to(tl.int32)
-    largest = tl.load(scale_ptr + rows, mask=row_mask, other=0.0)[:, None]
+    return code, tl.load(scale_ptr + rows, mask=row_mask, other=0.0)[:, None]
+
+
+@triton.jit
+def decode_signed(code, largest):
+    """fp32 of a moment with a sign, which is in the code's highest bit."""
     value = decode(code & 127, 0) * largest
     return tl.where(code > 127, -value, value)
 
 
 @triton.jit
-def quantize_signed(value, mask):
-    """Codes and scales of a moment with a sign; what lies behind the end (mask) counts as 0."""
-    value = tl.where(mask, value, 0.0)
-    largest = tl.max(tl.abs(value), axis=1)
+def encode_signed(value, largest):
+    """Codes of a moment with a sign, given the largest magnitude of each group."""
     code = encode(fraction_of(tl.abs(value), largest[:, None]), 0)
-    return tl.where(value < 0.0, code | 128, code), largest
+    return tl.where(value < 0.0, code | 128, code)
 
 
 def check_codes(codes: torch.Tensor, scales: torch.Tensor, name: str, numel: int, device: torch.device) -> None:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from hift_kernels.launching import Weights, check_update
-from hift_kernels.quantize import check_codes, launch_groups, load_signed, quantize_signed
+from hift_kernels.quantize import check_codes, decode_signed, encode_signed, launch_groups, load_codes
 from hift_kernels.rounding import load_master, random32, store_mask, store_master, widen
 from hift_kernels.scalars import FOUND_INF, RATE, SCALE, STEP
 from hift_kernels.sgd import momentum_math
@@ -26,16 +26,19 @@ def _sgd_int8_kernel(
     # load
     grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0)
     old, compensation = load_master(weight_ptr, master_ptr, offsets, mask, MASTER)
-    buffer = load_signed(momentum_ptr, momentum_scale_ptr, offsets, rows, mask, row_mask)
+    code, largest = load_codes(momentum_ptr, momentum_scale_ptr, offsets, rows, mask, row_mask)
     scale = tl.load(scalars_ptr + SCALE)
     found_inf = tl.load(scalars_ptr + FOUND_INF)
     rate = tl.load(scalars_ptr + RATE)
     step = tl.load(scalars_ptr + STEP)
     # compute
+    buffer = decode_signed(code, largest)
     direction = widen(grad) * scale + weight_decay * old
     direction, updated = momentum_math(direction, buffer, step, momentum, one_minus_dampening, NESTEROV)
     new = old - rate * direction
-    code, largest = quantize_signed(updated, mask)
+    updated = tl.where(mask, updated, 0.0)  # behind the end the master, and with it the direction, is undefined
+    largest = tl.max(tl.abs(updated), axis=1)
+    code = encode_signed(updated, largest)
     bits = random32(offsets, seed, 0)
     # store
     stored = store_mask(mask, offsets, found_inf)
