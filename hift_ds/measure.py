@@ -83,7 +83,7 @@ class Measurement:
             self._sent.synchronize()
         square, non_finite, reached, block_sum, block_square_sum = self._host.tolist()
         return Verdict(
-            norm=square**0.5 if non_finite == 0 else float("nan"),
+            norm=square**0.5,
             finite=non_finite == 0,
             reached=int(reached),
             agreed=block_square_sum * self._world == block_sum * block_sum,

@@ -133,11 +133,13 @@ def newly_frozen(folder: str, stage: int) -> dict[str, Any]:
     return {"error": error, "same": same}
 
 
-def _edit_manifest(folder: Path, tag: str, key: str, value: Any) -> None:
+def _edit_manifest(folder: Path, tag: str, **changes: Any) -> None:
+    """`identity`: its keys that change."""
     if dist.get_rank() == 0:
         path = folder / tag / "hift.json"
         content = json.loads(path.read_text())
-        content["identity"][key] = value
+        content["identity"].update(changes.pop("identity", {}))
+        content.update(changes)
         path.write_text(json.dumps(content))
     dist.barrier()
 
@@ -158,13 +160,16 @@ def refusals(folder: str) -> dict[str, str]:
     root = Path(folder)
     engine = _engine(1, "bf16", {}, seed=0)
     run_steps(engine, 2)
-    for tag in ("good", "ranks", "broken"):
+    for tag in ("good", "ranks", "format", "broken"):
         engine.save_checkpoint(root, tag=tag)
     sharded = _engine(3, "bf16", {}, seed=0)
-    sharded.save_checkpoint(root, tag="sharded", save_latest=False)
+    for tag in ("sharded", "sharded ranks"):
+        sharded.save_checkpoint(root, tag=tag, save_latest=False)
     plain = _plain_engine()
     plain.save_checkpoint(root, tag="plain", save_latest=False)
-    _edit_manifest(root, "ranks", "number of data-parallel ranks", 4)
+    for tag in ("ranks", "sharded ranks"):
+        _edit_manifest(root, tag, identity={"number of data-parallel ranks": 4})
+    _edit_manifest(root, "format", format=99)
     if dist.get_rank() == 1:
         _truncate(root / "broken" / "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt")
         (root / "empty").mkdir()
@@ -186,8 +191,10 @@ def refusals(folder: str) -> dict[str, str]:
         "to stage 3": loads("good", stage=3),
         "from stage 3": loads("sharded", stage=2),
         "from stage 3, weights alone": loads("sharded", stage=2, only=True),
+        "from stage 3 of other ranks, weights alone": loads("sharded ranks", stage=3, only=True),
         "to stage 0": loads("good", stage=0),
         "ranks": loads("ranks"),
+        "format": loads("format"),
         "blocks": loads("good", hift={"layers_per_block": 2}),
         "always active": loads("good", hift={"always_active": ["norm"]}),
         "order": loads("good", hift={"order": "top2down"}),

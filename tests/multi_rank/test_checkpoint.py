@@ -82,6 +82,9 @@ def test_checkpoints_that_do_not_fit_are_refused_on_every_rank(two_ranks, tmp_pa
         other("to stage 3", "zero_optimization.stage (1; this run: 3)", advice=False)
         other("from stage 3", "zero_optimization.stage (3; this run: 2)", advice=False)
         other("from stage 3, weights alone", "zero_optimization.stage (3; this run: 2)", advice=False)
+        sentence = "number of data-parallel ranks (4; this run: 2)"
+        other("from stage 3 of other ranks, weights alone", sentence, advice=False)
+        assert found["format"] == "RuntimeError: the checkpoint has HiFT format 99, this version reads 1"
         other("ranks", "number of data-parallel ranks (4; this run: 2)")
         other("blocks", "hift.layers_per_block")
         other("always active", "hift.always_active")

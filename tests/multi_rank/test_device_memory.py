@@ -95,7 +95,7 @@ def test_ring_bytes_hold_adafactor_s_factored_moments_too(one_rank):
         (0, "bf16", {}, None),
         (1, "fp32", {"always_active": ["layers.0.mlp.down_proj"]}, None),
         (2, "bf16", {}, {"type": "Adafactor", "params": {"lr": 1e-2}}),
-        (3, "bf16", {"inactive_state": "reset", "steps_per_block": 2}, None),
+        (3, "bf16", {"inactive_state": "reset", "steps_per_block": 2, "layers_per_block": 3}, None),
         (3, "fp32", {}, {"type": "SGD", "params": {"lr": 1e-2, "momentum": 0.9}}),
     ],
 )
