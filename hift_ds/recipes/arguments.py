@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hift_ds.config import INACTIVE_STATES, LR_UPDATES, ORDERS
+from hift_ds.config import INACTIVE_STATES, KERNELS, LR_UPDATES, ORDERS
 
 # Nothing here imports torch or DeepSpeed at the top: --help is quick, and the number of threads can still be chosen.
 _MICRO, _ACCUMULATION, _TRAIN = "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"
@@ -20,6 +20,7 @@ _HIFT = {
     "steps_per_block": dict(type=int, metavar="K", help="optimizer steps before the next block's turn"),
     "lr_update": dict(choices=LR_UPDATES, help="when the learning rate changes"),
     "inactive_state": dict(choices=INACTIVE_STATES, help="keep or reset a block's state between its turns"),
+    "kernel": dict(choices=KERNELS, help="the update in fused kernels (CUDA) or in plain PyTorch"),
     "frozen": dict(nargs="+", metavar="REGEX", help="parameters that are never trained"),
     "always_active": dict(nargs="+", metavar="REGEX", help="parameters trained at every step"),
 }

@@ -69,6 +69,7 @@ def test_hift_needs_no_section_in_the_file(config_of, section):
         ("steps_per_block", ["5"], 5),
         ("lr_update", ["paper"], "paper"),
         ("inactive_state", ["reset"], "reset"),
+        ("kernel", ["triton"], "triton"),
         ("frozen", ["embed", "norm$"], ["embed", "norm$"]),
         ("always_active", ["head"], ["head"]),
     ],
