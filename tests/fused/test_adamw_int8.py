@@ -99,12 +99,15 @@ def test_split16_is_an_fp32_master_bit_by_bit():
     assert all(torch.equal(state[name], other[name]) for name in state)
 
 
-def test_150_steps_over_3_decades_stay_near_float64():
-    shard, _ = train(2048, 150)
-    exact = float64(2048, 150, shard.start)
+@pytest.mark.parametrize(("decades", "off", "cosine"), [(3.0, 0.25, 0.97), (6.0, 0.65, 0.78)])
+def test_200_steps_stay_near_float64(decades, off, cosine):
+    """Where gradients of one group spread over 6 decades, as they do here and hardly in a model, most elements have a
+    second moment below the smallest code; its floor keeps their steps too small."""
+    shard, _ = train(1024, 200, decades=decades)
+    exact = float64(1024, 200, shard.start, decades=decades)
     moved, error = exact - shard.start.double(), shard.master_fp32().double() - exact
-    assert error.norm() < 0.25 * moved.norm()
-    assert torch.cosine_similarity(shard.master_fp32().double() - shard.start.double(), moved, dim=0) > 0.97
+    assert error.norm() < off * moved.norm()
+    assert torch.cosine_similarity(shard.master_fp32().double() - shard.start.double(), moved, dim=0) > cosine
 
 
 def test_a_small_element_beside_large_ones_takes_no_giant_step():
