@@ -13,7 +13,7 @@ import torch
 from hift_testing.delayed_lanes import lazy_copies
 from hift_testing.device_meter import DeviceMeter
 from hift_testing.invariant_cases import digest, digest_of, state_by_block, weights_by_block
-from hift_testing.training import DTYPES, cast_parameters, ds_config, engine_of, run_steps, whole_weights
+from hift_testing.training import DTYPES, cast_parameters, ds_config, engine_of, run_steps, small_llama, whole_weights
 from torch import nn
 
 from hift_ds import host_update, state
@@ -200,7 +200,8 @@ def host_training(
     for offload in ({}, dict([key])):
         stand_in = nullcontext() if real else mock.patch.object(host_update, "DeepSpeedCPUAdam", StandInAdam)
         with separate_host(), stand_in, mock.patch.object(state, "TILE_NUMEL", 1000):
-            engine = engine_of(ds_config(stage, dtype, hift, optimizer=rule, zero_optimization=offload))
+            config = ds_config(stage, dtype, hift, optimizer=rule, zero_optimization=offload, gradient_clipping=0.5)
+            engine = engine_of(config)
             run_steps(engine, 9)
         weights.append(torch.cat([weight.float().flatten() for weight in whole_weights(engine).values()]))
         slots = [tensor for block in engine.optimizer.states for tensor in block.slots.values()]
@@ -210,3 +211,20 @@ def host_training(
     return {
         **facts, "same": digests[0] == digests[1], "difference": (weights[0] - weights[1]).abs().max().item(),
     }  # fmt: skip
+
+
+def moved_to_the_host(folder: str, stage: int, dtype: str) -> list[str]:
+    """Fingerprints of weights and moments after 8 steps on the device, and after 5 there and 3 on the host, resumed."""
+    found, stand_in = [], mock.patch.object(host_update, "DeepSpeedCPUAdam", StandInAdam)
+    with separate_host(), stand_in:
+        first = engine_of(ds_config(stage, dtype, {}))
+        run_steps(first, 5)
+        first.save_checkpoint(folder)
+        offload = {"offload_optimizer": {"device": "cpu"}}
+        second = engine_of(ds_config(stage, dtype, {}, zero_optimization=offload), small_llama(1))
+        second.load_checkpoint(folder)
+        for engine in (first, second):
+            run_steps(engine, 3, start=5)
+            slots = [tensor for block in engine.optimizer.states for tensor in block.slots.values()]
+            found.append(digest_of(weights_by_block(engine)) + digest(slots))
+    return found

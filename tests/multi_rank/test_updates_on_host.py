@@ -36,6 +36,13 @@ def test_the_old_key_asks_for_the_same(two_ranks):
         assert facts["same"]
 
 
+@pytest.mark.parametrize(("stage", "dtype"), [(1, "fp32"), (3, "fp32"), (2, "bf16")])
+def test_a_run_on_the_device_goes_on_with_updates_on_the_host(two_ranks, tmp_path, stage, dtype):
+    """fp32 weights have no master on the device, so the checkpoint has none."""
+    for stayed, moved in two_ranks.run(cases.moved_to_the_host, str(tmp_path), stage, dtype):
+        assert stayed == moved
+
+
 def test_an_op_that_cannot_be_built_is_refused_at_once(monkeypatch):
     def fails(*args, **kwargs):
         raise RuntimeError("DeepSpeedCPUAdam requires the cpu_adam op") from OSError("c++ not found")
