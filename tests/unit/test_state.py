@@ -1,0 +1,96 @@
+"""A block's state: which part of each tensor a tile has, and what a fresh start is."""
+
+import pytest
+import torch
+from torch import nn
+
+from hift_ds.forms import GROUP, Form
+from hift_ds.rules import rule_from_config
+from hift_ds.shards import BlockShard
+from hift_ds.state import BlockState, Storage
+
+CPU = torch.device("cpu")
+SIZES = (300, 64, 1000, 1, 257, 700, 128)  # each a param group and so a run of its own
+
+
+def state_of(kind: str, form: Form, tile_numel: int = GROUP) -> BlockState:
+    rule, defaults = rule_from_config(kind, {})
+    generator = torch.Generator().manual_seed(0)
+    params = [(f"p{i}", nn.Parameter(torch.randn(n, generator=generator).bfloat16())) for i, n in enumerate(SIZES)]
+    groups = [{**defaults, "params": [param]} for _, param in params]
+    shard = BlockShard(params, {name: index for index, (name, _) in enumerate(params)}, 2, 1)
+    state = BlockState(shard, rule, groups, Storage(CPU, form), tile_numel)
+    assert len(shard.runs) == len(SIZES)
+    return state
+
+
+@pytest.mark.parametrize("form", [Form(), Form("split16", "bf16"), Form("none", "int8"), Form("fp32", "int8")], ids=str)
+@pytest.mark.parametrize("tile_numel", [GROUP, 4 * GROUP])
+def test_every_element_belongs_to_one_tile_and_no_scale_to_two(form, tile_numel):
+    state = state_of("AdamW", form, tile_numel)
+    counts = {name: torch.zeros(tensor.numel(), dtype=torch.int32) for name, tensor in state.tensors.items()}
+    for tile in state.tiles:
+        for name, part in tile.home.items():
+            counts[name][part.storage_offset() : part.storage_offset() + part.numel()] += 1
+    for name, count in counts.items():
+        assert count.max() == 1, name
+        assert name.endswith("_scale") or count.min() == 1, name
+    spans = [range(tile.span.start, tile.span.stop) for tile in state.tiles]
+    assert sorted(i for span in spans for i in span) == list(range(state.shard.numel))
+
+
+@pytest.mark.parametrize(("kind", "moments"), [("AdamW", "int8"), ("Adagrad", "fp32"), ("Adafactor", "fp32")])
+def test_a_reset_state_is_that_of_the_start_but_for_its_masters(kind, moments):
+    state = state_of(kind, Form("fp32", moments))
+    fresh = {name: tensor.clone() for name, tensor in {**state.slots, **state.extra}.items()}
+    master = state.master.clone()
+    for tensor in state.all_tensors():
+        tensor.fill_(3)
+    state.step = 5
+    state.reset()
+    assert state.step == 0
+    assert all(torch.equal(tensor, fresh[name]) for name, tensor in {**state.slots, **state.extra}.items())
+    assert bool((state.master == 3).all())
+    state.refresh_master()
+    assert torch.equal(state.master, master)
+
+
+def test_the_remainders_of_a_split_master_are_zero_where_masters_are_taken_from_the_weights():
+    state = state_of("AdamW", Form("split16"))
+    state.master.fill_(7)
+    state.refresh_master()
+    assert not state.master.any()
+    weights = torch.cat([state.read(index, None) for index in range(len(SIZES))])
+    assert torch.equal(weights, torch.cat([state.shard.weight_slice(i).float() for i in range(len(SIZES))]))
+
+
+def test_a_written_split_master_is_read_back_bit_by_bit_and_rounds_to_its_weight():
+    state = state_of("AdamW", Form("split16"))
+    for index in range(len(SIZES)):
+        numel = state.shard.segments[index].numel
+        value = torch.randn(numel, generator=torch.Generator().manual_seed(index))
+        state.write(index, None, value)
+        assert torch.equal(state.read(index, None), value)
+        assert torch.allclose(state.shard.weight_slice(index).float(), value, rtol=2**-8, atol=0.0)
+
+
+def test_a_half_way_master_becomes_the_weight_that_the_kernels_would_store():
+    """They round half up in magnitude; a plain copy would round half to even, and the remainder would not fit."""
+    state = state_of("AdamW", Form("split16"))
+    value = torch.full((state.shard.segments[0].numel,), 1.0 + 2.0**-8)  # between two bf16 numbers, the lower is even
+    state.write(0, None, value)
+    assert torch.equal(state.read(0, None), value)
+
+
+def test_moments_of_8_bits_are_read_with_the_scales_of_their_run():
+    state = state_of("AdamW", Form("fp32", "int8"))
+    for tile in state.tiles:
+        for name in ("exp_avg", "exp_avg_sq"):
+            tile.home[name].fill_(127 if name == "exp_avg" else 254)  # the code of 1
+            tile.home[f"{name}_scale"].fill_(10.0 + tile.run)
+    for index in range(len(SIZES)):
+        for name in ("exp_avg", "exp_avg_sq"):
+            values = state.read(index, name)
+            assert torch.equal(values, torch.full_like(values, 10.0 + index))
+    state.tensors["exp_avg"].fill_(127 | 128)
+    assert bool((state.read(0, "exp_avg") < 0).all())
