@@ -10,17 +10,19 @@ from hift_ds.shards import BlockShard
 from hift_ds.state import BlockState, Storage
 
 CPU = torch.device("cpu")
-SIZES = (300, 64, 1000, 1, 257, 700, 128)  # each a param group and so a run of its own
+SIZES = (300, 64, 1000, 1, 257, 700, 128)
 
 
-def state_of(kind: str, form: Form, tile_numel: int = GROUP) -> BlockState:
+def state_of(kind: str, form: Form, tile_numel: int = GROUP, one_run: bool = False) -> BlockState:
+    """Each parameter a param group and so a run of its own, or all in one."""
     rule, defaults = rule_from_config(kind, {})
     generator = torch.Generator().manual_seed(0)
     params = [(f"p{i}", nn.Parameter(torch.randn(n, generator=generator).bfloat16())) for i, n in enumerate(SIZES)]
     groups = [{**defaults, "params": [param]} for _, param in params]
-    shard = BlockShard(params, {name: index for index, (name, _) in enumerate(params)}, 2, 1)
+    group_of = {name: 0 if one_run else index for index, (name, _) in enumerate(params)}
+    shard = BlockShard(params, group_of, 2, 1)
     state = BlockState(shard, rule, groups, Storage(CPU, form), tile_numel)
-    assert len(shard.runs) == len(SIZES)
+    assert len(shard.runs) == (1 if one_run else len(SIZES))
     return state
 
 
@@ -94,3 +96,13 @@ def test_moments_of_8_bits_are_read_with_the_scales_of_their_run():
             assert torch.equal(values, torch.full_like(values, 10.0 + index))
     state.tensors["exp_avg"].fill_(127 | 128)
     assert bool((state.read(0, "exp_avg") < 0).all())
+
+
+def test_moments_of_8_bits_are_read_with_the_scale_of_their_own_group():
+    """A parameter begins and ends inside groups that it shares with its neighbours."""
+    state = state_of("AdamW", Form("fp32", "int8"), one_run=True)
+    state.tensors["exp_avg"].fill_(127)
+    state.tensors["exp_avg_scale"].copy_(torch.arange(state.tensors["exp_avg_scale"].numel()))
+    for index, segment in enumerate(state.shard.segments):
+        groups = torch.arange(segment.offset, segment.offset + segment.numel) // GROUP
+        assert torch.equal(state.read(index, "exp_avg"), groups.float())
