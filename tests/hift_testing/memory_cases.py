@@ -147,6 +147,35 @@ def same_training(stage: int, dtype: str, hift: dict[str, Any], rule: dict[str, 
     return found
 
 
+def same_resumption(folder: str, stage: int, dtype: str) -> list[list[str]]:
+    """Fingerprints of weights and state in one memory, then in two with copies that happen at the last moment: a run
+    that is saved goes on, goes back and goes on; another one loads it; a third, in its course, the weights alone."""
+    found = []
+    for separate, lanes in ((False, Lanes.of), (True, lazy_copies)):
+        place = f"{folder}/{separate}"
+        config = ds_config(stage, dtype, {"state": {"ring_bytes": 3 * 3 * 256} if separate else {}})
+        with separate_host(separate, tile=48), mock.patch.object(Lanes, "of", lanes):
+            first, second, third = (engine_of(config, small_llama(seed)) for seed in range(3))
+            run_steps(first, 8)
+            first.save_checkpoint(place)
+            marks = [_mark(first, 8)]
+            first.load_checkpoint(place)
+            marks.append(_mark(first, 8))
+            run_steps(second, 1)
+            second.load_checkpoint(place)
+            marks.append(_mark(second, 8))
+            run_steps(third, 7)
+            third.load_checkpoint(place, load_module_only=True)
+            marks.append(_mark(third, 7))
+        found.append(marks)
+    return found
+
+
+def _mark(engine: Any, start: int) -> str:
+    run_steps(engine, 3, start=start)
+    return digest_of(weights_by_block(engine)) + digest_of(state_by_block(engine))
+
+
 def loaded_ahead(stage: int, hift: dict[str, Any]) -> dict[str, list[bool]]:
     """After each of seven steps, whether what the ring has loaded are the first tiles of the block whose turn comes,
     and how many; after a checkpoint's reading of the state, whether there is nothing."""

@@ -104,6 +104,15 @@ def test_state_that_streams_in_small_tiles_and_late_copies_trains_bitwise_the_sa
         assert together == apart == late
 
 
+@pytest.mark.parametrize(("stage", "dtype"), [(2, "bf16"), (3, "bf16"), (1, "fp32")])
+def test_a_checkpoint_of_state_on_its_way_is_whole_and_what_was_loaded_ahead_is_forgotten(
+    two_ranks, tmp_path, stage, dtype
+):
+    for together, late in two_ranks.run(cases.same_resumption, str(tmp_path), stage, dtype):
+        assert together == late
+        assert late[0] == late[1] == late[2] != late[3]
+
+
 @pytest.mark.parametrize(
     ("stage", "hift"), [(1, {}), (3, {"order": "top2down"}), (2, {"steps_per_block": 2, "order": "random"})]
 )

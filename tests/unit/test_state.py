@@ -106,3 +106,16 @@ def test_moments_of_8_bits_are_read_with_the_scale_of_their_own_group():
     for index, segment in enumerate(state.shard.segments):
         groups = torch.arange(segment.offset, segment.offset + segment.numel) // GROUP
         assert torch.equal(state.read(index, "exp_avg"), groups.float())
+
+
+@pytest.mark.parametrize("form", [Form(), Form("split16", "bf16"), Form("none", "int8")], ids=str)
+def test_a_block_of_mixed_dtypes_keeps_fp32_masters(form):
+    rule, defaults = rule_from_config("AdamW", {})
+    params = [("half", nn.Parameter(torch.randn(100).bfloat16())), ("full", nn.Parameter(torch.randn(30)))]
+    groups = [{**defaults, "params": [param for _, param in params]}]
+    state = BlockState(BlockShard(params, {"half": 0, "full": 0}, 1, 0), rule, groups, Storage(CPU, form))
+    value = torch.randn(100)
+    state.write(0, None, value)
+    assert state.master.dtype == torch.float32
+    assert torch.equal(state.read(0, None), value)
+    assert torch.equal(params[0][1], value.bfloat16())
