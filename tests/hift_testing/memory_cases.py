@@ -21,7 +21,7 @@ from hift_ds.engine import HiFTEngine
 from hift_ds.ring import Lanes
 from hift_ds.rules.adam import Adam
 
-WIDTH, LAYERS, TILE, STEPS = 64, 12, 2048, 5
+WIDTH, LAYERS, TILE, STEPS = 64, 12, 2048, 3
 RING_BYTES = 3 * TILE * 12  # three tiles of fp32 master and moments
 BUCKET = 20_000  # elements: the largest parameter has 16,384, so each weight matrix is a bucket of its own
 
