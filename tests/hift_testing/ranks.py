@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -92,3 +93,6 @@ def _serve(rank: int, world: int, port: int, pipe: Any) -> None:
             pipe.send((True, case(*args, **kwargs)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
+        # DeepSpeed's engines are never freed; each collection would walk through all that earlier cases have left.
+        gc.collect()
+        gc.freeze()
