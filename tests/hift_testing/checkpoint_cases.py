@@ -94,6 +94,19 @@ def resume(
     }
 
 
+def loaded_within_a_window(folder: str, stage: int) -> list[str]:
+    """Fingerprints two steps after a checkpoint, and two after it is loaded with a micro step's gradients there."""
+    engine, found = engine_of(ds_config(stage, "bf16", {}, gradient_accumulation_steps=2)), []
+    run_steps(engine, 3)
+    engine.save_checkpoint(folder)
+    for _ in range(2):
+        run_steps(engine, 2, start=3)
+        found.append(digest_of(weights_by_block(engine)) + digest_of(state_by_block(engine)))
+        engine.backward(engine(**batch_of(9, 0, dist.get_rank())).loss)
+        engine.load_checkpoint(folder)
+    return found
+
+
 def weights_alone(folder: str, stage: int, dtype: str, load: dict[str, bool]) -> dict[str, Any]:
     """An engine with other blocks and another optimizer takes the weights of a checkpoint."""
     first = _engine(stage, dtype, {}, seed=0)

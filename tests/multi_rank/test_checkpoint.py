@@ -45,6 +45,12 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_by_bit(two_ranks, tmp_pa
 
 
 @pytest.mark.parametrize("stage", range(4))
+def test_gradients_of_a_window_that_a_load_cuts_short_are_forgotten(two_ranks, tmp_path, stage):
+    for straight, loaded in two_ranks.run(cases.loaded_within_a_window, str(tmp_path), stage):
+        assert straight == loaded
+
+
+@pytest.mark.parametrize("stage", range(4))
 @pytest.mark.parametrize(("argument", "value"), [("load_module_only", True), ("load_optimizer_states", False)])
 def test_weights_alone_are_taken_by_a_run_with_other_blocks(two_ranks, tmp_path, stage, argument, value):
     dtype = "fp32" if stage == 1 else "bf16"
