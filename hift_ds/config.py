@@ -23,7 +23,7 @@ class StateConfig:
     Attributes:
         master: `fp32`; `split16` = the low 16 bits beside the bf16 weight, bit-equal to fp32; `none` = the bf16 weight
             alone, rounded stochastically.
-        moments: `fp32`; `bf16`, rounded stochastically; `int8`, in groups of 256 with one scale (not Adagrad).
+        moments: `fp32`; `bf16`, rounded stochastically; `int8`, a scale for 256 (not Adagrad, Adafactor).
         residency: `stream` = at home on the host, through a ring on the device; `device` = always on the device.
         ring_bytes: Most device bytes for state while it streams; `None` = choose (`hift_ds.state.RING_BYTES`).
         pin_memory: Page-lock the host's copies on a CUDA machine.

@@ -23,7 +23,7 @@ class HostUpdate:
     """Takes `BlockUpdate`'s place for states on the host: DeepSpeedCPUAdam for Adam and AdamW, else the eager rule.
 
     The host waits for the gradient and works while the device rests; copies of one tile overlap with the update of
-    another.
+    another, through four buffers of a tile in fp32 beside the states.
 
     Args:
         rule: The update rule.

@@ -117,7 +117,7 @@ def parity(
             model.get_submodule(name.rpartition(".")[0]).register_buffer(name.rpartition(".")[2], buffer.clone())
         right = oracle.train(model)
     else:
-        right = oracle.train_once()
+        right = trained_once(oracle)
     assert largest_difference(start, right.start) == 0.0, "the two must start alike"
     norms, losses = [], []
     for step in range(steps):
@@ -166,10 +166,6 @@ class Oracle:
     reset: bool
     further: tuple[tuple[str, Any], ...]
 
-    def train_once(self) -> Trained:
-        """From the start that every process builds; once in a process, for all stages that ask for the same."""
-        return _trained(self)
-
     def train(self, model: torch.nn.Module) -> Trained:
         """Trains an fp32 model, cast to the run's dtype."""
         model = cast_parameters(model, DTYPES[self.dtype])
@@ -189,7 +185,8 @@ class Oracle:
 
 
 @cache
-def _trained(oracle: Oracle) -> Trained:
+def trained_once(oracle: Oracle) -> Trained:
+    """From the start that every process builds; once in a process, for all stages that ask for the same."""
     return oracle.train(build(oracle.family))
 
 
