@@ -19,6 +19,7 @@ from hift_kernels.quantize import (
     encode,
     encode_signed,
     fraction_of,
+    groups_of,
     launch_groups,
     load_codes,
 )
@@ -32,10 +33,7 @@ def _adamw_int8_kernel(
     numel, seed, one_minus_beta1, one_minus_beta2, eps, weight_decay,
     DECOUPLED: tl.constexpr, MASTER: tl.constexpr, INTERPRETED: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    offsets = rows[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    mask = offsets < numel
-    row_mask = rows * GROUP < numel
+    rows, offsets, row_mask, mask = groups_of(numel, ROWS, GROUP)
     # load
     grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0)
     old, compensation = load_master(weight_ptr, master_ptr, offsets, mask, MASTER)

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from hift_kernels.launching import Weights, check_update
 from hift_kernels.lion import lion_math
-from hift_kernels.quantize import check_codes, decode_signed, encode_signed, launch_groups, load_codes
+from hift_kernels.quantize import check_codes, decode_signed, encode_signed, groups_of, launch_groups, load_codes
 from hift_kernels.rounding import load_master, random32, store_mask, store_master, widen
 from hift_kernels.scalars import DECAY, FOUND_INF, RATE, SCALE
 
@@ -19,10 +19,7 @@ def _lion_int8_kernel(
     beta1, one_minus_beta1, beta2, one_minus_beta2,
     MASTER: tl.constexpr, INTERPRETED: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    offsets = rows[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    mask = offsets < numel
-    row_mask = rows * GROUP < numel
+    rows, offsets, row_mask, mask = groups_of(numel, ROWS, GROUP)
     # load
     grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0)
     old, compensation = load_master(weight_ptr, master_ptr, offsets, mask, MASTER)

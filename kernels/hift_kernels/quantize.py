@@ -68,6 +68,14 @@ def fraction_of(value, largest):
 
 
 @triton.jit
+def groups_of(numel, ROWS: tl.constexpr, GROUP: tl.constexpr):
+    """A program's groups and their elements, and which of both there are."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    offsets = rows[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    return rows, offsets, rows * GROUP < numel, offsets < numel
+
+
+@triton.jit
 def load_codes(code_ptr, scale_ptr, offsets, rows, mask, row_mask):
     """Codes and scales of the groups `rows`, 0 behind the end. (To decode between loads would cost registers.)"""
     code = tl.load(code_ptr + offsets, mask=mask, other=0).to(tl.int32)
