@@ -47,7 +47,8 @@ class HiFTConfig:
 
     Attributes:
         enabled: `False` makes `hift_ds.initialize` exactly `deepspeed.initialize`.
-        layers_per_block: Consecutive layer units trained together (the paper's m); `None` = 1.
+        layers_per_block: Consecutive layer units trained together (the paper's m); `None` = as many as fit the memory
+            found (`hift_ds.memory.choose`).
         order: Order in which blocks are visited; the paper's B2U, T2D and RAN.
         seed: Draws the `random` order, once, the same on every rank.
         steps_per_block: Optimizer steps before the rotation moves on (1 = HiFT).
@@ -58,6 +59,8 @@ class HiFTConfig:
         blocks: Lists of regexes on parameter names (`re.search`), each list a block; `None` = found from the model.
         frozen: Regexes of parameters that are never trained.
         always_active: Regexes of parameters that train at every step beside the active block.
+        seq_len: Tokens of a row, where `layers_per_block` is to be chosen; `None` = as many as the model has positions,
+            2048 at most.
         kernel: Which implementation updates the active block, `triton` or `torch`; `None` = choose (`hift_ds.rules`).
         state: How and where masters and moments are kept.
     """
@@ -72,6 +75,7 @@ class HiFTConfig:
     blocks: tuple[tuple[str, ...], ...] | None = None
     frozen: tuple[str, ...] | None = None
     always_active: tuple[str, ...] | None = None
+    seq_len: int | None = None
     kernel: str | None = None
     state: StateConfig = StateConfig()
 
@@ -126,8 +130,8 @@ def _positive(key: str, value: Any) -> int:
     return value
 
 
-def _layers_per_block(key: str, value: Any) -> int:
-    return 1 if value is None else _positive(key, value)
+def _positive_or_null(key: str, value: Any) -> int | None:
+    return None if value is None else _positive(key, value)
 
 
 def _seed(key: str, value: Any) -> int:
@@ -200,7 +204,7 @@ _STATE_CHECKS = {
 }
 _CHECKS = {
     "enabled": _boolean,
-    "layers_per_block": _layers_per_block,
+    "layers_per_block": _positive_or_null,
     "order": _one_of(*ORDERS),
     "seed": _seed,
     "steps_per_block": _positive,
@@ -209,6 +213,7 @@ _CHECKS = {
     "blocks": _blocks,
     "frozen": _regexes,
     "always_active": _regexes,
+    "seq_len": _positive_or_null,
     "kernel": _kernel,
     "state": _state,
 }

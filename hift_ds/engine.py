@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 from collections.abc import Callable, Mapping
@@ -23,14 +24,15 @@ from hift_ds.blocks import BlockPlan, plan_blocks
 from hift_ds.config import HiFTConfig
 from hift_ds.ds_keys import check_ds_config
 from hift_ds.forms import Form
-from hift_ds.gradients import GradientReducer
+from hift_ds.gradients import GradientReducer, accumulation_dtype
 from hift_ds.launching import agree, init_distributed, load_ds_config, require_alike
+from hift_ds.memory.choose import agreed_layers_per_block
 from hift_ds.optimizer import HiFTOptimizer
 from hift_ds.param_groups import HyperParameters, check_coverage, freeze_left_out, trainable_groups
 from hift_ds.rotation import Rotation
 from hift_ds.rules import Rule, check_form, choose_kernel, rule_from_config, rule_from_optimizer
 from hift_ds.schedule import CycleScheduler
-from hift_ds.settings import Settings
+from hift_ds.settings import Settings, offload_optimizer, updates_on_host
 from hift_ds.shards import Averaging
 from hift_ds.view import HiFT
 
@@ -91,13 +93,13 @@ class HiFTEngine(DeepSpeedEngine):
                 publish_numel=self.zero_allgather_bucket_size(),
                 reset_state=config.inactive_state == "reset",
                 kernel=choose_kernel(
-                    config.kernel, self.device.type, config.state.compact, _updates_on_host(self.config)
+                    config.kernel, self.device.type, config.state.compact, updates_on_host(self.config)
                 ),
                 form=Form(config.state.master, config.state.moments),
                 resident=config.state.residency == "device",
                 ring_bytes=config.state.ring_bytes,
                 pin_memory=config.state.pin_memory and self._pins_memory(),
-                on_host=_updates_on_host(self.config) and (self.device.type != "cpu" or bool(self.separate_host)),
+                on_host=updates_on_host(self.config) and (self.device.type != "cpu" or bool(self.separate_host)),
                 separate_host=self.separate_host,
                 seed=config.seed,
             ),
@@ -106,7 +108,7 @@ class HiFTEngine(DeepSpeedEngine):
 
     def _pins_memory(self) -> bool:
         # Only a written `false` counts: DeepSpeed's own default of the key is false too.
-        return _offload_optimizer(self.config).get("pin_memory") is not False
+        return offload_optimizer(self.config).get("pin_memory") is not False
 
     def _hyper_parameters(self, client_optimizer: Any, model_parameters: Any) -> tuple[torch.optim.Optimizer, Rule]:
         if client_optimizer is None:
@@ -118,12 +120,9 @@ class HiFTEngine(DeepSpeedEngine):
         return client_optimizer, rule_from_optimizer(client_optimizer)
 
     def _make_reducer(self) -> GradientReducer:
-        model_dtype, accumulation_dtype = self.get_data_types()
+        model_dtype, asked = self.get_data_types()
+        asked = None if self._config.grad_accum_dtype is None else asked
         accumulates = self.gradient_accumulation_steps() > 1 or not self.managed_gradient_accumulation()
-        if self._config.grad_accum_dtype is None and accumulates:
-            accumulation_dtype = torch.float32
-        elif self._config.grad_accum_dtype is None:
-            accumulation_dtype = model_dtype
         world = self.seq_dp_world_size
         predivide = self.gradient_predivide_factor() if self.postscale_gradients() else float(world)
         return GradientReducer(
@@ -131,7 +130,7 @@ class HiFTEngine(DeepSpeedEngine):
             group=self.seq_data_parallel_group,
             world=world,
             averaging=Averaging(self.communication_data_type, predivide, self.gradient_average),
-            accumulation_dtype=accumulation_dtype,
+            accumulation_dtype=accumulation_dtype(asked, model_dtype, accumulates),
             bucket_numel=self.zero_reduce_bucket_size(),
             overlap=bool(self.zero_overlap_comm()),
         )
@@ -316,7 +315,12 @@ def initialize(
     for note in prepared[2]:
         if dist.get_rank() == 0:
             logger.warning("DeepSpeed config: %s", note)
-    engine_class = type("HiFTEngine", (HiFTEngine,), {"hift_config": prepared[0], "block_plan": prepared[1]})
+    hift_config, plan, _ = prepared
+    if hift_config.layers_per_block is None and hift_config.blocks is None:
+        layers_per_block = agreed_layers_per_block(model, ds_config, optimizer)
+        hift_config = dataclasses.replace(hift_config, layers_per_block=layers_per_block)
+        plan = _plan_blocks(model, hift_config)
+    engine_class = type("HiFTEngine", (HiFTEngine,), {"hift_config": hift_config, "block_plan": plan})
     with _engine_class(engine_class):
         return deepspeed.initialize(**forwarded)
 
@@ -344,19 +348,13 @@ def _prepare(
     elif isinstance(optimizer, torch.optim.Optimizer):
         rule_from_optimizer(optimizer)
         freeze_left_out(model, optimizer)
-    on_host = _updates_on_host(ds_config)
+    on_host = updates_on_host(ds_config)
     if on_host and config.state.residency == "device":
         raise ValueError(
             "hift.state.residency='device': offload_optimizer.device 'cpu' updates on the host; remove one of the two"
         )
     choose_kernel(config.kernel, get_accelerator().device_name(), config.state.compact, on_host)
-    plan = plan_blocks(
-        model,
-        layers_per_block=config.layers_per_block,
-        blocks=config.blocks,
-        frozen=config.frozen,
-        always_active=config.always_active,
-    )
+    plan = _plan_blocks(model, config)
     frozen = set(plan.frozen)
     for name, param in model.named_parameters():
         if name in frozen:
@@ -364,18 +362,14 @@ def _prepare(
     return config, plan, notes
 
 
-def _offload_optimizer(ds_config: Mapping[str, Any]) -> Mapping[str, Any]:
-    zero = ds_config.get("zero_optimization")
-    if not isinstance(zero, Mapping):
-        return {}
-    if zero.get("cpu_offload"):  # the old name
-        return {"device": "cpu"}
-    section = zero.get("offload_optimizer")
-    return section if isinstance(section, Mapping) else {}
-
-
-def _updates_on_host(ds_config: Mapping[str, Any]) -> bool:
-    return _offload_optimizer(ds_config).get("device") == "cpu"
+def _plan_blocks(model: torch.nn.Module, config: HiFTConfig) -> BlockPlan:
+    return plan_blocks(
+        model,
+        layers_per_block=config.layers_per_block or 1,
+        blocks=config.blocks,
+        frozen=config.frozen,
+        always_active=config.always_active,
+    )
 
 
 @contextmanager

@@ -169,14 +169,17 @@ class GradientReducer:
         del grads
         span = shard.span(bucket)
         self.averaging.before(packed)
-        if self.stage == 0:
-            reduced = packed
-            handle = dist.all_reduce(packed, group=self.group, async_op=True)
-        else:
+        reduced = packed
+        if self.stage > 0:
             reduced = torch.empty(span.stop - span.start, dtype=packed.dtype, device=packed.device)
-            handle = dist.reduce_scatter_tensor(reduced, packed, group=self.group, async_op=True)
-        window.in_flight.append(((handle, packed), reduced, span))
+        window.in_flight.append(((self._send(packed, reduced), packed), reduced, span))
         self._drain(window, self.max_in_flight)
+
+    def _send(self, packed: torch.Tensor, reduced: torch.Tensor) -> Any:
+        """Starts the sum of `packed` over the ranks, into `reduced` (stage 0: in place); returns its handle."""
+        if self.stage == 0:
+            return dist.all_reduce(packed, group=self.group, async_op=True)
+        return dist.reduce_scatter_tensor(reduced, packed, group=self.group, async_op=True)
 
     @torch.no_grad()
     def _drain(self, window: _Window, remaining: int) -> None:
@@ -200,3 +203,10 @@ def sum_of_squares(flat: torch.Tensor) -> torch.Tensor:
     rows = torch.linalg.vector_norm(flat[:whole].view(-1, NORM_ROW), dim=1, dtype=torch.float32)
     rest = torch.linalg.vector_norm(flat[whole:], dtype=torch.float32)
     return rows.double().square().sum() + rest.double().square()
+
+
+def accumulation_dtype(asked: torch.dtype | None, model_dtype: torch.dtype, accumulates: bool) -> torch.dtype:
+    """dtype of averaged gradients: `data_types.grad_accum_dtype`, else fp32 where micro steps are summed."""
+    if asked is not None:
+        return asked
+    return torch.float32 if accumulates else model_dtype

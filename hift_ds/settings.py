@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -52,3 +54,19 @@ class Settings:
             return Storage(device, self.form)
         pinned = self.pin_memory and device.type == "cuda"
         return Storage(device, self.form, HostMemory.pinned() if pinned else HostMemory(), own_master=self.on_host)
+
+
+def offload_optimizer(ds_config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`zero_optimization.offload_optimizer`, or what its old name means; empty if there is none."""
+    zero = ds_config.get("zero_optimization")
+    if not isinstance(zero, Mapping):
+        return {}
+    if zero.get("cpu_offload"):  # the old name
+        return {"device": "cpu"}
+    section = zero.get("offload_optimizer")
+    return section if isinstance(section, Mapping) else {}
+
+
+def updates_on_host(ds_config: Mapping[str, Any]) -> bool:
+    """Whether `offload_optimizer.device` is `cpu`."""
+    return offload_optimizer(ds_config).get("device") == "cpu"

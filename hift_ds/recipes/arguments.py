@@ -77,9 +77,11 @@ def build_ds_config(args: argparse.Namespace, max_steps: int | None = None) -> d
         raise TypeError(f'hift={section!r}: must be an object such as {{"layers_per_block": 1}}')
     if args.hift:
         config["hift"] = {**section, "enabled": True, **overrides}
+        if config["hift"].get("layers_per_block", 1) is None:
+            config["hift"].setdefault("seq_len", args.seq_len)  # else the choice would be for the model's longest rows
     elif overrides:
         raise ValueError(f"--hift_{next(iter(overrides))}: has no effect without --hift; add --hift")
-    _override_batch(config, args.micro_batch, args.accumulation)
+    override_batch(config, args.micro_batch, args.accumulation)
     if args.lr is not None:
         _override_rate(config, args.lr)
     if args.tensorboard:
@@ -118,7 +120,7 @@ def resolve_batch(config: dict[str, Any], world: int) -> tuple[int, int]:
     return micro, accumulation
 
 
-def _override_batch(config: dict[str, Any], micro: int | None, accumulation: int | None) -> None:
+def override_batch(config: dict[str, Any], micro: int | None, accumulation: int | None) -> None:
     """Where the config fixes `train_batch_size`, one size given changes the other; both given change the batch."""
     given = {_MICRO: micro, _ACCUMULATION: accumulation}
     if _TRAIN in config and any(given.values()):

@@ -31,7 +31,8 @@ def test_enabled_false_is_no_config_but_the_rest_is_checked():
 
 
 GOOD = {
-    "layers_per_block": [(1, 1), (7, 7), (None, 1)],
+    "layers_per_block": [(1, 1), (7, 7), (None, None)],
+    "seq_len": [(512, 512), (None, None)],
     "order": [("bottom2up", "bottom2up"), ("top2down", "top2down"), ("random", "random")],
     "seed": [(0, 0), (2**31, 2**31)],
     "steps_per_block": [(1, 1), (50, 50)],
@@ -73,6 +74,8 @@ BAD = [
     ("layers_per_block", True, TypeError, "whole number, 1 or more"),
     ("layers_per_block", 0, ValueError, "1 or more"),
     ("layers_per_block", -1, ValueError, "1 or more"),
+    ("seq_len", "512", TypeError, "whole number, 1 or more"),
+    ("seq_len", 0, ValueError, "1 or more"),
     ("order", "B2U", ValueError, "'bottom2up', 'top2down', 'random'"),
     ("order", "bottom2top", ValueError, "did you mean 'bottom2up'?"),
     ("order", 1, ValueError, "'bottom2up', 'top2down', 'random'"),

@@ -16,6 +16,7 @@ ROOT = PACKAGE.parent
 # Of the core, only these know DeepSpeed.
 KNOW_DEEPSPEED = {
     "engine", "optimizer", "shards", "gradients", "measure", "host_update", "launching", "fragments", "surface",
+    "memory",
 }  # fmt: skip
 # From the bottom up: a module imports from its own row and those before it.
 LAYERS = (
@@ -24,9 +25,10 @@ LAYERS = (
     ("host_memory", "ring", "forms", "param_groups", "shards", "gradients", "launching"),
     ("state", "measure"),
     ("settings",),
+    ("memory",),
     ("checkpoint", "update", "host_update", "optimizer", "fragments"),
     ("view", "engine"),
-    ("recipes", "memory", "integrations", "cli", "run"),
+    ("recipes", "integrations", "cli", "run"),
 )
 
 

@@ -1,0 +1,115 @@
+"""The command `hift-ds`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hift_ds.memory.plan import Plan, Planner
+
+_PLAN = """Says, without a GPU and without weights, whether a model trains on a card: peak memory of every block, host
+memory, traffic, full fine-tuning beside, and the cheapest change that makes it fit.
+
+    hift-ds plan --model config.json --micro_batch 1 --seq 1024 --gpu_memory 24GiB
+    hift-ds plan --model FOLDER_OR_HUB_NAME --deepspeed_config ds_configs/zero3_bf16.json --gpus 8 --nodes 2 --seq 2048
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command; returns its exit code: 0, 1 if a plan does not fit, 2 for an error."""
+    parser = argparse.ArgumentParser(prog="hift-ds", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    add_plan_arguments(
+        commands.add_parser(
+            "plan", help="will it fit?", description=_PLAN, allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+    )  # fmt: skip
+    args = parser.parse_args(arguments)
+    from hift_ds.recipes.setup import fail, prepare_process
+
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # nothing runs on a device, and DeepSpeed would warn of none
+    prepare_process(verbose=False)
+    try:
+        return run_plan(args)
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        return fail(error, verbose=False)
+
+
+def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `hift-ds plan`."""
+    add = parser.add_argument
+    add("--model", required=True, help="hub name, folder, config.json, or smollm2-135m (the sample)")
+    add("--deepspeed_config", metavar="JSON", help='with or without a "hift" section (default: AdamW, bf16)')
+    add("--gpus", type=_positive, default=1, metavar="N", help="GPUs of a node")
+    add("--nodes", type=_positive, default=1, metavar="M", help="nodes")
+    add("--gpu_memory", metavar="SIZE", help="of one card, as 24GiB (default: the card found here, if any)")
+    add("--host_memory", metavar="SIZE", help="of one node, as 256GiB (default: not checked)")
+    add("--micro_batch", type=_positive, metavar="B", help="rows per GPU and forward (default: the config's, or 1)")
+    add("--seq", type=_positive, default=512, metavar="S", help="tokens of a row (default: %(default)s)")
+    add("--precision", choices=("fp32", "bf16", "fp16"), help="instead of the config's")
+    add("--stage", type=int, choices=(0, 1, 2, 3), help="ZeRO stage, instead of the config's")
+    add("--layers_per_block", type=_positive, metavar="M", help="instead of the config's (default: 1)")
+    add("--attn", choices=("sdpa", "eager"), default="sdpa", help="attention (default: %(default)s)")
+    add("--activation_checkpointing", action="store_true", help="recompute activations in backward")
+    add("--padded", action="store_true", help="rows have padding (default: they are full, as packed rows are)")
+    add("--json", nargs="?", const="-", metavar="FILE", help="everything in bytes, to a file or instead of the table")
+    add("--plot", metavar="PNG", help="the picture: a bar for each block")
+
+
+def run_plan(args: argparse.Namespace) -> int:
+    """Plans and shows it."""
+    from rich.console import Console
+
+    from hift_ds.memory import report
+    from hift_ds.memory.advice import advise
+    from hift_ds.memory.fake_model import load_config
+    from hift_ds.memory.plan import Planner
+    from hift_ds.recipes.models import SAMPLE, fetch_sample
+    from hift_ds.recipes.planning import request_of
+
+    request = request_of(args)
+    planner = Planner(load_config(str(fetch_sample()) if args.model == SAMPLE else args.model))
+    plan = planner.plan(request)
+    advice = None if plan.fits in (None, True) else advise(planner, plan)
+    if args.json != "-":
+        width = None if sys.stdout.isatty() else 80
+        Console(width=width, highlight=False, emoji=False).print(report.render(plan, advice))
+    if args.json is not None:
+        text = json.dumps(report.to_json(plan, advice, _as_the_paper_counts(planner, plan)), indent=1)
+        if args.json == "-":
+            print(text)
+        else:
+            Path(args.json).write_text(text + "\n", encoding="utf-8")
+    if args.plot is not None:
+        report.plot(plan, Path(args.plot))
+    return 1 if plan.fits is False else 0
+
+
+def _as_the_paper_counts(planner: Planner, plan: Plan) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from hift_ds.memory.paper import PRECISIONS, count
+
+    layout = planner.layout(plan.request)
+    blocks = [[(fqn, layout.params[fqn].shape) for fqn in block.fqns] for block in layout.plan.blocks]
+    group = layout.groups[0]
+    rows = {f"full, {p}": count(blocks, layout.rule, group, p, hift=False) for p in PRECISIONS[:2]}
+    rows |= {f"hift, {p}": count(blocks, layout.rule, group, p, hift=True) for p in PRECISIONS}
+    return {name: asdict(row) for name, row in rows.items()}
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be 1 or more")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

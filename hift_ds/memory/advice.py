@@ -1,0 +1,182 @@
+"""The cheapest change that makes a run fit: tried in order of what it costs, alone and then together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+from hift_ds.memory.plan import Plan, Planner
+from hift_ds.memory.request import RESERVE_BYTES, Request
+
+SHORTEST = 128  # tokens
+
+
+@dataclass(frozen=True)
+class Change:
+    """One thing to change.
+
+    Attributes:
+        what: In the words of the config or the command line.
+        cost: What it costs the run.
+        apply: The changed request; `None` where there is nothing to change.
+    """
+
+    what: str
+    cost: str
+    apply: Callable[[Request], Request | None]
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What to change, and the plan that comes of it; no changes: nothing known makes it fit."""
+
+    changes: tuple[Change, ...]
+    plan: Plan | None
+
+
+def advise(planner: Planner, plan: Plan) -> Advice:
+    """The cheapest change, or set of changes, after which `plan`'s request fits."""
+    probe = _Probe(planner, plan)
+    changes = [change for change in _changes(plan.request) if change.apply(plan.request) is not None]
+    for change in changes:
+        if probe.fits((change,)):
+            return Advice((change,), planner.plan(_applied(plan.request, (change,))))
+    chosen: tuple[Change, ...] = ()
+    for change in changes:
+        chosen = (*chosen, change)
+        if probe.fits(chosen):
+            break
+    else:
+        return Advice((), None)
+    for change in reversed(chosen):  # the dearest first
+        rest = tuple(other for other in chosen if other is not change)
+        if rest and probe.fits(rest):
+            chosen = rest
+    return Advice(chosen, planner.plan(_applied(plan.request, chosen)))
+
+
+class _Probe:
+    """Whether a changed request fits, by the blocks that can be the worst: the old worst one, the first and the last
+    two. The plan of the answer traces what it needs again."""
+
+    def __init__(self, planner: Planner, plan: Plan) -> None:
+        self._planner, self._plan = planner, plan
+        last = len(plan.blocks) - 1
+        self._indices = sorted({plan.blocks.index(plan.worst), 0, 1, max(0, last - 1), last})
+
+    def fits(self, changes: tuple[Change, ...]) -> bool:
+        request = _applied(self._plan.request, changes)
+        try:
+            layout = self._planner.layout(request)
+        except (ValueError, TypeError):  # not with this model or these settings
+            return False
+        limit = request.host_memory
+        if limit is not None and (layout.host_state() + layout.offloaded_weights) * request.gpus > limit:
+            return False
+        limit = request.gpu_memory
+        if limit is None:
+            return True
+        if layout.weights + layout.device_state + RESERVE_BYTES > limit:
+            return False  # without a look at activations
+        return self._planner.peak(request, self._indices) + RESERVE_BYTES <= limit
+
+
+def _applied(request: Request, changes: tuple[Change, ...]) -> Request:
+    for change in changes:
+        request = change.apply(request) or request
+    return request
+
+
+def _changes(request: Request) -> Iterator[Change]:
+    """From the cheapest on."""
+    yield Change("attention by sdpa", "nothing: the same maths, and faster", _sdpa)
+    yield Change('"residency": "stream" in hift.state', "state crosses the bus, mostly hidden", _stream)
+    yield Change('"layers_per_block": 1', "nothing per step; a cycle has more steps", _smallest_blocks)
+    yield Change("ZeRO stage 2", "little: the ranks share gradients and state", _stage_2)
+    yield Change('"master": "split16" in hift.state', "nothing: the same bits (by the fused kernels)", _split16)
+    yield Change('"ring_bytes": 33554432 in hift.state', "less of the copies is hidden", _small_ring)
+    yield Change("activation checkpointing", "about one more forward a step", _checkpointing)
+    rows = request.micro_batch // 2
+    while rows >= 1:
+        what = f"micro batch {rows} and as many more micro steps"
+        yield Change(what, "smaller products, a little slower", partial(_micro_batch, rows=rows))
+        rows //= 2
+    yield Change("ZeRO stage 3", "weights cross the network in every forward and backward", _stage_3)
+    yield Change('"moments": "bf16" in hift.state', "stochastic rounding (by the fused kernels)", _bf16_moments)
+    yield Change("bf16 weights with fp32 masters", "products in 16 bits", _bf16)
+    what = 'ZeRO stage 3 with "offload_param": {"device": "cpu"}'
+    yield Change(what, "weights cross the bus in every forward and backward", _offload)
+    length = request.seq // 2
+    while length >= SHORTEST:
+        yield Change(f"rows of {length} tokens", "another task: shorter rows", partial(_shorter, length=length))
+        length //= 2
+
+
+def _sdpa(request: Request) -> Request | None:
+    return replace(request, attn_implementation="sdpa") if request.attn_implementation == "eager" else None
+
+
+def _checkpointing(request: Request) -> Request | None:
+    return None if request.checkpointing else replace(request, checkpointing=True)
+
+
+def _stream(request: Request) -> Request | None:
+    streams = request.hift.state.residency == "stream"
+    return None if streams else request.changed("hift", "state", "residency", value=None)
+
+
+def _smallest_blocks(request: Request) -> Request | None:
+    one = (request.hift.layers_per_block or 1) == 1
+    return None if one else request.changed("hift", "layers_per_block", value=1)
+
+
+def _stage_2(request: Request) -> Request | None:
+    return None if request.world == 1 or request.stage >= 2 else request.changed("zero_optimization", "stage", value=2)
+
+
+def _stage_3(request: Request) -> Request | None:
+    return None if request.world == 1 or request.stage == 3 else request.changed("zero_optimization", "stage", value=3)
+
+
+def _split16(request: Request) -> Request | None:
+    if request.precision != "bf16" or request.hift.state.master != "fp32" or request.host_memory is None:
+        return None
+    return request.changed("hift", "state", "master", value="split16")
+
+
+def _small_ring(request: Request) -> Request | None:
+    state = request.hift.state
+    if state.residency != "stream" or state.ring_bytes is not None:
+        return None
+    return request.changed("hift", "state", "ring_bytes", value=1 << 25)
+
+
+def _micro_batch(request: Request, rows: int) -> Request | None:
+    if request.micro_batch % rows or rows >= request.micro_batch:
+        return None
+    steps = request.ds_config["gradient_accumulation_steps"] * request.micro_batch // rows
+    changed = request.changed("gradient_accumulation_steps", value=steps)
+    return changed.changed("train_micro_batch_size_per_gpu", value=rows)
+
+
+def _bf16_moments(request: Request) -> Request | None:
+    if request.host_memory is None or request.hift.state.moments != "fp32":
+        return None
+    return request.changed("hift", "state", "moments", value="bf16")
+
+
+def _bf16(request: Request) -> Request | None:
+    return request.changed("bf16", value={"enabled": True}) if request.precision == "fp32" else None
+
+
+def _offload(request: Request) -> Request | None:
+    section = request.ds_config["zero_optimization"].get("offload_param") or {}
+    if request.stage == 3 and section.get("device") == "cpu":
+        return None
+    staged = request.changed("zero_optimization", "stage", value=3)
+    return staged.changed("zero_optimization", "offload_param", value={"device": "cpu"})
+
+
+def _shorter(request: Request, length: int) -> Request | None:
+    return replace(request, seq=length) if length < request.seq else None

@@ -1,0 +1,146 @@
+"""`"layers_per_block": null`: the largest blocks that fit the memory found."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DeepSpeedConfig
+
+from hift_ds.memory.plan import Planner
+from hift_ds.memory.request import RESERVE_BYTES, Request
+from hift_ds.rules import rule_from_optimizer
+
+logger = logging.getLogger(__name__)
+
+ASSUMED_SEQ_LEN = 2048  # at most, where the config does not tell
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The number of layer units in a block.
+
+    Attributes:
+        note: Why, as a sentence for the log.
+        warning: Whether the note is one of trouble.
+    """
+
+    layers_per_block: int
+    note: str
+    warning: bool = False
+
+
+def choose_layers_per_block(
+    module: Any, ds_config: Mapping[str, Any], world: int, memory: int, apart: bool
+) -> Choice:
+    """The choice for a transformers model; 1, with a warning, for a module that cannot be traced.
+
+    Args:
+        module: The model; only its class and config are looked at.
+        ds_config: A DeepSpeed config with batch sizes resolved, "optimizer" and "hift".
+        world: Ranks.
+        memory: Bytes that a rank may use.
+        apart: Host and device are separate memories; otherwise the host's state counts, too.
+    """
+    config = getattr(module, "config", None)
+    if not hasattr(module, "_from_config") or config is None:
+        return Choice(1, f"{type(module).__name__} is no transformers model and cannot be traced: 1", warning=True)
+    seq = _sequence(ds_config, config)
+    checkpointing = bool(getattr(module, "is_gradient_checkpointing", False))
+    attention = getattr(config, "_attn_implementation", None)
+    request = Request(ds_config, seq, attention, checkpointing, gpus=world)
+    frozen = [fqn for fqn, param in module.named_parameters() if not param.requires_grad]
+    try:
+        return _largest(Planner(copy.deepcopy(config), type(module), frozen), request, memory, apart)
+    except Exception as error:  # whatever a model's own code raises on fake tensors
+        return Choice(1, f"{type(module).__name__} cannot be traced ({error}): 1", warning=True)
+
+
+def _largest(planner: Planner, request: Request, memory: int, apart: bool) -> Choice:
+    def need(layers_per_block: int) -> int:
+        asked = request.changed("hift", "layers_per_block", value=layers_per_block)
+        layout = planner.layout(asked)
+        last = len(layout.plan.blocks) - 1
+        peak = planner.peak(asked, sorted({0, 1, max(0, last - 1), last}))
+        return peak + (RESERVE_BYTES if apart else layout.host_state())
+
+    fits, too_many = 0, len(planner.layout(request.changed("hift", "layers_per_block", value=1)).plan.blocks) + 1
+    found = (f"{memory / 2**30:.1f} GiB", f"{request.micro_batch} x {request.seq} tokens")
+    smallest = need(1)
+    if smallest > memory:
+        note = f"1, but even that needs {smallest / 2**30:.1f} GiB of {found[0]} at {found[1]}"
+        return Choice(1, f"{note}; `hift-ds plan` says what would fit", warning=True)
+    fits, best = 1, smallest
+    while too_many - fits > 1:
+        middle = (fits + too_many) // 2
+        needed = need(middle)
+        if needed <= memory:
+            fits, best = middle, needed
+        else:
+            too_many = middle
+    return Choice(fits, f"{fits}, which needs {best / 2**30:.1f} GiB of {found[0]} at {found[1]}")
+
+
+def _sequence(ds_config: Mapping[str, Any], config: Any) -> int:
+    given = ds_config["hift"].get("seq_len")
+    if given is not None:
+        return given
+    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    return min(positions, ASSUMED_SEQ_LEN) if isinstance(positions, int) else ASSUMED_SEQ_LEN
+
+
+def agreed_layers_per_block(module: Any, ds_config: Mapping[str, Any], optimizer: Any) -> int:
+    """The choice for this run: rank 0's, for the least memory that any rank finds. Collective.
+
+    Args:
+        optimizer: The client optimizer, if there is one.
+    """
+    found: list[int] = [0] * dist.get_world_size()
+    dist.all_gather_object(found, memory_found())
+    choices: list[Choice | None] = [None] * len(found)
+    choice = None
+    if dist.get_rank() == 0:
+        apart = get_accelerator().device_name() != "cpu"
+        config = _resolved(ds_config, optimizer)
+        choice = choose_layers_per_block(module, config, len(found), min(found), apart)
+        logger.log(
+            logging.WARNING if choice.warning else logging.INFO, "hift.layers_per_block=null: %s", choice.note
+        )  # fmt: skip
+    dist.all_gather_object(choices, choice)
+    return choices[0].layers_per_block
+
+
+def memory_found() -> int:
+    """Bytes that this rank may use: of its card (its part of it, where `set_per_process_memory_fraction` sets one), or
+    on a CPU its share of what the machine has free."""
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or dist.get_world_size())
+        return psutil.virtual_memory().available // ranks
+    total = accelerator.total_memory()
+    if accelerator.device_name() == "cuda":
+        total = int(total * torch.cuda.get_per_process_memory_fraction())
+    return total
+
+
+def _resolved(ds_config: Mapping[str, Any], optimizer: Any) -> dict[str, Any]:
+    """The config with DeepSpeed's batch sizes, and an "optimizer" section that keeps as much state as a client's."""
+    config = copy.deepcopy(dict(ds_config))
+    known = DeepSpeedConfig(config)
+    config["train_micro_batch_size_per_gpu"] = known.train_micro_batch_size_per_gpu
+    config["gradient_accumulation_steps"] = known.gradient_accumulation_steps
+    config.pop("train_batch_size", None)
+    if isinstance(optimizer, torch.optim.Optimizer):
+        momentum = {key: optimizer.param_groups[0][key] for key in ("momentum",) if key in optimizer.param_groups[0]}
+        config["optimizer"] = {"type": rule_from_optimizer(optimizer).name, "params": momentum}
+    elif not config.get("optimizer"):
+        config["optimizer"] = {"type": "AdamW"}
+    return config

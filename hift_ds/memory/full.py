@@ -1,0 +1,75 @@
+"""Full fine-tuning by DeepSpeed's own optimizer: the same model, stage, precision and workload, for comparison.
+
+Gradients are in the model's dtype; masters (unless the weights are fp32) and the rule's state in fp32; each divided by
+the ranks from the stage on that shards it. DeepSpeed's buckets are left out: this is the least that it takes.
+
+Source: ZeRO, arXiv 1910.02054, section 3.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from hift_ds.memory.trace import FETCH, GRADIENT
+
+if TYPE_CHECKING:
+    from hift_ds.memory.layout import Layout
+    from hift_ds.memory.plan import Figures, Planner
+    from hift_ds.memory.request import Request
+
+
+def full_figures(planner: Planner, request: Request, layout: Layout) -> tuple[Figures, int]:
+    """The figures, and bytes of a rank's host memory."""
+    from hift_ds.memory.plan import Figures, gathered_bytes
+
+    trained = tuple(
+        fqn for fqn in layout.params
+        if fqn not in set(layout.plan.frozen)
+    )  # fmt: skip
+    numel = sum(layout.params[fqn].numel() for fqn in trained)
+    whole = sum(layout.params[fqn].nbytes for fqn in trained)
+    state = _state_bytes(layout, trained)
+    on_host = layout.settings.on_host
+    events = planner.events(request, trained)
+    gathered = gathered_bytes(layout, events)
+    shared = layout.stage >= 2 and layout.world > 1
+    held = whole // layout.world if shared else 0
+    weights, worst = 0, (-1, 0, 0, 0, "forward")
+    for index, event in enumerate(events):
+        phase = "forward" if event.forward else "backward"
+        at_event = gathered.during[index] if event.kind == FETCH else weights
+        made = event.gradient
+        worst = max(worst, (weights + held + event.peak, weights, held + made, event.peak - made, phase),
+                    (at_event + held + event.current, at_event, held, event.current, phase))  # fmt: skip
+        if event.kind == GRADIENT and not shared:
+            held += sum(layout.params[name].nbytes for name in event.names)
+        weights = gathered.after[index]
+    worst = max(worst, (held, 0, held, 0, "update"))
+    _, weights, gradients, activations, phase = worst
+    shard = numel // (layout.world if layout.stage >= 1 else 1)
+    element = layout.dtype.itemsize
+    return Figures(
+        "full fine-tuning", numel, layout.weights + weights, 0 if on_host else state, gradients, activations, phase,
+        state if on_host else 0, shard * element if on_host else 0, shard * element if on_host else 0,
+        _network_bytes(layout, whole, gathered.sent),
+    ), state if on_host else 0  # fmt: skip
+
+
+def _state_bytes(layout: Layout, trained: tuple[str, ...]) -> int:
+    sharded = whole = 0
+    slots = layout.rule.slots(layout.groups[0])
+    for shard in [*layout.shards, *([layout.always] if layout.always else [])]:
+        whole += sum(tensor.nbytes for tensor in layout.extra(shard).values())
+    for fqn in trained:
+        param = layout.params[fqn]
+        sharded += 4 * param.numel() * (len(slots) + (param.dtype != torch.float32))
+    return sharded // (layout.world if layout.stage >= 1 else 1) + whole
+
+
+def _network_bytes(layout: Layout, whole: int, gathered: int) -> int:
+    if layout.world == 1:
+        return 0
+    reduced = whole * (layout.micro_steps if layout.stage >= 2 else 1)
+    return reduced + (whole if layout.stage in (1, 2) else 0) + gathered * layout.micro_steps

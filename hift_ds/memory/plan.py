@@ -1,0 +1,359 @@
+"""Will it fit: peak device memory of every block, host memory and traffic, before anyone rents a card."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hift_ds.memory.fake_model import FakeModel
+from hift_ds.memory.full import full_figures
+from hift_ds.memory.gathering import Gathered, replay
+from hift_ds.memory.layout import GradientBytes, Layout
+from hift_ds.memory.request import RESERVE_BYTES, Request
+from hift_ds.memory.trace import FETCH, GRADIENT, Event, trace_micro_step
+
+if TYPE_CHECKING:
+    from hift_ds.shards import BlockShard
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Between two traced blocks of the same shape the peak is linear in the number of layers above; this share of it may be
+# missing (at stage 3 what is prefetched varies from layer to layer).
+TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Bytes of one rank while one block trains.
+
+    Attributes:
+        name: The block's.
+        numel: Its parameters.
+        weights: Model weights on the device at the peak, those gathered for a moment included.
+        state: Ring (or resident state), always-active state, and in the update what it makes.
+        gradients: Gradients and buckets at the peak.
+        activations: What forward and backward hold at the peak.
+        phase: When the peak is: `forward`, `backward` or `update`.
+        host_state: The block's masters and moments on the host.
+        to_device: State and weights over the bus per optimizer step.
+        to_host: The way back.
+        network: Handed to collectives per optimizer step.
+    """
+
+    name: str
+    numel: int
+    weights: int
+    state: int
+    gradients: int
+    activations: int
+    phase: str
+    host_state: int
+    to_device: int
+    to_host: int
+    network: int
+
+    @property
+    def peak(self) -> int:
+        """Device bytes at the worst moment."""
+        return self.weights + self.state + self.gradients + self.activations
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The forecast for a request.
+
+    Attributes:
+        blocks: By index.
+        full: Full fine-tuning by DeepSpeed's own optimizer, same stage, precision and workload.
+        host: Bytes of host memory of a rank: masters, moments, and weights where they are offloaded.
+        full_host: The same of full fine-tuning.
+    """
+
+    request: Request
+    model: str
+    blocks: tuple[Figures, ...]
+    full: Figures
+    host: int
+    full_host: int
+
+    @property
+    def worst(self) -> Figures:
+        """The block with the highest peak."""
+        return max(self.blocks, key=lambda block: block.peak)
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether card and node suffice; `None` if neither is known."""
+        verdicts = [v for v in (self.fits_device, self.fits_host) if v is not None]
+        return all(verdicts) if verdicts else None
+
+    @property
+    def fits_device(self) -> bool | None:
+        """Whether the worst peak and `RESERVE_BYTES` are within the card."""
+        limit = self.request.gpu_memory
+        return None if limit is None else self.worst.peak + RESERVE_BYTES <= limit
+
+    @property
+    def fits_host(self) -> bool | None:
+        """Whether the node holds the states of its ranks."""
+        limit = self.request.host_memory
+        return None if limit is None else self.host * self.request.gpus <= limit
+
+
+class Planner:
+    """Plans requests for one model; traces are kept, so that a request like the last one is quick.
+
+    Args:
+        config: transformers' config.
+        model_class: `None` = that of the config.
+        frozen: Parameters (fqns) that are never trained, beside those that a config's "hift" section names.
+    """
+
+    def __init__(self, config: Any, model_class: type | None = None, frozen: Collection[str] = ()) -> None:
+        self.config, self._model_class, self._frozen = config, model_class, frozenset(frozen)
+        self._models: dict[tuple, FakeModel] = {}
+        self._traces: dict[tuple, list[Event]] = {}
+
+    def plan(self, request: Request) -> Plan:
+        """The forecast.
+
+        Raises:
+            ValueError, TypeError: The model cannot be traced, or `hift_ds.initialize` would refuse the config.
+        """
+        layout = self.layout(request)
+        figures = _Interpolation(lambda index: self._traced(request, layout, index), layout)
+        full = full_figures(self, request, layout)
+        offloaded = layout.offloaded_weights
+        return Plan(
+            request, type(layout.model.module).__name__, figures.all(), full[0],
+            host=layout.host_state() + offloaded, full_host=full[1] + offloaded,
+        )  # fmt: skip
+
+    def layout(self, request: Request) -> Layout:
+        """The layout that the request's config makes."""
+        return Layout(self._model(request), request.ds_config, request.hift, request.world, self._frozen)
+
+    def peak(self, request: Request, indices: Sequence[int]) -> int:
+        """Highest peak of some blocks; indices that the request's plan does not have count as its last."""
+        layout = self.layout(request)
+        last = len(layout.plan.blocks) - 1
+        return max(self.figures(request, layout, index).peak for index in {min(index, last) for index in indices})
+
+    def figures(self, request: Request, layout: Layout, index: int) -> Figures:
+        """Of one block, traced."""
+        return self._traced(request, layout, index).figures(layout, index)
+
+    def _traced(self, request: Request, layout: Layout, index: int) -> Traced:
+        block = layout.plan.blocks[index]
+        events = self.events(request, (*block.fqns, *layout.plan.always_active))
+        order = [name for event in events if event.kind == GRADIENT for name in event.names]
+        gradients = layout.gradient_bytes(index, order)
+        gathered = gathered_bytes(layout, events)
+        update = _update(layout, layout.shards[index], gradients)
+        moments = {update.phase: update}
+        for moment in _moments(events, gradients, gathered):
+            if moment.phase not in moments or moment.nbytes > moments[moment.phase].nbytes:
+                moments[moment.phase] = moment
+        return Traced(moments, gradients.sent, gathered.sent)
+
+    def events(self, request: Request, trained: tuple[str, ...]) -> list[Event]:
+        """The traced micro step in which the parameters `trained` have gradients."""
+        modules = request.stage == 3
+        workload = (request.micro_batch, request.seq, request.padded, modules)
+        key = (*self._key(request), *workload, trained)
+        if key not in self._traces:
+            self._traces[key] = trace_micro_step(self._model(request), set(trained), *workload)
+        return self._traces[key]
+
+    def _model(self, request: Request) -> FakeModel:
+        key = self._key(request)
+        if key not in self._models:
+            self._models[key] = FakeModel(
+                self.config, DTYPES[request.precision], request.attn_implementation, request.checkpointing,
+                self._model_class,
+            )  # fmt: skip
+        return self._models[key]
+
+    def _key(self, request: Request) -> tuple:
+        return request.precision, request.attn_implementation, request.checkpointing
+
+
+def gathered_bytes(layout: Layout, events: Sequence[Event]) -> Gathered:
+    """What stage 3 gathers during a micro step; nothing at the other stages."""
+    if layout.stage < 3 or (layout.world == 1 and not layout.offloads_params):  # a lone rank's slices are the whole
+        return Gathered((0,) * len(events), (0,) * len(events), 0)
+    return replay(events, layout.sizes, layout.persistent, layout.limits)
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Device bytes on top of those that are there at all times.
+
+    Attributes:
+        weights: Gathered for the moment.
+        made: By the update.
+    """
+
+    phase: str
+    weights: int = 0
+    gradients: int = 0
+    activations: int = 0
+    made: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return self.weights + self.gradients + self.activations + self.made
+
+
+@dataclass(frozen=True)
+class Traced:
+    """One block's worst moment of each phase, and bytes sent per micro step: to reductions, to stage 3's gathers."""
+
+    moments: dict[str, Moment]
+    reduced: int
+    gathered: int
+
+    def figures(self, layout: Layout, index: int) -> Figures:
+        """With what the layout says of the block."""
+        block, shard = layout.plan.blocks[index], layout.shards[index]
+        worst = max(self.moments.values(), key=lambda moment: moment.nbytes)
+        micro_steps = layout.micro_steps
+        network = layout.published_bytes(index)
+        if layout.world > 1:
+            network += self.reduced * (micro_steps if layout.stage >= 2 else 1) + self.gathered * micro_steps
+        to_device, to_host = layout.bus_bytes(shard)
+        if layout.offloads_params:
+            to_device += self.gathered // layout.world * micro_steps
+            to_host += shard.numel * shard.dtype.itemsize
+        return Figures(
+            block.name, block.numel, layout.weights + worst.weights, layout.device_state + worst.made, worst.gradients,
+            worst.activations, worst.phase, 0 if layout.settings.resident else layout.state_bytes(shard), to_device,
+            to_host, network,
+        )  # fmt: skip
+
+
+def _moments(events: Sequence[Event], gradients: GradientBytes, gathered: Gathered) -> Iterator[Moment]:
+    held, weights, taken = gradients.before, 0, iter(gradients.events)
+    for index, event in enumerate(events):
+        phase = "forward" if event.forward else "backward"
+        yield Moment(phase, weights, held + event.gradient, event.peak - event.gradient)
+        if event.kind == GRADIENT:
+            during, held = next(taken)
+            yield Moment(phase, weights, during, event.current)
+        elif event.kind == FETCH:
+            yield Moment(phase, gathered.during[index], held, event.current)
+        weights = gathered.after[index]
+    yield Moment("backward", weights, gradients.finish, events[-1].current)
+
+
+def _update(layout: Layout, shard: BlockShard, gradients: GradientBytes) -> Moment:
+    left, made = layout.update_bytes(shard, gradients.after)
+    return Moment("update", 0, left, 0, made)
+
+
+class _Interpolation:
+    """Figures of all blocks from a few traced ones.
+
+    In a run of blocks of the same shape every moment's bytes are linear in the number of layers above, and a phase's
+    peak, the largest of them, is convex. So it lies on the lines through its first two and its last two blocks if it
+    meets them where they cross. The block in the middle is looked at too: layers that alternate are not convex.
+    """
+
+    def __init__(self, trace: Callable[[int], Traced], layout: Layout) -> None:
+        self._trace, self._layout = trace, layout
+        self._known: dict[int, Traced] = {}
+        self._guessed: set[int] = set()
+
+    def all(self) -> tuple[Figures, ...]:
+        blocks = self._layout.plan.blocks
+        first = 0
+        while first < len(blocks):
+            last = first
+            while last + 1 < len(blocks) and self._shape(last + 1) == self._shape(first):
+                last += 1
+            self._fill(first, last)
+            first = last + 1
+        worst = max(range(len(blocks)), key=lambda index: self._figures(index).peak)
+        if worst in self._guessed:
+            self._known[worst] = self._trace(worst)
+        return tuple(map(self._figures, range(len(blocks))))
+
+    def _figures(self, index: int) -> Figures:
+        return self._known[index].figures(self._layout, index)
+
+    def _shape(self, index: int) -> list[tuple]:
+        fqns, params = self._layout.plan.blocks[index].fqns, self._layout.params
+        return [(re.sub(r"\d+", "#", fqn), params[fqn].shape) for fqn in fqns]
+
+    def _at(self, index: int) -> Traced:
+        if index not in self._known:
+            self._known[index] = self._trace(index)
+        return self._known[index]
+
+    def _fill(self, first: int, last: int) -> None:
+        if last - first <= 4:
+            for index in range(first, last + 1):
+                self._at(index)
+            return
+        ends = (first, first + 1, last - 1, last)
+        lines = _Lines(first, last, *map(self._at, ends))
+        middle = (first + last) // 2
+        looked_at = {middle, *lines.crossings()} - set(ends)
+        if all(self._agree(self._at(index), lines.at(index)) for index in looked_at):
+            guessed = {index: lines.at(index) for index in range(first, last + 1) if index not in self._known}
+            self._known.update(guessed)
+            self._guessed.update(guessed)
+        else:
+            self._fill(first, middle)
+            self._fill(middle, last)
+
+    def _agree(self, found: Traced, line: Traced) -> bool:
+        whole = self._layout.weights
+        return all(
+            abs(moment.nbytes - line.moments[phase].nbytes) <= TOLERANCE * (whole + moment.nbytes)
+            for phase, moment in found.moments.items()
+        )
+
+
+class _Lines:
+    """For each phase, the higher of the line through a run's first two blocks and the line through its last two."""
+
+    def __init__(self, first: int, last: int, low: Traced, second: Traced, second_last: Traced, high: Traced) -> None:
+        self._first, self._last = first, last
+        self._low, self._second, self._second_last, self._high = low, second, second_last, high
+
+    def at(self, index: int) -> Traced:
+        moments = {
+            phase: max(self._of(phase, index), key=lambda moment: moment.nbytes) for phase in self._low.moments
+        }  # fmt: skip
+        reduced = _along(self._low.reduced, self._second.reduced, index - self._first)
+        return Traced(moments, reduced, _along(self._low.gathered, self._second.gathered, index - self._first))
+
+    def crossings(self) -> set[int]:
+        """The blocks on both sides of where the two lines of a phase cross, inside the run."""
+        found = set()
+        for phase in self._low.moments:
+            sides = [
+                [moment.nbytes for moment in self._of(phase, index)] for index in range(self._first, self._last + 1)
+            ]  # fmt: skip
+            for place in range(len(sides) - 1):
+                (left, right), (next_left, next_right) = sides[place], sides[place + 1]
+                if (left - right) * (next_left - next_right) < 0 or (left == right) != (next_left == next_right):
+                    found |= {self._first + place, self._first + place + 1}
+        return found
+
+    def _of(self, phase: str, index: int) -> tuple[Moment, Moment]:
+        def along(start: Traced, step: Traced, count: int) -> Moment:
+            a, b = start.moments[phase], step.moments[phase]
+            keys = ("weights", "gradients", "activations", "made")
+            return Moment(phase, *(_along(getattr(a, key), getattr(b, key), count) for key in keys))
+
+        left = along(self._low, self._second, index - self._first)
+        return left, along(self._high, self._second_last, self._last - index)
+
+
+def _along(start: int, step: int, count: int) -> int:
+    return start + (step - start) * count

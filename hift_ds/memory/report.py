@@ -1,0 +1,216 @@
+"""A plan as a table, as JSON and as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from hift_ds.memory.advice import Advice
+from hift_ds.memory.plan import Figures, Plan
+from hift_ds.memory.request import RESERVE_BYTES
+
+CARDS = (12, 16, 24, 32, 40, 48, 80, 141)  # GiB of cards that one can rent or buy
+ROLES = ("weights", "gradients", "state", "activations")
+LABELS = {"weights": "weights", "gradients": "gradients", "state": "state", "activations": "activations"}
+_COLOURS = {"weights": "#4c72b0", "gradients": "#dd8452", "state": "#55a868", "activations": "#8172b3"}
+_HEIGHT, _WIDTH, _DPI = 5.0, 10.0, 150
+
+
+def render(plan: Plan, advice: Advice | None) -> RenderableType:
+    """For the terminal."""
+    parts: list[RenderableType] = [_title(plan), "", _blocks_table(plan), "", _compared_table(plan), "", verdict(plan)]
+    if advice is not None:
+        parts += ["", *_advice_lines(plan, advice)]
+    return Group(*parts)
+
+
+def to_json(plan: Plan, advice: Advice | None, paper: dict[str, Any]) -> dict[str, Any]:
+    """Everything in bytes."""
+    request = plan.request
+    found: dict[str, Any] = {
+        "model": plan.model,
+        "parameters": plan.full.numel,
+        "request": {
+            **{key: value for key, value in asdict(request).items() if key != "ds_config"},
+            "stage": request.stage, "precision": request.precision, "micro_batch": request.micro_batch,
+        },
+        "config": dict(request.ds_config),
+        "blocks": [_figures(block) for block in plan.blocks],
+        "worst_block": plan.worst.name,
+        "peak": plan.worst.peak,
+        "reserve": RESERVE_BYTES,
+        "host_per_rank": plan.host,
+        "host_per_node": plan.host * request.gpus,
+        "full_fine_tuning": {**_figures(plan.full), "host_per_rank": plan.full_host},
+        "fits": plan.fits,
+        "as_the_paper_counts": paper,
+    }  # fmt: skip
+    if advice is not None:
+        found["cheapest_change"] = [{"what": change.what, "cost": change.cost} for change in advice.changes]
+        found["peak_after_change"] = None if advice.plan is None else advice.plan.worst.peak
+    return found
+
+
+def verdict(plan: Plan) -> str:
+    """Fits or not, in a sentence."""
+    need = plan.worst.peak + RESERVE_BYTES
+    limit, host_limit = plan.request.gpu_memory, plan.request.host_memory
+    reserve = f"{_gib(RESERVE_BYTES)} of it is an allowance for CUDA itself and gaps"
+    if limit is None:
+        card = next((size for size in CARDS if need <= size << 30), None)
+        smallest = "no single common card holds it" if card is None else f"a card of {card} GiB holds it"
+        sentence = f"needs {_gib(need)} a card ({reserve}): {smallest}"
+    else:
+        word = "[green]fits[/]" if plan.fits_device else "[red]does not fit[/]"
+        sentence = f"{word}: needs {_gib(need)} of {_gib(limit)} ({reserve})"
+    if host_limit is not None:
+        word = "fits" if plan.fits_host else "[red]does not fit[/]"
+        sentence += f"; host {word}: {_gib(plan.host * plan.request.gpus)} of {_gib(host_limit)} a node"
+    return sentence
+
+
+def plot(plan: Plan, path: Path) -> None:
+    """Stacked bars, one a block, with full fine-tuning beside and the card as a line."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_WIDTH, _HEIGHT), dpi=_DPI, layout="constrained")
+    axes, beside = figure.subplots(1, 2, width_ratios=(12, 1))
+    _bars(axes, plan.blocks)
+    _bars(beside, [plan.full])
+    axes.set_xticks(range(len(plan.blocks)), [str(index) for index in range(len(plan.blocks))], fontsize=7)
+    if len(plan.blocks) > 40:
+        axes.set_xticks(range(0, len(plan.blocks), 5))
+    axes.set_xlabel("active block, from the bottom of the model")
+    axes.set_ylabel("GiB of device memory at the peak")
+    beside.set_xticks([0], ["full"])
+    highest = plan.worst.peak
+    limit = plan.request.gpu_memory
+    for side, top in ((axes, highest), (beside, plan.full.peak)):
+        if limit is not None:
+            side.axhline(limit / 2**30, color="black", linestyle="--", linewidth=1, label="the card")
+        side.set_ylim(0, 1.08 * max(top, limit or 0) / 2**30)
+        side.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=5, frameon=False, fontsize=8)
+    request = plan.request
+    figure.suptitle(f"{_heading(plan)}: {request.micro_batch} x {request.seq} tokens a rank", fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def _bars(axes: Any, blocks: Sequence[Figures]) -> None:
+    bottoms = [0.0] * len(blocks)
+    for role in ROLES:
+        heights = [getattr(block, role) / 2**30 for block in blocks]
+        axes.bar(range(len(blocks)), heights, 0.8, bottoms, label=LABELS[role], color=_COLOURS[role])
+        bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
+
+
+def _heading(plan: Plan) -> str:
+    request, numel = plan.request, plan.full.numel
+    ranks = f"{request.gpus} GPU{'s' * (request.gpus > 1)}"
+    if request.nodes > 1:
+        ranks = f"{request.nodes} nodes of {ranks}"
+    size = f"{numel / 1e9:.2f} B parameters" if numel >= 1e8 else f"{numel:,} parameters"
+    checkpointing = ", activation checkpointing" if request.checkpointing else ""
+    return f"{plan.model}, {size}, {request.precision}, ZeRO-{request.stage}, {ranks}{checkpointing}"
+
+
+def _title(plan: Plan) -> str:
+    request = plan.request
+    steps = request.ds_config["gradient_accumulation_steps"]
+    return (
+        f"{_heading(plan)}\n{request.micro_batch} x {request.seq} tokens a rank and micro step, {steps} micro "
+        f"step{'s' * (steps > 1)}; {len(plan.blocks)} blocks, {request.ds_config['optimizer']['type']}"
+    )
+
+
+def _blocks_table(plan: Plan) -> Table:
+    table = Table(
+        title="Device memory when each block trains, at its peak, GiB per rank", box=SIMPLE_HEAD, show_edge=False,
+        pad_edge=False, padding=(0, 1, 0, 0),
+        caption="traced from the model, not measured; of alike blocks the highest",
+    )  # fmt: skip
+    table.add_column("block", overflow="ellipsis", no_wrap=True, max_width=20)
+    for header in (*LABELS.values(), "peak"):
+        table.add_column(header, justify="right")
+    table.add_column("phase")
+    worst = plan.blocks.index(plan.worst)
+    for first, last in _alike(plan.blocks):
+        highest = max(plan.blocks[first : last + 1], key=lambda block: block.peak)
+        name = plan.blocks[first].name
+        if first != last:
+            name += f" to {plan.blocks[last].name.rpartition('.')[2]}"
+        if first == worst:
+            name = f"> {name}"
+        cells = [_number(getattr(highest, role)) for role in (*ROLES, "peak")]
+        table.add_row(name, *cells, highest.phase, style="bold" if first == worst else None)
+    return table
+
+
+def _alike(blocks: Sequence[Figures]) -> list[tuple[int, int]]:
+    """Runs of blocks of the same size and phase; the worst one stands alone."""
+    worst = max(range(len(blocks)), key=lambda index: blocks[index].peak)
+    runs: list[tuple[int, int]] = []
+    for index, block in enumerate(blocks):
+        if runs:
+            first, last = runs[-1]
+            same = (blocks[first].numel, blocks[first].phase) == (block.numel, block.phase)
+            if same and worst not in (index, last):
+                runs[-1] = (first, index)
+                continue
+        runs.append((index, index))
+    return runs
+
+
+def _compared_table(plan: Plan) -> Table:
+    table = Table(
+        title="The worst block beside full fine-tuning, GiB per rank", box=SIMPLE_HEAD, show_edge=False, pad_edge=False
+    )  # fmt: skip
+    table.add_column("")
+    table.add_column("HiFT", justify="right")
+    table.add_column("full fine-tuning", justify="right")
+    worst, full = plan.worst, plan.full
+    saved = 100 * (1 - worst.peak / full.peak)
+    for role in ROLES:
+        label = "state" if role == "state" else LABELS[role]
+        table.add_row(label, _number(getattr(worst, role)), _number(getattr(full, role)))
+    table.add_section()
+    table.add_row("device, at the peak", f"{_number(worst.peak)} ({-saved:+.0f} %)", _number(full.peak))
+    table.add_row("host, pinned", _number(plan.host), _number(plan.full_host))
+    if plan.request.gpus > 1:
+        gpus = plan.request.gpus
+        table.add_row("host, of a node", _number(plan.host * gpus), _number(plan.full_host * gpus))
+    table.add_section()
+    mean = {key: sum(getattr(b, key) for b in plan.blocks) / len(plan.blocks) for key in ("to_device", "to_host")}
+    mean["network"] = sum(block.network for block in plan.blocks) / len(plan.blocks)
+    table.add_row("bus to the device, a step", _number(mean["to_device"]), _number(full.to_device))
+    table.add_row("bus to the host, a step", _number(mean["to_host"]), _number(full.to_host))
+    table.add_row("collectives, a step", _number(mean["network"]), _number(full.network))
+    return table
+
+
+def _advice_lines(plan: Plan, advice: Advice) -> list[str]:
+    if advice.plan is None:
+        return ["No change that is known here makes it fit: take a larger card or more of them."]
+    lines = ["The cheapest change that makes it fit:" if len(advice.changes) == 1 else "The cheapest changes that fit:"]
+    lines += [f"  - {change.what} (costs: {change.cost})" for change in advice.changes]
+    lines.append(f"then: {verdict(advice.plan)}")
+    return lines
+
+
+def _figures(figures: Figures) -> dict[str, Any]:
+    return {**asdict(figures), "peak": figures.peak}
+
+
+def _number(count: float) -> str:
+    return f"{count / 2**30:,.2f}"
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB"

@@ -1,0 +1,98 @@
+"""What is to be planned: a model, a DeepSpeed config, a workload and the machines."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from hift_ds.config import HiFTConfig
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+# CUDA's context, cuBLAS's workspace and the allocator's rounding and gaps: an allowance, not a measurement.
+RESERVE_BYTES = 1 << 30
+_UNITS = {"": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40,
+          "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Request:
+    """One run.
+
+    Attributes:
+        ds_config: A DeepSpeed config with batch sizes resolved, an "optimizer" and an enabled "hift" section.
+        seq: Tokens of a row.
+        attn_implementation: `None` = transformers' choice.
+        checkpointing: Activation checkpointing.
+        padded: Rows have padding, which takes an attention mask.
+        gpus: Ranks of a node.
+        nodes: Nodes.
+        gpu_memory: Bytes of one card; `None` = not given.
+        host_memory: Bytes of one node; `None` = not given.
+    """
+
+    ds_config: Mapping[str, Any]
+    seq: int
+    attn_implementation: str | None = None
+    checkpointing: bool = False
+    padded: bool = False
+    gpus: int = 1
+    nodes: int = 1
+    gpu_memory: int | None = None
+    host_memory: int | None = None
+
+    @property
+    def world(self) -> int:
+        """Ranks of all nodes."""
+        return self.gpus * self.nodes
+
+    @property
+    def hift(self) -> HiFTConfig:
+        """The "hift" section, checked."""
+        config = HiFTConfig.from_ds_config(self.ds_config)
+        assert config is not None
+        return config
+
+    @property
+    def stage(self) -> int:
+        """ZeRO stage."""
+        return int((self.ds_config.get("zero_optimization") or {}).get("stage", 0))
+
+    @property
+    def precision(self) -> str:
+        """Of the model weights."""
+        return next((p for p in ("bf16", "fp16") if (self.ds_config.get(p) or {}).get("enabled")), "fp32")
+
+    @property
+    def micro_batch(self) -> int:
+        """Rows of a rank's forward."""
+        return self.ds_config["train_micro_batch_size_per_gpu"]
+
+    def changed(self, *path: str, value: Any) -> Request:
+        """The request with one key of its DeepSpeed config set; `None` removes the key."""
+        config = copy.deepcopy(dict(self.ds_config))
+        section = config
+        for key in path[:-1]:
+            section = section.setdefault(key, {})
+        section.pop(path[-1], None)
+        if value is not None:
+            section[path[-1]] = value
+        return replace(self, ds_config=config)
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of `48GiB`, `48GB`, `512MiB` or a plain number.
+
+    Raises:
+        ValueError: Anything else.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    unit = match[2].lower() if match else None
+    if unit not in _UNITS:
+        raise ValueError(f"{text!r}: must be a size such as 48GiB, 24GB or 512MiB")
+    size = int(float(match[1]) * _UNITS[unit])
+    if size < 1:
+        raise ValueError(f"{text!r}: must be more than nothing")
+    return size

@@ -1,0 +1,138 @@
+"""Cases on ranks: the peaks of each block and phase, forecast by the planner and measured around real steps."""
+
+from __future__ import annotations
+
+import gc
+import time
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from hift_testing.device_meter import DeviceMeter
+from hift_testing.memory_cases import separate_host
+from hift_testing.training import DTYPES, cast_parameters, ds_config, engine_of
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hift_ds.memory.plan import Planner
+from hift_ds.memory.request import Request
+from hift_ds.recipes.planning import complete_config
+
+ROWS, SEQ, VOCAB = 4, 64, 1000
+LLAMA = dict(
+    vocab_size=VOCAB, hidden_size=128, intermediate_size=344, num_hidden_layers=4, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=128,
+)  # fmt: skip
+# Small enough that a layer's gradients take several buckets, and that stage 3 must let parameters go and fetch ahead.
+ZERO = {
+    "reduce_bucket_size": 60_000, "allgather_bucket_size": 60_000, "stage3_prefetch_bucket_size": 60_000,
+    "stage3_max_live_parameters": 200_000, "stage3_max_reuse_distance": 100_000,
+    "stage3_param_persistence_threshold": 200,
+}  # fmt: skip
+
+
+def forecast_and_measured(
+    stage: int,
+    dtype: str,
+    hift: dict[str, Any] | None = None,
+    attention: str = "sdpa",
+    checkpointing: bool = False,
+    **extra: Any,
+) -> dict[str, Any]:
+    """Trains each block twice (at stage 3 three times: DeepSpeed prefetches from the second cycle on).
+
+    Returns:
+        `measured`: bytes by block and phase, of the last cycle; `counted`: bytes handed to collectives in each block's
+        last step. On rank 0 also the forecast of both, `forecast` and `network`, and `peaks`, the plan's, by block.
+    """
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**LLAMA, use_cache=False, attn_implementation=attention))
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    cast_parameters(model, DTYPES[dtype])
+    config = ds_config(stage, dtype, {"state": {"ring_bytes": 3 * 12 * 4096}, **(hift or {})}, zero_optimization=ZERO)
+    config |= {"train_micro_batch_size_per_gpu": ROWS, **extra}
+    meter = DeviceMeter(model.parameters())
+    with separate_host(tile=1024), meter.measuring():
+        engine = engine_of(config, model)
+        gc.collect()  # what DeepSpeed's set-up leaves in cycles
+        measured, counted = _measure(engine, meter, cycles=3 if stage == 3 else 2)
+    world = engine.dp_world_size
+    request = Request(complete_config(config, None, None, None, world), SEQ, attention, checkpointing, gpus=world)
+    facts = {"measured": measured, "counted": counted}
+    return facts if dist.get_rank() else {**facts, **_forecast(request)}
+
+
+def _forecast(request: Request) -> dict[str, Any]:
+    with separate_host(tile=1024):
+        planner = Planner(LlamaConfig(**LLAMA))
+        plan, layout = planner.plan(request), planner.layout(request)
+        forecast = [
+            {
+                phase: moment.nbytes + layout.weights + layout.device_state
+                for phase, moment in planner._traced(request, layout, index).moments.items()
+            }
+            for index in range(len(plan.blocks))
+        ]
+    return {
+        "forecast": forecast, "peaks": [block.peak for block in plan.blocks],
+        "network": [block.network for block in plan.blocks],
+    }  # fmt: skip
+
+
+def _measure(engine: Any, meter: DeviceMeter, cycles: int) -> tuple[list[dict[str, int]], list[int]]:
+    counter = _Traffic()
+    found: dict[int, dict[str, int]] = {}
+    sent: dict[int, int] = {}
+
+    def note(phase: str) -> None:
+        peaks[phase] = max(peaks.get(phase, 0), meter.peak)
+        meter.reset_peak()
+
+    for step in range(cycles * len(engine.hift.blocks)):
+        block = engine.hift.active_block
+        time.sleep(0.02)  # gloo's threads hold a collective's tensors a moment longer
+        meter.reset_peak()
+        peaks: dict[str, int] = {}
+        with counter:
+            for micro in range(engine.gradient_accumulation_steps()):
+                generator = torch.Generator().manual_seed(100 * step + micro)
+                ids = torch.randint(0, VOCAB, (ROWS, SEQ), generator=generator)
+                loss = engine(input_ids=ids, labels=ids).loss
+                note("forward")
+                engine.backward(loss)
+                del loss
+                note("backward")
+                boundary = engine.is_gradient_accumulation_boundary()
+                engine.step()
+                if boundary:
+                    note("update")
+        found[block], sent[block] = peaks, counter.bytes
+    return [found[index] for index in sorted(found)], [sent[index] for index in sorted(sent)]
+
+
+class _Traffic:
+    """Counts, inside `with`, the bytes that this rank hands to collectives: the whole buffer of a gather or scatter."""
+
+    WHOLE = {"all_reduce": 0, "reduce_scatter_tensor": 1, "all_gather_into_tensor": 0}
+
+    def __enter__(self) -> None:
+        self.bytes = 0
+        self._originals = {name: getattr(dist, name) for name in self.WHOLE}
+        for name, position in self.WHOLE.items():
+            self._set(name, self._counting(self._originals[name], position))
+
+    def __exit__(self, *_: Any) -> None:
+        for name, original in self._originals.items():
+            self._set(name, original)
+
+    def _set(self, name: str, function: Any) -> None:
+        setattr(dist, name, function)
+        setattr(dist.comm, name, function)  # ZeRO-3 gathers through the module behind the package
+
+    def _counting(self, function: Any, position: int) -> Any:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            tensor = args[position] if len(args) > position else list(kwargs.values())[position - len(args)]
+            self.bytes += tensor.nbytes
+            return function(*args, **kwargs)
+
+        return counted
