@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -129,6 +129,15 @@ class GradientReducer:
         """The averaged gradient shard of a window that has not ended, itself; `None` while there is none."""
         window = self._windows.get(id(shard))  # only the active blocks have one
         return None if window is None else window.result
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Everything held beside the `.grad` of parameters."""
+        for window in self._windows.values():
+            yield from window.whole.values()
+            if window.result is not None:
+                yield window.result
+            for (_, packed), reduced, _ in window.in_flight:
+                yield from (packed, reduced)
 
     def discard(self) -> None:
         """Drops everything gathered, whole gradients too."""

@@ -96,6 +96,7 @@ class Layout:
         self.storage = Storage(torch.device("cuda"), self.settings.form, own_master=self.settings.on_host)
         self.shards = [self._shard(block.fqns) for block in self.plan.blocks]
         self.always = self._shard(self.plan.always_active) if self.plan.always_active else None
+        self._factored = extra_bytes(map(self.extra, self.shards))  # on the device while a block is updated
         self.device_state, self._tile_numel = self._device_state()
 
     def _settings(self, ds_config: Mapping[str, Any]) -> Settings:
@@ -195,10 +196,9 @@ class Layout:
             return always, 0
         if self.settings.resident:
             return always + sum(map(self.state_bytes, self.shards)), torch.iinfo(torch.int64).max
-        beside = extra_bytes(map(self.extra, self.shards))
         shapes = [(shard, self.storage.shapes(shard, self.rule, self.groups)) for shard in self.shards]
-        ring = plan_ring(shapes, self.settings.ring_bytes, beside)
-        return always + ring.num_slots * ring.slot_bytes + beside, ring.tile_numel
+        ring = plan_ring(shapes, self.settings.ring_bytes, self._factored)
+        return always + ring.num_slots * ring.slot_bytes, ring.tile_numel
 
     def host_state(self) -> int:
         """Masters and moments on the host, of all blocks."""
@@ -214,10 +214,10 @@ class Layout:
             Of gradients, and of new weights with what it takes to make and send them.
         """
         new = shard.numel * shard.dtype.itemsize
-        made = 0
+        made = 0 if self.settings.on_host or self.settings.resident else self._factored
         if self.settings.kernel == "torch" and not self.settings.on_host:
             longest = max(run.stop - run.start for run in shard.runs)
-            made = 4 * (min(self._tile_numel, longest) if self.rule.elementwise else longest)
+            made += 4 * (min(self._tile_numel, longest) if self.rule.elementwise else longest)
             if not self.rule.elementwise:  # the estimate of the second moment of the largest slice
                 made += 4 * max(segment.numel for segment in shard.segments)
         sent = 0

@@ -1,0 +1,138 @@
+"""What the meter has found on all ranks: one table, and JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+ON_CUDA = "torch's CUDA allocator"
+ON_CPU = "tensors counted on a CPU: not GPU memory"
+ROLES = ("weights", "gradients", "state", "activations", "other")
+PHASES = ("forward", "backward", "update")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The highest peak of one phase while one block trained; bytes.
+
+    Attributes:
+        block: Its index; -1 in full fine-tuning.
+        allocated: Most bytes of tensors.
+        reserved: Most bytes that the allocator held (on a CPU: the same as allocated).
+    """
+
+    block: int
+    phase: str
+    allocated: int
+    reserved: int
+    weights: int
+    gradients: int
+    state: int
+    activations: int
+    other: int
+
+
+@dataclass(frozen=True)
+class RankRecord:
+    """What one rank has measured, and where it was."""
+
+    rank: int
+    node: str
+    device: str
+    kind: str
+    samples: tuple[Sample, ...]
+
+    @property
+    def peak(self) -> Sample | None:
+        """The highest of all."""
+        return max(self.samples, key=lambda sample: sample.allocated, default=None)
+
+
+@dataclass(frozen=True)
+class Report:
+    """All ranks' peaks.
+
+    Attributes:
+        ranks: By rank.
+        blocks: Names of the blocks; empty in full fine-tuning.
+    """
+
+    ranks: tuple[RankRecord, ...]
+    blocks: tuple[str, ...]
+
+    @property
+    def peak(self) -> int:
+        """Most bytes of tensors on any rank."""
+        return max((record.peak.allocated for record in self.ranks if record.peak is not None), default=0)
+
+    @property
+    def reserved(self) -> int:
+        """Most bytes that any rank's allocator held."""
+        return max((sample.reserved for record in self.ranks for sample in record.samples), default=0)
+
+    @property
+    def kind(self) -> str:
+        """How it was measured."""
+        return self.ranks[0].kind
+
+    def block_peaks(self) -> dict[int, int]:
+        """Most bytes of tensors on any rank, by block."""
+        peaks: dict[int, int] = {}
+        for record in self.ranks:
+            for sample in record.samples:
+                peaks[sample.block] = max(peaks.get(sample.block, 0), sample.allocated)
+        return peaks
+
+    def table(self) -> Table:
+        """Peaks by phase and, at the highest, by role: least, mean and most over ranks, which rank and which block."""
+        table = Table(
+            title=f"Peak memory of {len(self.ranks)} ranks, MiB", caption=self.kind, box=SIMPLE_HEAD, show_edge=False,
+            pad_edge=False, padding=(0, 1, 0, 0),
+        )  # fmt: skip
+        table.add_column("")
+        for header in ("min", "mean", "max", "rank"):
+            table.add_column(header, justify="right")
+        table.add_column("block", overflow="ellipsis", no_wrap=True, max_width=28)
+        for phase in PHASES:
+            self._row(table, phase, [self._highest(record, phase) for record in self.ranks], "allocated")
+        table.add_section()
+        highest = [record.peak for record in self.ranks]
+        for role in ROLES:
+            self._row(table, f"{role} at the peak", highest, role)
+        table.add_section()
+        self._row(table, "allocated", highest, "allocated")
+        reserved = [max(r.samples, key=lambda s: s.reserved, default=None) for r in self.ranks]
+        self._row(table, "reserved", reserved, "reserved")
+        return table
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything in bytes."""
+        return {
+            "kind": self.kind, "peak_allocated": self.peak, "peak_reserved": self.reserved,
+            "blocks": list(self.blocks),
+            "ranks": [{**asdict(record), "samples": [asdict(s) for s in record.samples]} for record in self.ranks],
+        }  # fmt: skip
+
+    def write(self, path: Path) -> None:
+        """Writes `to_json` to a file; its folder is made."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+
+    def _highest(self, record: RankRecord, phase: str) -> Sample | None:
+        return max((s for s in record.samples if s.phase == phase), key=lambda s: s.allocated, default=None)
+
+    def _row(self, table: Table, label: str, samples: list[Sample | None], key: str) -> None:
+        values = [(getattr(sample, key), index) for index, sample in enumerate(samples) if sample is not None]
+        if not values:
+            return
+        most, index = max(values, key=lambda pair: pair[0])
+        block = samples[index].block
+        name = self.blocks[block] if 0 <= block < len(self.blocks) else "all"
+        numbers = (min(values)[0], mean(value for value, _ in values), most)
+        table.add_row(label, *(f"{n / 2**20:,.1f}" for n in numbers), str(self.ranks[index].rank), name)
