@@ -28,15 +28,15 @@ def load_config(source: str) -> Any:
         return _read_config(path)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise FileNotFoundError(f"--model {source!r}: the folder holds no config.json; name one that does")
+            raise FileNotFoundError(f"model={source!r}: the folder holds no config.json; name one that does")
         return _read_config(path / "config.json")
     if path.is_absolute() or source.startswith(".") or source.count("/") > 1 or source.endswith(".json"):
-        raise FileNotFoundError(f"--model {source!r}: no such file or folder; name a config.json, or a hub name")
+        raise FileNotFoundError(f"model={source!r}: no such file or folder; name a config.json, or a hub name")
     try:
         return AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
-            f"--model {source!r}: no folder of that name here, and the hub did not deliver its config "
+            f"model={source!r}: no folder of that name here, and the hub did not deliver its config "
             f"({str(error).strip().splitlines()[0]}); without network name a folder or a config.json"
         ) from error
 
@@ -50,7 +50,7 @@ def _read_config(path: Path) -> Any:
         config = AutoConfig.for_model(kind)
     except (ValueError, KeyError, AttributeError, TypeError):
         raise ValueError(
-            f"--model {str(path)!r}: not the config of a model that transformers knows; it must be JSON with a "
+            f"model={str(path)!r}: not the config of a model that transformers knows; it must be JSON with a "
             '"model_type"'
         ) from None
     return type(config).from_dict(content)
@@ -91,7 +91,7 @@ class FakeModel:
                 self.module = _cast(_build(config, dtype, attn_implementation, model_class), dtype).train()
         except (ValueError, ImportError, AttributeError) as error:
             raise ValueError(
-                f"--model of type {config.model_type!r}: transformers cannot build it "
+                f"model of type {config.model_type!r}: transformers cannot build it "
                 f"({str(error).strip().splitlines()[0]})"
             ) from error
         if checkpointing:

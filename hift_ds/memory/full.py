@@ -1,7 +1,8 @@
 """Full fine-tuning by DeepSpeed's own optimizer: the same model, stage, precision and workload, for comparison.
 
 Gradients are in the model's dtype; masters (unless the weights are fp32) and the rule's state in fp32; each divided by
-the ranks from the stage on that shards it. DeepSpeed's buckets are left out: this is the least that it takes.
+the ranks from the stage on that shards it. DeepSpeed's reduction buckets have their full size whatever the model's is,
+and there are two of them where reduction overlaps with backward (stages 1 and 2).
 
 Source: ZeRO, arXiv 1910.02054, section 3.
 """
@@ -35,7 +36,7 @@ def full_figures(planner: Planner, request: Request, layout: Layout) -> tuple[Fi
     events = planner.events(request, trained)
     gathered = gathered_bytes(layout, events)
     shared = layout.stage >= 2 and layout.world > 1
-    held = whole // layout.world if shared else 0
+    held = (whole // layout.world if shared else 0) + _bucket_bytes(layout)
     weights, worst = 0, (-1, 0, 0, 0, "forward")
     for index, event in enumerate(events):
         phase = "forward" if event.forward else "backward"
@@ -55,6 +56,14 @@ def full_figures(planner: Planner, request: Request, layout: Layout) -> tuple[Fi
         state if on_host else 0, shard * element if on_host else 0, shard * element if on_host else 0,
         _network_bytes(layout, whole, gathered.sent),
     ), state if on_host else 0  # fmt: skip
+
+
+def _bucket_bytes(layout: Layout) -> int:
+    zero = layout.zero
+    if layout.stage == 0 or (layout.stage < 3 and not zero.contiguous_gradients):
+        return 0
+    buffers = 2 if layout.stage < 3 and zero.overlap_comm else 1
+    return buffers * zero.reduce_bucket_size * layout.dtype.itemsize
 
 
 def _state_bytes(layout: Layout, trained: tuple[str, ...]) -> int:

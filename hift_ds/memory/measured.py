@@ -119,6 +119,15 @@ class Report:
             "ranks": [{**asdict(record), "samples": [asdict(s) for s in record.samples]} for record in self.ranks],
         }  # fmt: skip
 
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Report:
+        """The inverse of `to_json`."""
+        ranks = (
+            RankRecord(**{**record, "samples": tuple(Sample(**sample) for sample in record["samples"])})
+            for record in content["ranks"]
+        )
+        return cls(tuple(ranks), tuple(content["blocks"]))
+
     def write(self, path: Path) -> None:
         """Writes `to_json` to a file; its folder is made."""
         path.parent.mkdir(parents=True, exist_ok=True)

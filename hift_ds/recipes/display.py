@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from hift_ds.launching import MPI_VARIABLES
@@ -34,6 +34,46 @@ class Display:
     def progress(self, total: int, completed: int) -> _Steps:
         """A bar for the training steps, to be used in a `with`."""
         return _Steps(self.console, self.active, total, completed)
+
+    def cells(self, total: int) -> _Cells:
+        """A bar for the cells of a comparison, to be used in a `with`."""
+        return _Cells(self.console, total)
+
+
+class _Cells:
+    """The cells of a comparison: a bar on a terminal, a line for each that is done."""
+
+    def __init__(self, console: Console, total: int) -> None:
+        self.console, self.total, self.done = console, total, 0
+        self.bar = None
+        if console.is_terminal:
+            columns = (BarColumn(bar_width=16), MofNCompleteColumn(), TextColumn("{task.description}"))
+            self.bar = Progress(*columns, TimeElapsedColumn(), console=console)
+            self.task = self.bar.add_task("", total=total)
+
+    def __enter__(self) -> _Cells:
+        if self.bar is not None:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def start(self, name: str) -> None:
+        """Shows what runs now."""
+        if self.bar is not None:
+            self.bar.update(self.task, description=name)
+
+    def finish(self, name: str, status: str, peak_mib: float | None, step_ms: float | None) -> None:
+        """Shows one finished cell."""
+        self.done += 1
+        figures = f"{peak_mib:,.1f} MiB" if peak_mib is not None else status
+        if step_ms is not None:
+            figures += f", {step_ms:,.0f} ms a step"
+        self.console.print(f"{self.done}/{self.total} {name}: {figures}", markup=False)
+        if self.bar is not None:
+            self.bar.update(self.task, completed=self.done)
 
 
 class _Steps:

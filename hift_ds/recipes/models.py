@@ -15,7 +15,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -172,6 +172,33 @@ def load_model(
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     with _reachable(name_or_path), _no_progress_bars():
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+    if zero3:
+        _restore_computed_buffers(model)
+    return model
+
+
+def random_model(
+    config: Any,
+    *,
+    dtype: torch.dtype,
+    attn_implementation: str | None = None,
+    zero3: bool = False,
+    device: str | None = None,
+    seed: int = 0,
+) -> PreTrainedModel:
+    """A causal language model of a config with random weights, for measurements; made on `device`, which is quick.
+
+    Args:
+        config: transformers' config.
+        zero3: As in `load_model`.
+        seed: The same weights on every rank.
+    """
+    from transformers import AutoModelForCausalLM
+
+    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    torch.manual_seed(seed)
+    with torch.device(device or "cpu"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
     if zero3:
         _restore_computed_buffers(model)
     return model

@@ -58,7 +58,7 @@ def load_run(args: argparse.Namespace) -> Run:
     ds_config, tokenizer, data, micro_batch, max_steps = agree(lambda: _load_data(args))
     agree_on_data = (len(data.train), len(data.eval), micro_batch, max_steps)
     require_alike("rows of the data set or steps", agree_on_data)  # else some rank would wait for ever at the end
-    if _is_zero3(ds_config):  # loading issues collectives: another in the place of one of them would never end
+    if is_zero3(ds_config):  # loading issues collectives: another in the place of one of them would never end
         model = _load_model(args, ds_config)
     else:
         model = agree(lambda: _load_model(args, ds_config))
@@ -90,27 +90,34 @@ def _load_data(args: argparse.Namespace) -> tuple[dict[str, Any], Any, Any, int,
 
 
 def _load_model(args: argparse.Namespace, ds_config: dict[str, Any]) -> Any:
-    import torch
     from transformers.integrations import HfDeepSpeedConfig
 
     from hift_ds.recipes.models import load_model
 
     # While this object lives, from_pretrained partitions each parameter as it is created.
-    kept = HfDeepSpeedConfig(ds_config) if _is_zero3(ds_config) else None
-    dtype = torch.float32
-    for key, candidate in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        if (ds_config.get(key) or {}).get("enabled"):
-            dtype = candidate
+    kept = HfDeepSpeedConfig(ds_config) if is_zero3(ds_config) else None
     model = load_model(
-        args.model_name_or_path, dtype=dtype, attn_implementation=args.attn_implementation, zero3=kept is not None
-    )
+        args.model_name_or_path, dtype=weights_dtype(ds_config), attn_implementation=args.attn_implementation,
+        zero3=kept is not None,
+    )  # fmt: skip
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.config.use_cache = False
     return model
 
 
-def _is_zero3(ds_config: dict[str, Any]) -> bool:
+def weights_dtype(ds_config: Mapping[str, Any]) -> Any:
+    """dtype of the model weights that a DeepSpeed config asks for."""
+    import torch
+
+    for key, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        if (ds_config.get(key) or {}).get("enabled"):
+            return dtype
+    return torch.float32
+
+
+def is_zero3(ds_config: Mapping[str, Any]) -> bool:
+    """Whether a DeepSpeed config asks for stage 3."""
     zero = ds_config.get("zero_optimization")
     return isinstance(zero, Mapping) and zero.get("stage") == 3
 

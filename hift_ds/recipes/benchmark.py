@@ -1,0 +1,264 @@
+"""One configuration measured: peak memory beside the forecast, step time, losses. What the benchmark scripts share."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from statistics import median
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+
+from hift_ds.memory.measured import Report
+from hift_ds.memory.meter import MemoryMeter
+from hift_ds.memory.plan import Plan, Planner
+from hift_ds.memory.request import Request, parse_bytes
+from hift_ds.recipes import loop
+from hift_ds.recipes.display import Display
+from hift_ds.recipes.results import provenance
+
+OUT_OF_MEMORY = 3  # exit code
+
+
+def add_benchmark_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a measurement has beside the options of a training run."""
+    add = parser.add_argument
+    add("--random", action="store_true", help="random weights from the model's config.json, and random tokens")
+    add("--gpu_memory_limit", metavar="SIZE", help="cap the allocator, as 24GiB: a bigger card shows what fits on less")
+    add("--results", metavar="FILE", help="where the result goes (default: a dated file in launch/results)")
+
+
+def limit_memory(text: str | None) -> int | None:
+    """Caps what this process may allocate on its card; the cap in bytes.
+
+    Raises:
+        ValueError: No size, no CUDA device, or more than the card has.
+    """
+    if text is None:
+        return None
+    try:
+        limit = parse_bytes(text)
+    except ValueError as error:
+        raise ValueError(f"--gpu_memory_limit {error}") from None
+    if not torch.cuda.is_available() or get_accelerator().device_name() != "cuda":
+        raise ValueError(f"--gpu_memory_limit {text!r}: caps CUDA's allocator, and this run is on a CPU; leave it out")
+    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    if limit > total:
+        raise ValueError(f"--gpu_memory_limit {text!r}: the card has {total / 2**30:.1f} GiB; name less")
+    torch.cuda.set_per_process_memory_fraction(limit / total)
+    return limit
+
+
+def measure(args: argparse.Namespace, display: Display) -> dict[str, Any]:
+    """Trains `args.max_steps` steps (default: twice every block) and says what they took. Collective.
+
+    The first two turns of every block (three at stage 3, where DeepSpeed prefetches from the second on) run inside the
+    meter; step times are of the steps after these, or on CUDA of the second half.
+    """
+    import hift_ds
+
+    run = _random_run(args) if args.random else _loaded_run(args)
+    engine, _, _, _ = hift_ds.initialize(model=run.model, model_parameters=run.model.parameters(), config=run.ds_config)
+    blocks = len(engine.hift.blocks) if args.hift else 1
+    metered = (3 if engine.zero_optimization_stage() == 3 else 2) * max(blocks, 2)
+    steps = args.max_steps or 2 * metered
+    stream = _Watched(_random_batches(run, args, engine) if args.random else _batches(run, args, engine))
+    held_out = [] if args.random else [_held_out(engine, run)]
+    losses, seconds = [], []
+    tokens = _tokens(run, args, engine)
+    with display.progress(steps, 0) as progress:
+        with MemoryMeter(engine) as meter:
+            _steps(engine, stream, min(steps, metered), losses, seconds, progress, tokens)
+        _steps(engine, stream, steps - len(losses), losses, seconds, progress, tokens)
+    if not args.random:
+        held_out.append(_held_out(engine, run))
+    report = meter.gather()
+    plan = _forecast(args, run, engine, stream.padded) if dist.get_rank() == 0 else None
+    cuda = engine.device.type == "cuda"
+    timed = seconds[len(seconds) // 2 :] if cuda else seconds[metered:]  # on a CPU the meter slows steps down
+    return _row(args, run, engine, report, plan) | {
+        "steps": steps,
+        "step_ms": _quantiles(timed),
+        "tokens_per_s": tokens / median(timed) if timed else None,
+        "loss": [round(loss, 5) for loss in losses],
+        "held_out_loss": held_out,
+    }
+
+
+def _steps(
+    engine: Any, stream: Iterator[dict[str, torch.Tensor]], count: int, losses: list[float], seconds: list[float],
+    progress: Any, tokens: int,
+) -> None:  # fmt: skip
+    accumulation = engine.gradient_accumulation_steps()
+    for _ in range(count):
+        _synchronize(engine)
+        began = time.perf_counter()
+        total = torch.zeros((), dtype=torch.float64, device=engine.device)
+        for _ in range(accumulation):
+            loss = engine(**next(stream)).loss
+            engine.backward(loss)
+            engine.step()
+            total += loss.detach().double() / accumulation
+            del loss  # with it goes its graph: the forecast has none left over from the step before
+        _synchronize(engine)
+        seconds.append(time.perf_counter() - began)
+        dist.all_reduce(total)
+        losses.append(total.item() / dist.get_world_size())
+        progress.update(losses[-1], engine.get_lr()[0], "", tokens / seconds[-1])
+
+
+def _synchronize(engine: Any) -> None:
+    if engine.device.type == "cuda":
+        torch.cuda.synchronize(engine.device)
+    else:
+        dist.barrier()
+
+
+class _Watched:
+    """Batches, and whether any had padding; a mask of ones is left out, as full rows need none."""
+
+    def __init__(self, batches: Iterator[dict[str, torch.Tensor]]) -> None:
+        self._batches, self.padded = batches, False
+
+    def __iter__(self) -> _Watched:
+        return self
+
+    def __next__(self) -> dict[str, torch.Tensor]:
+        batch = next(self._batches)
+        mask = batch.get("attention_mask")
+        if mask is not None and bool(mask.all()):
+            batch = {key: tensor for key, tensor in batch.items() if key != "attention_mask"}
+        elif mask is not None:
+            self.padded = True
+        return batch
+
+
+def _loaded_run(args: argparse.Namespace) -> Any:
+    from hift_ds.recipes.setup import load_run
+
+    return load_run(args)
+
+
+def _random_run(args: argparse.Namespace) -> Any:
+    from transformers.integrations import HfDeepSpeedConfig
+
+    from hift_ds.launching import agree
+    from hift_ds.memory.fake_model import load_config
+    from hift_ds.recipes.arguments import build_ds_config, resolve_batch
+    from hift_ds.recipes.models import SAMPLE, fetch_sample, random_model
+    from hift_ds.recipes.setup import Run, is_zero3, weights_dtype
+
+    def prepare() -> tuple[dict[str, Any], int, Any]:
+        ds_config = build_ds_config(args, args.max_steps or 100)
+        micro_batch, _ = resolve_batch(ds_config, dist.get_world_size())
+        source = str(fetch_sample()) if args.model_name_or_path == SAMPLE else args.model_name_or_path
+        return ds_config, micro_batch, load_config(source)
+
+    ds_config, micro_batch, config = agree(prepare)
+    kept = HfDeepSpeedConfig(ds_config) if is_zero3(ds_config) else None
+    model = random_model(
+        config, dtype=weights_dtype(ds_config), attn_implementation=args.attn_implementation, zero3=kept is not None,
+        device=get_accelerator().current_device_name(), seed=args.seed,
+    )  # fmt: skip
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.config.use_cache = False
+    return Run(model, None, None, ds_config, micro_batch, args.max_steps or 0)
+
+
+def _random_batches(run: Any, args: argparse.Namespace, engine: Any) -> Iterator[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(args.seed * 1000 + dist.get_rank())
+    while True:
+        ids = torch.randint(0, run.model.config.vocab_size, (run.micro_batch, args.seq_len), generator=generator)
+        ids = ids.to(engine.device)
+        yield {"input_ids": ids, "labels": ids}
+
+
+def _batches(run: Any, args: argparse.Namespace, engine: Any) -> Iterator[dict[str, torch.Tensor]]:
+    return loop.batches(run.data, run.micro_batch, args.seed, 0, engine.device)
+
+
+def _held_out(engine: Any, run: Any) -> float | None:
+    if not len(run.data.eval):
+        return None
+    return loop.held_out_loss(engine, run.data, run.micro_batch, engine.device)
+
+
+def _forecast(args: argparse.Namespace, run: Any, engine: Any, padded: bool) -> Plan | str:
+    """The plan of this very run, or why there is none."""
+    config = copy.deepcopy(run.model.config)
+    attention = getattr(config, "_attn_implementation", None)
+    ds_config = copy.deepcopy(run.ds_config)
+    ds_config["hift"] = {**(ds_config.get("hift") or {}), "enabled": True}
+    if engine.device.type == "cpu":  # one memory: nothing streams
+        ds_config["hift"]["state"] = {"residency": "device"}
+        (ds_config.get("zero_optimization") or {}).pop("offload_optimizer", None)
+    if args.hift:
+        units = getattr(engine.hift_config, "layers_per_block", None)
+        ds_config["hift"]["layers_per_block"] = units or 1
+    nodes = max(1, dist.get_world_size() // int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())))
+    request = Request(
+        ds_config, args.seq_len, attention, args.gradient_checkpointing, padded, dist.get_world_size() // nodes, nodes,
+        limit_of(args),
+    )  # fmt: skip
+    try:
+        return Planner(config, type(run.model)).plan(request)
+    except (ValueError, TypeError) as error:
+        return str(error)
+
+
+def limit_of(args: argparse.Namespace) -> int | None:
+    """The cap on the card's memory, in bytes."""
+    return None if args.gpu_memory_limit is None else parse_bytes(args.gpu_memory_limit)
+
+
+def _row(args: argparse.Namespace, run: Any, engine: Any, report: Report, plan: Plan | str | None) -> dict[str, Any]:
+    peak = max((record.peak for record in report.ranks), key=lambda sample: sample.allocated)
+    row = {
+        **provenance(engine.device),
+        "status": "ok",
+        "method": "hift" if args.hift else "full",
+        "model": args.model_name_or_path,
+        "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters()),
+        "stage": engine.zero_optimization_stage(),
+        "ranks": engine.dp_world_size,
+        "nodes": len({record.node for record in report.ranks}),
+        "dtype": str(engine.get_data_types()[0]).removeprefix("torch."),
+        "optimizer": (run.ds_config.get("optimizer") or {}).get("type"),
+        "sequence": args.seq_len,
+        "micro_batch": run.micro_batch,
+        "accumulation": engine.gradient_accumulation_steps(),
+        "activation_checkpointing": args.gradient_checkpointing,
+        "blocks": len(engine.hift.blocks) if args.hift else None,
+        "gpu_memory_limit": limit_of(args),
+        "measured": {**asdict(peak), "how": report.kind, "reserved": report.reserved},
+        "config": {key: value for key, value in run.ds_config.items() if key != "tensorboard"},
+        "report": report.to_json(),
+    }
+    if isinstance(plan, Plan):
+        figures = plan.worst if args.hift else plan.full
+        row["forecast"] = {**asdict(figures), "peak": figures.peak}
+    else:
+        row["forecast"] = plan
+    return row
+
+
+def _tokens(run: Any, args: argparse.Namespace, engine: Any) -> int:
+    """Of a step, over all ranks; padding included."""
+    return run.micro_batch * args.seq_len * engine.gradient_accumulation_steps() * engine.dp_world_size
+
+
+def _quantiles(seconds: list[float]) -> dict[str, float] | None:
+    if not seconds:
+        return None
+    ordered = sorted(seconds)
+    return {
+        f"p{share}": round(1000 * ordered[min(len(ordered) - 1, share * len(ordered) // 100)], 3)
+        for share in (20, 50, 80)
+    }

@@ -1,0 +1,100 @@
+#!/usr/bin/env python3
+"""The cluster memory benchmark: what one configuration takes, measured on every rank, beside the forecast.
+
+    deepspeed launch/benchmark_memory.py --hift                        # the sample model and data
+    deepspeed launch/benchmark_memory.py                               # the same, full fine-tuning
+    deepspeed launch/benchmark_memory.py --hift --random --model_name_or_path config.json --seq_len 1024 --micro_batch 1
+    deepspeed --hostfile hosts launch/benchmark_memory.py --hift --deepspeed_config ds_configs/zero3_bf16.json
+    mpirun -np 8 python launch/benchmark_memory.py --hift
+
+Takes the options of launch/train.py. Every block trains at least twice. Writes a dated JSON file into launch/results/,
+with every rank's peaks by block, phase and role, step times and losses. Exit code 3: out of memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+
+
+def main() -> int:
+    from hift_ds.recipes.setup import fail, prepare_process
+
+    prepare_process("--verbose" in sys.argv)
+    from hift_ds.recipes.arguments import add_arguments
+
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_arguments(parser, HERE / "demo.json")
+    from hift_ds.recipes.benchmark import OUT_OF_MEMORY, add_benchmark_arguments
+
+    add_benchmark_arguments(parser)
+    args = parser.parse_args()
+    import torch
+
+    try:
+        benchmark(args)
+    except torch.OutOfMemoryError as error:
+        fail(error, args.verbose)
+        return OUT_OF_MEMORY
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        return fail(error, args.verbose)
+    from deepspeed import comm as dist
+
+    dist.destroy_process_group()  # NCCL warns otherwise
+    return 0
+
+
+def benchmark(args: argparse.Namespace) -> dict[str, Any]:
+    """Measures, shows and writes. Collective."""
+    import hift_ds
+    from hift_ds.launching import agree
+    from hift_ds.recipes.benchmark import limit_memory, measure
+    from hift_ds.recipes.display import Display
+    from hift_ds.recipes.results import write_results
+
+    hift_ds.init_distributed()
+    display = Display(int(os.environ["RANK"]))
+    agree(lambda: limit_memory(args.gpu_memory_limit))
+    row = measure(args, display)
+    if display.active:
+        show(row, display)
+        path = Path(args.results) if args.results else HERE / "results" / f"{row['date']}_memory_{name_of(row)}.json"
+        write_results(path, row)
+        display.print(f"wrote {path}", markup=False, soft_wrap=True)
+    return row
+
+
+def show(row: dict[str, Any], display: Any) -> None:
+    """The table of all ranks, and the forecast beside the measured peak."""
+    from hift_ds.memory.measured import Report
+
+    report = Report.from_json(row["report"])
+    display.print(report.table())
+    forecast = row["forecast"]
+    if isinstance(forecast, dict):
+        peak, measured = forecast["peak"], row["measured"]["allocated"]
+        off = 100 * (peak / measured - 1)
+        display.print(f"forecast {peak / 2**20:,.1f} MiB, measured {measured / 2**20:,.1f} MiB ({off:+.1f} %)")
+    else:
+        display.print(f"no forecast: {forecast}", markup=False)
+    if row["step_ms"] is not None:
+        display.print(f"step {row['step_ms']['p50']:,.0f} ms, {row['tokens_per_s']:,.0f} tokens/s")
+
+
+def name_of(row: dict[str, Any]) -> str:
+    """Short name of a configuration, for files."""
+    method = f"hift_{row['blocks']}blocks" if row["method"] == "hift" else "full"
+    model = Path(row["model"]).stem
+    rows = f"{row['micro_batch']}x{row['sequence']}"
+    return f"{model}_{method}_zero{row['stage']}_{row['dtype']}_{row['ranks']}ranks_{rows}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

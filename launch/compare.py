@@ -1,0 +1,228 @@
+#!/usr/bin/env python3
+"""HiFT beside full fine-tuning, with and without ZeRO, in fp32, bf16 and fp16, on one and many GPUs.
+
+    python launch/compare.py                               # the whole matrix, on all GPUs here (or 2 CPU ranks)
+    python launch/compare.py --experiment memory           # memory profile, HiFT against full fine-tuning
+    python launch/compare.py --experiment blocks           # ablation over block sizes
+    python launch/compare.py --experiment rotation         # convergence over rotation frequencies and orders
+    python launch/compare.py --stages 2 3 --precisions bf16 --gpus 1 4 -- --random --model_name_or_path config.json
+
+Each cell is a process of its own under the deepspeed launcher: launch/benchmark_memory.py with the same model, data and
+seed; what follows `--` goes to it. A cell that runs out of memory, is refused or crashes is a row like any other. Stop
+and start again at will: finished cells are kept. Results: DIR/results.csv, results.md and pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+OUT_OF_MEMORY = 3  # of benchmark_memory.py
+EXPERIMENTS: dict[str, dict[str, Any]] = {
+    "memory": {"stages": [0, 2, 3], "precisions": ["fp32", "bf16"]},
+    "blocks": {"methods": ["full", "hift"], "stages": [2], "precisions": ["bf16"], "layers_per_block": [1, 2, 4, 8]},
+    "rotation": {
+        "methods": ["full", "hift"], "stages": [2], "precisions": ["bf16"], "steps_per_block": [1, 4, 16],
+        "orders": ["bottom2up", "top2down", "random"],
+    },
+}  # fmt: skip
+
+
+def main() -> int:
+    args = _arguments()
+    from hift_ds.recipes.comparison import flat_row, write_tables
+    from hift_ds.recipes.display import Display
+    from hift_ds.recipes.setup import fail, prepare_process
+
+    prepare_process(verbose=False)
+    display = Display(0)
+    try:
+        matrix, base = _matrix(args), _base_config(args)
+    except (ValueError, TypeError, OSError) as error:
+        return fail(error, verbose=False)
+    cells, rows, results = matrix.cells(), [], []
+    folder = Path(args.output_dir)
+    title = f"{args.experiment or 'comparison'}: {len(cells)} cells"
+    display.print(f"{title}, results in {folder}", markup=False)
+    with display.cells(len(cells)) as progress:
+        for cell in cells:
+            progress.start(cell.name)
+            result = run_cell(args, cell, base)
+            results.append((cell, result))
+            rows.append(flat_row(cell, result))
+            write_tables(rows, folder, title)
+            progress.finish(cell.name, result["status"], rows[-1]["peak_mib"], rows[-1]["step_ms_p50"])
+    from hift_ds.recipes.pictures import draw_all
+
+    for path in draw_all(results, folder):
+        display.print(f"wrote {path}", markup=False, soft_wrap=True)
+    display.print(f"wrote {folder / 'results.csv'} and results.md", markup=False, soft_wrap=True)
+    return 0
+
+
+def run_cell(args: argparse.Namespace, cell: Any, base: dict[str, Any]) -> dict[str, Any]:
+    """The cell's result, from its file if it is there, else from a run."""
+    from hift_ds.recipes.comparison import config_of, signature
+
+    config = config_of(cell, base)
+    sign = signature(cell, config, args.options)
+    place = Path(args.output_dir, "cells")
+    place.mkdir(parents=True, exist_ok=True)
+    path = place / f"{cell.name}.json"
+    if path.is_file() and not args.again:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept.get("signature") == sign and (kept["status"] == "ok" or not args.retry_failed):
+            return kept
+    config_path = place / f"{cell.name}.config.json"
+    config_path.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    path.unlink(missing_ok=True)
+    result = _run(args, cell, config_path, path, place / f"{cell.name}.log")
+    result["signature"] = sign
+    written = path.with_suffix(".part")  # whole or not at all: a cut run leaves no half of a result
+    written.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    written.replace(path)
+    return result
+
+
+def _run(args: argparse.Namespace, cell: Any, config: Path, path: Path, log: Path) -> dict[str, Any]:
+    command = [*_launcher(cell.gpus), str(HERE / "benchmark_memory.py"), "--deepspeed_config", str(config)]
+    command += ["--seq_len", str(cell.seq_len), "--results", str(path), *args.options]
+    command += ["--hift"] if cell.method == "hift" else []
+    command += ["--gradient_checkpointing"] if cell.checkpointing else []
+    path_first = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+    with log.open("w", encoding="utf-8") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env={**os.environ, **path_first}
+        )
+        try:
+            code = process.wait(args.cell_timeout)
+        except subprocess.TimeoutExpired:
+            code = None
+        except BaseException:  # Ctrl-C: the ranks must not outlive their comparison
+            _end(process)
+            raise
+    if code != 0:
+        _end(process)
+        return {"status": _status(code, log, args.cell_timeout)}
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Ends the launcher and all of its ranks."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    process.wait(30)
+
+
+def _status(code: int | None, log: Path, timeout_s: float) -> str:
+    """Why there is no result, as the row says it."""
+    text = log.read_text(encoding="utf-8", errors="replace")
+    if code is None:
+        return f"no end within {timeout_s:.0f} s"
+    if code == OUT_OF_MEMORY or re.search(r"out of memory", text, re.IGNORECASE):
+        return "out of memory"
+    error = re.search(r"^\[rank \d+\] error: (.*)$", text, re.MULTILINE)
+    if error:
+        return f"refused: {error[1]}" if code == 2 else error[1]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return f"failed ({code}): {lines[-1][:200] if lines else 'no output'}"
+
+
+def _launcher(gpus: int) -> list[str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    beside = Path(sys.executable).with_name("deepspeed")  # of this environment, whatever PATH says
+    launcher = str(beside) if beside.exists() else "deepspeed"
+    return [launcher, "--quiet", "--num_accelerators", str(gpus), "--master_port", str(port)]
+
+
+def _matrix(args: argparse.Namespace) -> Any:
+    from hift_ds.recipes.comparison import Matrix, dimensions
+
+    values = dict(EXPERIMENTS.get(args.experiment, {}))
+    values |= {name: getattr(args, name) for name in dimensions() if getattr(args, name) is not None}
+    values.setdefault("gpus", _default_gpus(args))
+    return Matrix(**values)
+
+
+def _default_gpus(args: argparse.Namespace) -> list[int]:
+    """1, 2, 4 ... and all; for the experiments all alone."""
+    import torch
+
+    found = torch.cuda.device_count()
+    if found == 0:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        return [2]
+    powers = [2**k for k in range(found.bit_length()) if 2**k < found]
+    return [found] if args.experiment else [*powers, found]
+
+
+def _base_config(args: argparse.Namespace) -> dict[str, Any]:
+    from hift_ds.launching import load_ds_config
+
+    config = load_ds_config(args.deepspeed_config)
+    if not isinstance(config, dict):
+        raise ValueError(f"--deepspeed_config {args.deepspeed_config!r}: no such file; name a DeepSpeed JSON")
+    for option in args.options:
+        if option in ("--hift", "--seq_len", "--results", "--deepspeed_config", "--gradient_checkpointing"):
+            raise ValueError(f"{option} after --: compare.py sets it for each cell; use its own options")
+    return config
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--experiment", choices=sorted(EXPERIMENTS), help="a ready matrix; the options below change it")
+    add("--methods", nargs="+", choices=("full", "hift"))
+    add("--stages", nargs="+", type=int, choices=(0, 1, 2, 3), help="0 = without ZeRO")
+    add("--precisions", nargs="+", choices=("fp32", "bf16", "fp16"))
+    add("--gpus", nargs="+", type=int, metavar="N", help="numbers of ranks (default: 1, 2, 4 ... and all)")
+    add("--optimizers", nargs="+", metavar="NAME", help="AdamW, SGD, SGDM, Adagrad, Adafactor, Lion")
+    add("--checkpointing", nargs="+", type=_yes_or_no, metavar="yes|no", help="activation checkpointing")
+    add("--seq_lens", nargs="+", type=int, metavar="S")
+    add("--layers_per_block", nargs="+", type=int, metavar="M")
+    add("--orders", nargs="+", choices=("bottom2up", "top2down", "random"))
+    add("--steps_per_block", nargs="+", type=int, metavar="K")
+    add("--deepspeed_config", default=str(HERE / "demo.json"), metavar="JSON", help="what all cells share")
+    add("--output_dir", default="outputs/compare", metavar="DIR")
+    add("--cell_timeout", type=float, default=3600, metavar="SECONDS")
+    add("--again", action="store_true", help="run finished cells again, too")
+    add("--retry_failed", action="store_true", help="run cells again that ended without a result")
+    add("options", nargs="*", help="after --: options of launch/benchmark_memory.py")
+    own, _, passed = _split(sys.argv[1:])
+    args = parser.parse_args(own)
+    if args.options:
+        parser.error(f"{args.options[0]!r}: options of the cells go after --")
+    args.options = passed
+    return args
+
+
+def _split(arguments: list[str]) -> tuple[list[str], str, list[str]]:
+    if "--" not in arguments:
+        return arguments, "", []
+    place = arguments.index("--")
+    return arguments[:place], "--", arguments[place + 1 :]
+
+
+def _yes_or_no(text: str) -> bool:
+    if text not in ("yes", "no"):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be yes or no")
+    return text == "yes"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
