@@ -6,7 +6,7 @@ READY = $(VENV)/.ready
 # absolute, because the deepspeed launcher starts `python` and `ninja` by name
 RUN = PATH="$(abspath $(BIN)):$$PATH"
 
-.PHONY: demo demo-results test slow gpu lint speed clean
+.PHONY: demo demo-results test slow gpu lint speed compare clean
 
 demo: $(READY)
 	$(RUN) launch/demo.sh
@@ -36,6 +36,12 @@ speed: $(READY)
 	$(RUN) $(if $(shell nvidia-smi -L 2>/dev/null),,DS_ACCELERATOR=cpu) deepspeed --quiet \
 		$(if $(shell nvidia-smi -L 2>/dev/null),,--num_accelerators 2) launch/benchmark_speed.py \
 		--layers_per_block $(LAYERS_PER_BLOCK) --cycles $(CYCLES)
+
+# HiFT beside full fine-tuning at every ZeRO stage and precision with the sample model on 2 CPU ranks, into launch/results/
+compare: $(READY)
+	$(RUN) launch/sweep_cpu.sh --output_dir outputs/compare_cpu
+	mkdir -p launch/results/$$(date +%F)_compare_cpu
+	cp outputs/compare_cpu/results.* outputs/compare_cpu/*.png launch/results/$$(date +%F)_compare_cpu/
 
 $(READY): pyproject.toml
 	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 10) <= v < (3, 13) else "hift_ds needs Python 3.10 to 3.12, $(PYTHON) is %d.%d: make PYTHON=python3.12" % v[:2])'

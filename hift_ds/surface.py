@@ -36,6 +36,7 @@ SURFACE: dict[str, dict[str, tuple[str, ...]]] = {
             "zero_allgather_sequential", "zero_optimization_stage", "zero_overlap_comm", "zero_reduce_bucket_size",
         ),
     },
+    "deepspeed.runtime.config": {"": ("DeepSpeedConfig", "DtypeEnum")},
     "deepspeed.runtime.base_optimizer": {
         "ZeROOptimizer": (
             "backward_prologue", "clear_backward_seen_flag", "enter_backward", "exit_backward",
@@ -62,6 +63,13 @@ INSTANCE_SURFACE: dict[str, dict[str, tuple[str, ...]]] = {
         "DeepSpeedEngine": (
             "_config", "basic_optimizer", "client_optimizer", "device", "global_rank", "gradient_average", "local_rank",
             "lr_scheduler", "param_names", "seq_data_parallel_group", "seq_dp_world_size", "tput_timer",
+        ),
+    },
+    "deepspeed.runtime.config": {
+        "DeepSpeedConfig": (
+            "communication_data_type", "grad_accum_dtype", "gradient_accumulation_steps", "gradient_clipping",
+            "gradient_predivide_factor", "managed_gradient_accumulation", "prescale_gradients",
+            "train_micro_batch_size_per_gpu", "zero_config", "zero_optimization_stage",
         ),
     },
     "deepspeed.runtime.zero.parameter_offload": {

@@ -44,6 +44,10 @@ def main() -> int:
     from hift_ds.recipes.setup import fail, prepare_process
 
     prepare_process(verbose=False)
+    import torch
+
+    if torch.cuda.device_count() == 0:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # for the cells, too
     display = Display(0)
     try:
         matrix, base = _matrix(args), _base_config(args)
@@ -132,9 +136,10 @@ def _status(code: int | None, log: Path, timeout_s: float) -> str:
         return f"no end within {timeout_s:.0f} s"
     if code == OUT_OF_MEMORY or re.search(r"out of memory", text, re.IGNORECASE):
         return "out of memory"
-    error = re.search(r"^\[rank \d+\] error: (.*)$", text, re.MULTILINE)
-    if error:
-        return f"refused: {error[1]}" if code == 2 else error[1]
+    error = re.search(r"\[rank \d+\] error: (.*?)(?=\[rank \d+\] error: |$)", text, re.MULTILINE)
+    if error:  # the launcher does not hand every exit code on
+        trained = re.search(r"^step \d+/", text, re.MULTILINE)
+        return f"{'failed' if trained else 'refused'}: {error[1]}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return f"failed ({code}): {lines[-1][:200] if lines else 'no output'}"
 
@@ -163,7 +168,6 @@ def _default_gpus(args: argparse.Namespace) -> list[int]:
 
     found = torch.cuda.device_count()
     if found == 0:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
         return [2]
     powers = [2**k for k in range(found.bit_length()) if 2**k < found]
     return [found] if args.experiment else [*powers, found]

@@ -104,7 +104,8 @@ class Report:
         table.add_section()
         highest = [record.peak for record in self.ranks]
         for role in ROLES:
-            self._row(table, f"{role} at the peak", highest, role)
+            label = "activations, buckets" if role == "activations" else role
+            self._row(table, f"{label} at the peak", highest, role)
         table.add_section()
         self._row(table, "allocated", highest, "allocated")
         reserved = [max(r.samples, key=lambda s: s.reserved, default=None) for r in self.ranks]

@@ -190,17 +190,23 @@ def random_model(
 
     Args:
         config: transformers' config.
-        zero3: As in `load_model`.
-        seed: The same weights on every rank.
+        zero3: As in `load_model`; collective then.
+        seed: The same seed gives the same weights, on every rank and with and without ZeRO-3.
     """
+    import deepspeed
     from transformers import AutoModelForCausalLM
 
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    torch.manual_seed(seed)
     with torch.device(device or "cpu"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
     if zero3:
         _restore_computed_buffers(model)
+    with torch.no_grad():
+        for index, param in enumerate(model.parameters()):
+            with deepspeed.zero.GatheredParameters([param], modifier_rank=0, enabled=zero3):
+                if param.ndim >= 2:  # norms begin at 1 and biases at 0, whoever makes them
+                    generator = torch.Generator(param.device).manual_seed(1_000_003 * seed + index)
+                    param.normal_(0.0, 0.02, generator=generator)
     return model
 
 

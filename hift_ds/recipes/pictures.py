@@ -54,7 +54,8 @@ def _memory(results: Results, path: Path) -> Path:
         left = 0.0
         for role in ROLES:
             width = result["measured"][role] / 2**20
-            axes.barh(place, width, 0.62, left, color=COLOURS[role], label=role)
+            label = "activations, buckets" if role == "activations" else role
+            axes.barh(place, width, 0.62, left, color=COLOURS[role], label=label)
             left += width
         if isinstance(result["forecast"], dict):
             peak = result["forecast"]["peak"] / 2**20

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# The forecasts of README for a 7B Llama on one card, as JSON files in DIR (default: launch/results/DATE_plans).
+set -euo pipefail
+here="$(dirname "$0")"
+folder="${1:-$here/results/$(date +%F)_plans}"
+mkdir -p "$folder"
+plan() { # name, options
+    echo "== $1"
+    hift-ds plan --model "$here/llama2_7b.json" --json "$folder/llama2_7b_$1.json" "${@:2}"
+}
+plan bf16_1x1024_checkpointing --precision bf16 --micro_batch 1 --seq 1024 --activation_checkpointing
+plan bf16_1x1024 --precision bf16 --micro_batch 1 --seq 1024
+plan bf16_6x512_checkpointing --precision bf16 --micro_batch 6 --seq 512 --activation_checkpointing
+plan bf16_6x512 --precision bf16 --micro_batch 6 --seq 512 --plot "$folder/llama2_7b_bf16_6x512.png"
+plan bf16_6x512_eager --precision bf16 --micro_batch 6 --seq 512 --attn eager
+plan fp32_1x1024_checkpointing --precision fp32 --micro_batch 1 --seq 1024 --activation_checkpointing
+plan fp32_6x512 --precision fp32 --micro_batch 6 --seq 512

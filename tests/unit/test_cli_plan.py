@@ -1,0 +1,372 @@
+"""`hift-ds plan`: exit codes, errors in one sentence, pure JSON, and the request that options and a config make."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import transformers as hf
+
+from hift_ds import cli
+from hift_ds.memory.request import RESERVE_BYTES, Request, parse_bytes
+from hift_ds.recipes import planning
+from hift_ds.recipes.planning import complete_config
+
+ROOT = Path(__file__).parents[2]
+MICRO, ACCUMULATION, TRAIN = "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A folder with the config of a Llama of one layer and 64 positions."""
+    folder = tmp_path_factory.mktemp("tiny")
+    config = hf.LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=64, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    config.save_pretrained(folder)
+    return folder
+
+
+def written(folder, content, name="file.json"):
+    path = folder / name
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return str(path)
+
+
+def plan(*options):
+    return cli.main(["plan", *map(str, options)])
+
+
+# Exit codes.
+
+
+def test_a_plan_without_limits_or_that_fits_exits_0(tiny, capsys):
+    assert plan("--model", tiny, "--seq", 8) == 0
+    out, err = capsys.readouterr()
+    assert "LlamaForCausalLM" in out and "a card of 12 GiB holds it" in " ".join(out.split())
+    assert err == ""
+    assert plan("--model", tiny, "--seq", 8, "--gpu_memory", "24GiB", "--host_memory", "1GiB") == 0
+    assert "fits: needs 1.00 GiB of 24.00 GiB" in capsys.readouterr().out
+
+
+def test_a_plan_that_does_not_fit_exits_1_and_advises(tiny, capsys):
+    assert plan("--model", tiny, "--seq", 8, "--gpu_memory", "512MiB") == 1
+    out, err = capsys.readouterr()
+    assert "does not fit: needs 1.00 GiB of 0.50 GiB" in out
+    assert "No change that is known here makes it fit" in out
+    assert err == ""
+
+
+def test_a_host_too_small_exits_1_with_what_would_fit(tiny, capsys):
+    assert plan("--model", tiny, "--seq", 8, "--gpu_memory", "24GiB", "--host_memory", 50_000) == 1
+    assert '"master": "split16" in hift.state' in capsys.readouterr().out
+
+
+def test_no_command_and_unknown_options_exit_2(capsys):
+    for arguments in ([], ["plan"], ["plan", "--model", "m", "--gpu", "1"], ["plan", "--model", "m", "--seq", "0"]):
+        with pytest.raises(SystemExit) as exit:
+            cli.main(arguments)
+        assert exit.value.code == 2
+        assert "error:" in capsys.readouterr().err
+
+
+# Errors: one sentence on stderr that names option, value and what to do.
+
+
+def error_of(capsys, *options):
+    """The sentence of a run that fails."""
+    assert plan(*options) == 2
+    out, err = capsys.readouterr()
+    lines = err.strip().splitlines()
+    assert out == ""
+    assert len(lines) == 1, err
+    assert lines[0].startswith("[rank 0] error: ")
+    return lines[0].removeprefix("[rank 0] error: ")
+
+
+@pytest.mark.parametrize("option", ["--gpu_memory", "--host_memory"])
+@pytest.mark.parametrize("size", ["24 apples", "GiB", "-3GiB", "0", "1e9"])
+def test_a_bad_size_is_refused_with_examples_of_good_ones(tiny, capsys, option, size):
+    message = error_of(capsys, "--model", tiny, f"{option}={size}")
+    assert message.startswith(f"{option} {size!r}: must be")
+    assert "48GiB" in message or size == "0"
+
+
+def test_a_missing_config_is_refused(capsys, tmp_path):
+    for model in (tmp_path / "none", tmp_path / "none.json", "./none"):
+        message = error_of(capsys, "--model", model)
+        assert str(model) in message and "name a config.json" in message
+    message = error_of(capsys, "--model", tmp_path)
+    assert str(tmp_path) in message and "holds no config.json" in message
+    assert "'nobody/nothing'" in error_of(capsys, "--model", "nobody/nothing")
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", {"hidden_size": 3}, {"model_type": "nosuch"}, {"model_type": None}],
+    ids=["empty", "unreadable", "no object", "no model_type", "unknown model_type", "null"],
+)
+def test_a_file_that_is_no_models_config_is_refused(capsys, tmp_path, content):
+    path = written(tmp_path, content)
+    message = error_of(capsys, "--model", path)
+    assert path in message and '"model_type"' in message
+
+
+@pytest.mark.parametrize(
+    "value",
+    [{"hidden_size": "wide"}, {"hidden_size": 33, "num_attention_heads": 2}, {"vocab_size": None}],
+    ids=["type", "heads", "null"],
+)
+def test_a_value_that_a_models_config_cannot_have_is_refused(capsys, tmp_path, value):
+    path = written(tmp_path, {"model_type": "llama", "num_hidden_layers": 1, **value})
+    message = error_of(capsys, "--model", path, "--seq", 8)
+    assert path in message and next(iter(value)) in message
+
+
+def test_rows_longer_than_the_models_positions_are_refused(tiny, capsys):
+    message = error_of(capsys, "--model", tiny, "--seq", 65)
+    assert message == "--seq 65: the model has 64 positions; use a shorter sequence"
+
+
+def test_a_model_of_images_is_refused(capsys, tmp_path):
+    config = hf.ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=4,
+        architectures=["ViTForImageClassification"],
+    )  # fmt: skip
+    message = error_of(capsys, "--model", written(tmp_path, config.to_dict()), "--seq", 8)
+    assert "ViTForImageClassification" in message and "only models of text" in message
+
+
+def test_checkpointing_that_the_model_lacks_is_refused(capsys, tmp_path):
+    config = hf.OpenAIGPTConfig(n_embd=16, n_layer=1, n_head=2, architectures=["OpenAIGPTLMHeadModel"])
+    path = written(tmp_path, config.to_dict())
+    message = error_of(capsys, "--model", path, "--attn", "eager", "--activation_checkpointing", "--seq", 8)
+    assert message == "--activation_checkpointing: OpenAIGPTLMHeadModel has none; leave the option out"
+
+
+def test_experts_in_fp32_are_planned_or_refused_in_a_sentence_that_helps(capsys, tmp_path):
+    config = hf.MixtralConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1,
+    )  # fmt: skip
+    code = plan("--model", written(tmp_path, config.to_dict()), "--seq", 8, "--precision", "fp32")
+    err = capsys.readouterr().err
+    assert code == 0 or "--precision" in err or "precision" in err
+
+
+def test_contradictory_batch_sizes_are_refused(tiny, capsys, tmp_path):
+    path = written(tmp_path, {TRAIN: 7, MICRO: 2, ACCUMULATION: 1})
+    message = error_of(capsys, "--model", tiny, "--deepspeed_config", path, "--gpus", 2)
+    assert message.startswith(f"{TRAIN}=7: must be {MICRO} x {ACCUMULATION} x 2 ranks")
+    assert "change one of them" in message
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"zero_optimization": {"stage": 2, "elastic_checkpoint": True}}, ("elastic_checkpoint", "remove the key")),
+        ({"fp16": {"enabled": True, "fp16_master_weights_and_grads": True}}, ("fp16_master_weights_and_grads",)),
+        ({"optimizer": {"type": "Muon"}}, ("Muon", "use one of")),
+        ({"optimizer": {"type": "AdamW", "params": {"learn": 1}}}, ("optimizer.params.learn=1", "use one of")),
+        ({"hift": {"enabled": True, "layers_per_blok": 2}}, ("hift.layers_per_blok=2", "did you mean")),
+        ({"hift": {"enabled": True, "state": {"moments": "int4"}}}, ("moments", "'int4'", "must be one of")),
+        ({"hift": 3}, ("hift=3", "must be an object")),
+        ({MICRO: 0}, (f"{MICRO}=0", "1 or more")),
+    ],
+)
+def test_what_a_run_would_refuse_is_refused(tiny, capsys, tmp_path, config, words):
+    message = error_of(capsys, "--model", tiny, "--seq", 8, "--deepspeed_config", written(tmp_path, config))
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"a": 1, "a": 2}'])
+def test_a_deepspeed_config_that_cannot_be_read_is_refused(tiny, capsys, tmp_path, content):
+    path = written(tmp_path, content)
+    assert path in error_of(capsys, "--model", tiny, "--deepspeed_config", path)
+
+
+def test_a_missing_deepspeed_config_is_refused(tiny, capsys):
+    message = error_of(capsys, "--model", tiny, "--deepspeed_config", "nosuch.json")
+    assert message == "--deepspeed_config 'nosuch.json': no such file; name a DeepSpeed JSON"
+
+
+# JSON and picture.
+
+
+def test_json_to_stdout_is_nothing_but_json(tiny, capsys):
+    assert plan("--model", tiny, "--seq", 8, "--gpu_memory", "512MiB", "--json") == 1
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert err == ""
+    assert found["model"] == "LlamaForCausalLM"
+    assert found["fits"] is False and found["cheapest_change"] == []
+    paper = found["as_the_paper_counts"]
+    numel = found["parameters"]
+    assert paper["full, fp32"] == {"para": 4 * numel, "gra": 4 * numel, "sta": 8 * numel}
+    largest = max(block["numel"] for block in found["blocks"])
+    assert paper["hift, mixed_hi"] == {"para": 2 * numel + 4 * largest, "gra": 4 * largest, "sta": 8 * largest}
+    assert set(paper) == {"full, fp32", "full, mixed", "hift, fp32", "hift, mixed", "hift, mixed_hi"}
+
+
+def test_json_and_picture_go_into_files_beside_the_table(tiny, capsys, tmp_path):
+    found, picture = tmp_path / "plan.json", tmp_path / "plan.png"
+    assert plan("--model", tiny, "--seq", 8, "--json", found, "--plot", picture) == 0
+    assert "peak" in capsys.readouterr().out
+    assert json.loads(found.read_text())["request"]["seq"] == 8
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_table_of_the_command_fits_80_columns_where_output_is_no_terminal(tiny, capsys):
+    plan("--model", tiny, "--seq", 8)
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+# From options to the request.
+
+
+@pytest.fixture
+def request_for(monkeypatch):
+    """The request that options make, without a plan."""
+    monkeypatch.setattr(planning, "_card_here", lambda: None)
+    seen = []
+    monkeypatch.setattr(cli, "run_plan", lambda args: seen.append(planning.request_of(args)) or 0)
+
+    def request(*options):
+        assert plan("--model", "m", *options) == 0
+        return seen.pop()
+
+    return request
+
+
+def test_defaults_are_adamw_in_bf16_one_row_a_rank(request_for):
+    request = request_for()
+    assert (request.precision, request.stage, request.micro_batch, request.seq) == ("bf16", 0, 1, 512)
+    assert (request.world, request.gpu_memory, request.host_memory) == (1, None, None)
+    assert (request.attn_implementation, request.checkpointing, request.padded) == ("sdpa", False, False)
+    assert request.ds_config["optimizer"]["type"] == "AdamW"
+    assert request.hift.layers_per_block == 1
+
+
+def test_several_ranks_share_by_stage_2_unless_told_otherwise(request_for, tmp_path):
+    assert request_for("--gpus", 2).stage == 2
+    assert request_for("--gpus", 2, "--nodes", 3).world == 6
+    assert request_for("--gpus", 2, "--stage", 3).stage == 3
+    assert request_for("--gpus", 2, "--deepspeed_config", written(tmp_path, {})).stage == 0, "the config's"
+
+
+def test_options_go_before_the_config(request_for, tmp_path):
+    config = {
+        "bf16": {"enabled": True}, MICRO: 4, ACCUMULATION: 3, "zero_optimization": {"stage": 1},
+        "optimizer": {"type": "SGD"}, "hift": {"enabled": False, "layers_per_block": 2, "order": "top2down"},
+    }  # fmt: skip
+    path = written(tmp_path, config)
+    plain = request_for("--deepspeed_config", path)
+    assert (plain.precision, plain.micro_batch, plain.stage, plain.hift.layers_per_block) == ("bf16", 4, 1, 2)
+    assert plain.ds_config[ACCUMULATION] == 3 and plain.ds_config["optimizer"]["type"] == "SGD"
+    told = request_for(
+        "--deepspeed_config", path, "--precision", "fp16", "--stage", 3, "--micro_batch", 2, "--layers_per_block", 5,
+        "--attn", "eager", "--activation_checkpointing", "--padded", "--gpu_memory", "24GB", "--host_memory", "1TiB",
+    )  # fmt: skip
+    assert (told.precision, told.micro_batch, told.stage, told.hift.layers_per_block) == ("fp16", 2, 3, 5)
+    assert told.hift.order == "top2down"
+    assert (told.attn_implementation, told.checkpointing, told.padded) == ("eager", True, True)
+    assert (told.gpu_memory, told.host_memory) == (24 * 10**9, 1 << 40)
+
+
+def test_a_config_without_precision_is_fp32(request_for, tmp_path):
+    path = written(tmp_path, {MICRO: 1})
+    assert request_for("--deepspeed_config", path).precision == "fp32"
+    assert request_for("--deepspeed_config", path, "--precision", "bf16").precision == "bf16"
+    fp16 = written(tmp_path, {MICRO: 1, "fp16": {"enabled": True}})
+    assert request_for("--deepspeed_config", fp16, "--precision", "fp32").precision == "fp32"
+
+
+def test_the_old_name_of_bf16_is_read_as_deepspeed_reads_it(request_for, tmp_path):
+    path = written(tmp_path, {MICRO: 1, "bfloat16": {"enabled": True}})
+    assert request_for("--deepspeed_config", path).precision == "bf16"
+
+
+def test_the_card_that_is_here_counts_if_none_is_named(request_for, monkeypatch):
+    monkeypatch.setattr(planning, "_card_here", lambda: 123)
+    assert request_for().gpu_memory == 123
+    assert request_for("--gpu_memory", "1GiB").gpu_memory == 1 << 30
+
+
+def test_batch_sizes_follow_deepspeeds_rule():
+    def sizes(config, micro=None, world=4):
+        made = complete_config(config, None, None, micro, world)
+        return made[MICRO], made[ACCUMULATION], made[TRAIN]
+
+    assert sizes({}) == (1, 1, 4)
+    assert sizes({TRAIN: 32}) == (8, 1, 32)
+    assert sizes({TRAIN: 32, ACCUMULATION: 2}) == (4, 2, 32)
+    assert sizes({TRAIN: 32}, micro=2) == (2, 4, 32), "the batch stays, the micro steps follow"
+    assert sizes({TRAIN: 32, MICRO: 8, ACCUMULATION: 1}, micro=2) == (2, 4, 32)
+    assert sizes({MICRO: 3, ACCUMULATION: 5}) == (3, 5, 60)
+
+
+def test_a_config_is_completed_and_not_changed():
+    config = {"zero_optimization": True, "hift": {"order": "random"}}
+    made = complete_config(config, None, None, None, 1)
+    assert made["zero_optimization"] == {"stage": 1}, "DeepSpeed's old way"
+    assert made["hift"] == {"order": "random", "enabled": True}
+    assert config == {"zero_optimization": True, "hift": {"order": "random"}}
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("48GiB", 48 << 30), ("24GB", 24 * 10**9), (" 1.5 gib ", 3 << 29), ("512MiB", 512 << 20), ("7kb", 7000),
+     ("2TiB", 2 << 40), ("123", 123), ("1KiB", 1024), ("3tb", 3 * 10**12)],
+)  # fmt: skip
+def test_sizes_are_read_in_powers_of_2_and_of_10(text, size):
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "1,5GiB", "1GiBs", "1 2", "nan", "0", "0.1", "0GiB"])
+def test_what_is_no_size_is_refused_with_its_text(text):
+    with pytest.raises(ValueError, match="must be"):
+        parse_bytes(text)
+
+
+def test_a_changed_request_leaves_the_first_as_it_was():
+    request = Request(complete_config({}, "bf16", 2, 1, 2), 8, gpus=2)
+    before = json.dumps(request.ds_config)
+    changed = request.changed("hift", "state", "moments", value="bf16").changed("bf16", value=None)
+    assert (changed.hift.state.moments, changed.precision) == ("bf16", "fp32")
+    assert changed.changed("hift", "state", "moments", value=None).hift.state.moments == "fp32"
+    assert json.dumps(request.ds_config) == before
+    assert (changed.seq, changed.gpus) == (8, 2)
+
+
+# A model of 7 B parameters on a small machine.
+
+_MEASURED = """
+import json, resource, sys, time
+begin = time.perf_counter()
+from hift_ds.cli import main
+code = main(sys.argv[1:])
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps({"code": code, "seconds": time.perf_counter() - begin, "peak": peak}), file=sys.stderr)
+"""
+
+
+def test_a_7b_model_is_planned_in_a_minute_and_4_gib_of_memory(tmp_path):
+    hf.LlamaConfig().save_pretrained(tmp_path)
+    options = ["--seq", "512", "--micro_batch", "1", "--stage", "0", "--gpu_memory", "24GiB", "--json"]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    result = subprocess.run(
+        [sys.executable, "-c", _MEASURED, "plan", "--model", str(tmp_path), *options], capture_output=True, text=True,
+        env=environment, cwd=tmp_path, timeout=200,
+    )  # fmt: skip
+    measured = json.loads(result.stderr.splitlines()[-1])
+    assert measured["code"] == 0, result.stderr
+    assert measured["peak"] < 4 << 30
+    assert measured["seconds"] < 60
+    found = json.loads(result.stdout)
+    assert found["parameters"] == 6_738_415_616
+    weights = 2 * found["parameters"]
+    assert weights < found["peak"] < weights + (3 << 30), "weights, the ring, activations and one block"
+    assert found["peak"] + RESERVE_BYTES < 24 << 30 < found["full_fine_tuning"]["peak"]
