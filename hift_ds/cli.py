@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hift_ds.memory.plan import Plan, Planner
 
+PICTURES = (".png", ".pdf", ".svg")
 _PLAN = """Says, without a GPU and without weights, whether a model trains on a card: peak memory of every block, host
 memory, traffic, full fine-tuning beside, and the cheapest change that makes it fit.
 
@@ -55,7 +56,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     add("--precision", choices=("fp32", "bf16", "fp16"), help="instead of the config's")
     add("--stage", type=int, choices=(0, 1, 2, 3), help="ZeRO stage, instead of the config's")
     add("--layers_per_block", type=_positive, metavar="M", help="instead of the config's (default: 1)")
-    add("--attn", choices=("sdpa", "eager"), default="sdpa", help="attention (default: %(default)s)")
+    add("--attn", choices=("sdpa", "eager"), help="attention (default: transformers' choice, mostly sdpa)")
     add("--activation_checkpointing", action="store_true", help="recompute activations in backward")
     add("--padded", action="store_true", help="rows have padding (default: they are full, as packed rows are)")
     add("--json", nargs="?", const="-", metavar="FILE", help="everything in bytes, to a file or instead of the table")
@@ -73,6 +74,7 @@ def run_plan(args: argparse.Namespace) -> int:
     from hift_ds.recipes.models import SAMPLE, fetch_sample
     from hift_ds.recipes.planning import request_of
 
+    _check_outputs(args)
     request = request_of(args)
     planner = Planner(load_config(str(fetch_sample()) if args.model == SAMPLE else args.model))
     plan = planner.plan(request)
@@ -89,6 +91,15 @@ def run_plan(args: argparse.Namespace) -> int:
     if args.plot is not None:
         report.plot(plan, Path(args.plot))
     return 1 if plan.fits is False else 0
+
+
+def _check_outputs(args: argparse.Namespace) -> None:
+    """Before minutes of tracing, not after them."""
+    if args.plot is not None and Path(args.plot).suffix not in PICTURES:
+        raise ValueError(f"--plot {args.plot!r}: must end in one of {', '.join(PICTURES)}")
+    for option, name in (("--plot", args.plot), ("--json", args.json)):
+        if name not in (None, "-") and not Path(name).resolve().parent.is_dir():
+            raise ValueError(f"{option} {name!r}: no such folder; make it first, or name another")
 
 
 def _as_the_paper_counts(planner: Planner, plan: Plan) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,16 +45,17 @@ def load_config(source: str) -> Any:
 def _read_config(path: Path) -> Any:
     from transformers import AutoConfig
 
+    wrong = f"model={str(path)!r}: not the config of a model that transformers knows"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         kind = content.pop("model_type")
         config = AutoConfig.for_model(kind)
     except (ValueError, KeyError, AttributeError, TypeError):
-        raise ValueError(
-            f"model={str(path)!r}: not the config of a model that transformers knows; it must be JSON with a "
-            '"model_type"'
-        ) from None
-    return type(config).from_dict(content)
+        raise ValueError(f'{wrong}; it must be JSON with a "model_type"') from None
+    try:
+        return type(config).from_dict(content)
+    except Exception as error:  # huggingface_hub's validation has errors of its own
+        raise ValueError(f"{wrong} ({str(error).strip().splitlines()[-1].strip()}); mend the value") from None
 
 
 class FakeModel:
@@ -83,13 +85,15 @@ class FakeModel:
         checkpointing: bool = False,
         model_class: type | None = None,
     ) -> None:
-        self.config = config
+        from transformers import initialization
+
+        self.config = config = copy.deepcopy(config)  # building writes into it, the attention for one
         config.use_cache = False  # as in training
         self.mode = FakeTensorMode()
         try:
-            with self.mode, _quiet():
+            with self.mode, _quiet(), initialization.no_init_weights():  # there is no data to initialise
                 self.module = _cast(_build(config, dtype, attn_implementation, model_class), dtype).train()
-        except (ValueError, ImportError, AttributeError) as error:
+        except (ValueError, ImportError, AttributeError, RuntimeError) as error:
             raise ValueError(
                 f"model of type {config.model_type!r}: transformers cannot build it "
                 f"({str(error).strip().splitlines()[0]})"
@@ -138,8 +142,11 @@ def _build(
     name = next(iter(getattr(config, "architectures", None) or []), None)
     model_class = model_class or (getattr(transformers, name, None) if name else None)
     if model_class is None:
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
-    return model_class._from_config(config, dtype=dtype, **options)
+        module = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+    else:
+        module = model_class._from_config(config, dtype=dtype, **options)
+    module.tie_weights()  # which comes with the initialisation
+    return module
 
 
 def _cast(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:

@@ -119,6 +119,11 @@ class Layout:
         world = self.world if self.stage > 0 else 1
         return BlockShard([(fqn, self.params[fqn]) for fqn in fqns], dict.fromkeys(fqns, 0), world, 0)
 
+    @property
+    def layer_types(self) -> Sequence[str]:
+        """What kind each layer of the model is, where its config says so."""
+        return getattr(self.model.config, "layer_types", None) or ()
+
     # Model weights.
 
     @property

@@ -276,17 +276,19 @@ class _Interpolation:
                 last += 1
             self._fill(first, last)
             first = last + 1
-        worst = max(range(len(blocks)), key=lambda index: self._figures(index).peak)
-        if worst in self._guessed:
+        while (worst := max(range(len(blocks)), key=lambda index: self._figures(index).peak)) in self._guessed:
             self._known[worst] = self._trace(worst)
+            self._guessed.discard(worst)
         return tuple(map(self._figures, range(len(blocks))))
 
     def _figures(self, index: int) -> Figures:
         return self._known[index].figures(self._layout, index)
 
     def _shape(self, index: int) -> list[tuple]:
+        """What makes blocks alike: shapes, and the kind of each layer (local or global attention)."""
         fqns, params = self._layout.plan.blocks[index].fqns, self._layout.params
-        return [(re.sub(r"\d+", "#", fqn), params[fqn].shape) for fqn in fqns]
+        kinds = self._layout.layer_types
+        return [(re.sub(r"\d+", "#", fqn), params[fqn].shape, _kind(fqn, kinds)) for fqn in fqns]
 
     def _at(self, index: int) -> Traced:
         if index not in self._known:
@@ -316,6 +318,11 @@ class _Interpolation:
             abs(moment.nbytes - line.moments[phase].nbytes) <= TOLERANCE * (whole + moment.nbytes)
             for phase, moment in found.moments.items()
         )
+
+
+def _kind(fqn: str, kinds: Sequence[str]) -> str | None:
+    number = re.search(r"\.(\d+)\.", fqn)
+    return kinds[int(number[1])] if number and int(number[1]) < len(kinds) else None
 
 
 class _Lines:

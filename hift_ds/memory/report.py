@@ -136,10 +136,10 @@ def _blocks_table(plan: Plan) -> Table:
         pad_edge=False, padding=(0, 1, 0, 0),
         caption="traced from the model, not measured; of alike blocks the highest",
     )  # fmt: skip
-    table.add_column("block", overflow="ellipsis", no_wrap=True, max_width=20)
+    table.add_column("block", overflow="ellipsis", no_wrap=True, max_width=18)
     for header in (*LABELS.values(), "peak"):
-        table.add_column(header, justify="right")
-    table.add_column("phase")
+        table.add_column(header, justify="right", no_wrap=True, min_width=len(header))
+    table.add_column("phase", no_wrap=True)
     worst = plan.blocks.index(plan.worst)
     for first, last in _alike(plan.blocks):
         highest = max(plan.blocks[first : last + 1], key=lambda block: block.peak)

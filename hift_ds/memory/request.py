@@ -63,7 +63,7 @@ class Request:
     @property
     def precision(self) -> str:
         """Of the model weights."""
-        return next((p for p in ("bf16", "fp16") if (self.ds_config.get(p) or {}).get("enabled")), "fp32")
+        return precision_of(self.ds_config)
 
     @property
     def micro_batch(self) -> int:
@@ -80,6 +80,14 @@ class Request:
         if value is not None:
             section[path[-1]] = value
         return replace(self, ds_config=config)
+
+
+def precision_of(ds_config: Mapping[str, Any]) -> str:
+    """One of `PRECISIONS`; `bfloat16` is DeepSpeed's old name of the section `bf16`."""
+    for key, precision in (("bf16", "bf16"), ("bfloat16", "bf16"), ("fp16", "fp16")):
+        if (ds_config.get(key) or {}).get("enabled"):
+            return precision
+    return "fp32"
 
 
 def parse_bytes(text: str) -> int:

@@ -70,6 +70,11 @@ def trace_micro_step(
                     f"{type(model.module).__name__}: its forward depends on its data ({error}) and cannot be traced; "
                     "a mixture of experts needs experts_implementation 'grouped_mm' in its config"
                 ) from error
+            except RuntimeError as error:  # an operation without a fake kernel for this dtype or shape
+                raise ValueError(
+                    f"{type(model.module).__name__}: cannot be traced in this precision "
+                    f"({str(error).strip().splitlines()[0]}); plan it in bf16"
+                ) from error
             tracer.note(END)
             tracer.forward = False
             if not loss.requires_grad:

@@ -87,7 +87,7 @@ class Matrix:
 def config_of(cell: Cell, base: dict[str, Any]) -> dict[str, Any]:
     """The DeepSpeed config of a cell: the base with its stage, precision and optimizer."""
     config = copy.deepcopy(base)
-    for precision in ("bf16", "fp16"):
+    for precision in ("bf16", "bfloat16", "fp16"):
         config.pop(precision, None)
     if cell.precision != "fp32":
         config[cell.precision] = {"enabled": True}

@@ -63,7 +63,7 @@ def complete_config(
     config: dict[str, Any] = copy.deepcopy(dict(ds_config or {}))
     config.setdefault("optimizer", {"type": "AdamW", "params": {}})
     if precision is not None or ds_config is None:
-        for key in ("bf16", "fp16"):
+        for key in ("bf16", "bfloat16", "fp16"):
             config.pop(key, None)
         if precision != "fp32":
             config[precision or "bf16"] = {"enabled": True}

@@ -110,10 +110,9 @@ def weights_dtype(ds_config: Mapping[str, Any]) -> Any:
     """dtype of the model weights that a DeepSpeed config asks for."""
     import torch
 
-    for key, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        if (ds_config.get(key) or {}).get("enabled"):
-            return dtype
-    return torch.float32
+    from hift_ds.memory.request import precision_of
+
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision_of(ds_config)]
 
 
 def is_zero3(ds_config: Mapping[str, Any]) -> bool:

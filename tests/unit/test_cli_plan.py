@@ -123,7 +123,7 @@ def test_a_file_that_is_no_models_config_is_refused(capsys, tmp_path, content):
 def test_a_value_that_a_models_config_cannot_have_is_refused(capsys, tmp_path, value):
     path = written(tmp_path, {"model_type": "llama", "num_hidden_layers": 1, **value})
     message = error_of(capsys, "--model", path, "--seq", 8)
-    assert path in message and next(iter(value)) in message
+    assert path in message and next(iter(value)).replace("_", " ") in message.replace("_", " ")
 
 
 def test_rows_longer_than_the_models_positions_are_refused(tiny, capsys):
@@ -245,7 +245,7 @@ def test_defaults_are_adamw_in_bf16_one_row_a_rank(request_for):
     request = request_for()
     assert (request.precision, request.stage, request.micro_batch, request.seq) == ("bf16", 0, 1, 512)
     assert (request.world, request.gpu_memory, request.host_memory) == (1, None, None)
-    assert (request.attn_implementation, request.checkpointing, request.padded) == ("sdpa", False, False)
+    assert (request.attn_implementation, request.checkpointing, request.padded) == (None, False, False)
     assert request.ds_config["optimizer"]["type"] == "AdamW"
     assert request.hift.layers_per_block == 1
 

@@ -98,7 +98,7 @@ class Stack(nn.Module):
 def layout_of(module, stage=0, world=1, micro_steps=1, hift=(), zero=(), optimizer="AdamW", precision="bf16"):
     mode = FakeTensorMode()
     with mode:
-        model = SimpleNamespace(module=_cast(module(), plan_module.DTYPES[precision]), mode=mode)
+        model = SimpleNamespace(module=_cast(module(), plan_module.DTYPES[precision]), mode=mode, config=None)
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": micro_steps,
