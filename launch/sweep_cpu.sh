@@ -4,5 +4,5 @@
 set -euo pipefail
 export DS_ACCELERATOR=cpu
 python -c 'from hift_ds.recipes.models import fetch_sample; fetch_sample()'
-exec python "$(dirname "$0")/compare.py" --gpus 2 --seq_lens 96 --layers_per_block 8 --cell_timeout 900 "$@" \
-    -- --micro_batch 1 --max_steps 16
+exec python "$(dirname "$0")/compare.py" --gpus 2 --seq_lens 64 --layers_per_block 8 --cell_timeout 900 "$@" \
+    -- --micro_batch 1 --max_steps 11 --skip_evaluation

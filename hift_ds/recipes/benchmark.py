@@ -31,6 +31,7 @@ def add_benchmark_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--random", action="store_true", help="random weights from the model's config.json, and random tokens")
     add("--gpu_memory_limit", metavar="SIZE", help="cap the allocator, as 24GiB: a bigger card shows what fits on less")
+    add("--skip_evaluation", action="store_true", help="no held-out loss before and after")
     add("--results", metavar="FILE", help="where the result goes (default: a dated file in launch/results)")
 
 
@@ -58,25 +59,26 @@ def limit_memory(text: str | None) -> int | None:
 def measure(args: argparse.Namespace, display: Display) -> dict[str, Any]:
     """Trains `args.max_steps` steps (default: twice every block) and says what they took. Collective.
 
-    The first two turns of every block (three at stage 3, where DeepSpeed prefetches from the second on) run inside the
-    meter; step times are of the steps after these, or on CUDA of the second half.
+    The first two turns of every block run inside the meter (at stage 3 DeepSpeed prefetches from the second on); step
+    times are of the steps after these, or on CUDA of the second half.
     """
     import hift_ds
 
     run = _random_run(args) if args.random else _loaded_run(args)
     engine, _, _, _ = hift_ds.initialize(model=run.model, model_parameters=run.model.parameters(), config=run.ds_config)
     blocks = len(engine.hift.blocks) if args.hift else 1
-    metered = (3 if engine.zero_optimization_stage() == 3 else 2) * max(blocks, 2)
+    metered = 2 * max(blocks, 2)
     steps = args.max_steps or 2 * metered
     stream = _Watched(_random_batches(run, args, engine) if args.random else _batches(run, args, engine))
-    held_out = [] if args.random else [_held_out(engine, run)]
+    evaluates = not (args.random or args.skip_evaluation)
+    held_out = [_held_out(engine, run)] if evaluates else []
     losses, seconds = [], []
     tokens = _tokens(run, args, engine)
     with display.progress(steps, 0) as progress:
         with MemoryMeter(engine) as meter:
             _steps(engine, stream, min(steps, metered), losses, seconds, progress, tokens)
         _steps(engine, stream, steps - len(losses), losses, seconds, progress, tokens)
-    if not args.random:
+    if evaluates:
         held_out.append(_held_out(engine, run))
     report = meter.gather()
     plan = _forecast(args, run, engine, stream.padded) if dist.get_rank() == 0 else None

@@ -38,7 +38,7 @@ def forecast_and_measured(
     checkpointing: bool = False,
     **extra: Any,
 ) -> dict[str, Any]:
-    """Trains each block twice (at stage 3 three times: DeepSpeed prefetches from the second cycle on).
+    """Trains each block twice (at stage 3 DeepSpeed prefetches from the second turn on).
 
     Returns:
         `measured`: bytes by block and phase, of the last cycle; `counted`: bytes handed to collectives in each block's
@@ -55,7 +55,7 @@ def forecast_and_measured(
     with separate_host(tile=1024), meter.measuring():
         engine = engine_of(config, model)
         gc.collect()  # what DeepSpeed's set-up leaves in cycles
-        measured, counted = _measure(engine, meter, cycles=3 if stage == 3 else 2)
+        measured, counted = _measure(engine, meter, cycles=2)
     world = engine.dp_world_size
     request = Request(complete_config(config, None, None, None, world), SEQ, attention, checkpointing, gpus=world)
     facts = {"measured": measured, "counted": counted}

@@ -36,7 +36,7 @@ def metered(stage: int, dtype: str, hift: dict[str, Any] | None, folder: str | N
     if folder is not None:
         config["tensorboard"] = {"enabled": True, "output_path": folder, "job_name": "run"}
     engine = engine_of(copy.deepcopy(config), model, model_parameters=model.parameters())
-    steps = 8 if hift is None else (3 if stage == 3 else 2) * len(engine.hift.blocks)
+    steps = 8 if hift is None else 2 * len(engine.hift.blocks)
     with MemoryMeter(engine) as meter:
         _train(engine, steps)
     _train(engine, 1)
