@@ -37,6 +37,10 @@ EXPERIMENTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+# What cells start with. Not what prepare_process() sets for this process alone: its threads would be every rank's.
+INHERITED = dict(os.environ)
+
+
 def main() -> int:
     args = _arguments()
     from hift_ds.recipes.comparison import flat_row, write_tables
@@ -47,7 +51,8 @@ def main() -> int:
     import torch
 
     if torch.cuda.device_count() == 0:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # for the cells, too
+        for environment in (os.environ, INHERITED):
+            environment.setdefault("DS_ACCELERATOR", "cpu")
     display = Display(0)
     try:
         matrix, base = _matrix(args), _base_config(args)
@@ -102,10 +107,10 @@ def _run(args: argparse.Namespace, cell: Any, config: Path, path: Path, log: Pat
     command += ["--seq_len", str(cell.seq_len), "--results", str(path), *args.options]
     command += ["--hift"] if cell.method == "hift" else []
     command += ["--gradient_checkpointing"] if cell.checkpointing else []
-    path_first = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+    path_first = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{INHERITED.get('PATH', '')}"}
     with log.open("w", encoding="utf-8") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env={**os.environ, **path_first}
+            command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env={**INHERITED, **path_first}
         )
         try:
             code = process.wait(args.cell_timeout)
@@ -141,7 +146,8 @@ def _status(code: int | None, log: Path, timeout_s: float) -> str:
         trained = re.search(r"^step \d+/", text, re.MULTILINE)
         return f"{'failed' if trained else 'refused'}: {error[1]}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return f"failed ({code}): {lines[-1][:200] if lines else 'no output'}"
+    raised = [line for line in lines if re.match(r"(\[rank\d+\]: *)?[\w.]+(Error|Exception)\b", line)]
+    return f"failed ({code}): {(raised or lines or ['no output'])[-1][:200]}"
 
 
 def _launcher(gpus: int) -> list[str]:

@@ -70,6 +70,7 @@ def measure(args: argparse.Namespace, display: Display) -> dict[str, Any]:
     metered = 2 * max(blocks, 2)
     steps = args.max_steps or 2 * metered
     stream = _Watched(_random_batches(run, args, engine) if args.random else _batches(run, args, engine))
+    engine.train()  # from_pretrained leaves a model in evaluation
     evaluates = not (args.random or args.skip_evaluation)
     held_out = [_held_out(engine, run)] if evaluates else []
     losses, seconds = [], []

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import time
 from typing import Any
+from unittest import mock
 
 import torch
 from deepspeed import comm as dist
@@ -13,6 +15,7 @@ from hift_testing.memory_cases import separate_host
 from hift_testing.training import DTYPES, cast_parameters, ds_config, engine_of
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from hift_ds.memory import choose
 from hift_ds.memory.plan import Planner
 from hift_ds.memory.request import Request
 from hift_ds.recipes.planning import complete_config
@@ -136,3 +139,37 @@ class _Traffic:
             return function(*args, **kwargs)
 
         return counted
+
+
+def chosen_blocks(memory: list[int], hift: dict[str, Any], optimizer: str | None = None) -> dict[str, Any]:
+    """Trains two steps with `"layers_per_block": null` where each rank finds so much memory.
+
+    Returns:
+        `layers`: what the engine took; `alone`: the choice for the least memory of any rank; `blocks`: their number.
+    """
+    config = {**ds_config(2, "bf16", {"layers_per_block": None, "seq_len": SEQ, **hift}, zero_optimization=ZERO),
+              "train_micro_batch_size_per_gpu": ROWS}  # fmt: skip
+    model = LlamaForCausalLM(LlamaConfig(**LLAMA, use_cache=False))
+    client = {}
+    if optimizer is not None:
+        config.pop("optimizer")
+        client["optimizer"] = getattr(torch.optim, optimizer)(model.parameters(), lr=1e-3)
+    with mock.patch.object(choose, "memory_found", lambda: memory[dist.get_rank()]):
+        engine = engine_of(copy.deepcopy(config), model, **client)
+    for _ in range(2):
+        ids = torch.zeros(ROWS, SEQ, dtype=torch.int64)
+        engine.backward(engine(input_ids=ids, labels=ids).loss)
+        engine.step()
+    resolved = {**config, "gradient_accumulation_steps": 1, "optimizer": {"type": optimizer or "AdamW"}}
+    alone = choose.choose_layers_per_block(model, resolved, dist.get_world_size(), min(memory), apart=False)
+    return {
+        "layers": engine.hift_config.layers_per_block, "alone": alone.layers_per_block,
+        "blocks": len(engine.hift.blocks),
+    }  # fmt: skip
+
+
+def explicit_blocks(blocks: list[list[str]]) -> int:
+    """Number of blocks with `"layers_per_block": null` beside explicit ones; fails if anything is chosen."""
+    config = ds_config(2, "bf16", {"layers_per_block": None, "blocks": blocks}, zero_optimization=ZERO)
+    with mock.patch.object(choose, "memory_found", side_effect=AssertionError("nothing is to be chosen")):
+        return len(engine_of(config, LlamaForCausalLM(LlamaConfig(**LLAMA, use_cache=False))).hift.blocks)

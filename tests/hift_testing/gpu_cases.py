@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -100,3 +101,33 @@ def device_bytes_of_state(ring_bytes: int) -> dict[str, int]:
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() - before - weights - grad.nbytes - states[0].shard.numel * 2
     return {"state": peak, "ring": update.ring.nbytes, "allowed": ring_bytes}
+
+
+def peaks(
+    stage: int, precision: str, checkpointing: bool, llama: dict[str, Any], rows: int, seq: int
+) -> tuple[dict[int, int], list[int]]:
+    """Each block's peak, measured in its second turn at the latest by the memory meter, and forecast by the planner."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from hift_ds.memory import MemoryMeter
+    from hift_ds.memory.plan import DTYPES, Planner
+    from hift_ds.memory.request import Request
+    from hift_ds.recipes.planning import complete_config
+
+    config = {**complete_config(None, precision, stage, rows, 1), "steps_per_print": None}
+    model = LlamaForCausalLM(LlamaConfig(**llama, use_cache=False)).to(DTYPES[precision])
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    engine = engine_of(copy.deepcopy(config), model)
+    with MemoryMeter(engine) as meter:
+        for step in range(2 * len(engine.hift.blocks)):
+            ids = torch.randint(0, llama["vocab_size"], (rows, seq), generator=torch.Generator().manual_seed(step))
+            loss = engine(input_ids=ids.to(engine.device), labels=ids.to(engine.device)).loss
+            engine.backward(loss)
+            del loss
+            engine.step()
+    request = Request(config, seq, None, checkpointing)
+    if engine.device.type == "cpu":  # one memory: nothing streams
+        request = request.changed("hift", "state", value={"residency": "device"})
+    plan = Planner(LlamaConfig(**llama)).plan(request)
+    return meter.gather().block_peaks(), [block.peak for block in plan.blocks]

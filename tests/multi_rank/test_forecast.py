@@ -50,3 +50,26 @@ def test_forecast_is_what_one_rank_takes(one_rank, stage, dtype):
     (facts,) = one_rank.run(cases.forecast_and_measured, stage, dtype)
     assert_forecast(facts, facts)
     assert facts["network"] == [0] * len(facts["network"])
+
+
+MIB = 2**20
+
+
+@pytest.mark.parametrize("optimizer", [None, "SGD"])
+def test_null_takes_the_largest_blocks_that_fit_the_rank_with_the_least_memory(two_ranks, optimizer):
+    found = [
+        two_ranks.run(cases.chosen_blocks, memory, {}, optimizer)
+        for memory in ([10**12, 8 * MIB], [10**12, 18 * MIB], [10**12, 10**12])
+    ]
+    for results in found:
+        assert results[0] == results[1]
+        assert results[0]["layers"] == results[0]["alone"]
+    numbers = [results[0]["layers"] for results in found]
+    assert numbers[0] == 1 and numbers == sorted(numbers)
+    assert found[-1][0] == {"layers": 6, "alone": 6, "blocks": 1}
+
+
+def test_explicit_blocks_leave_nothing_to_choose(two_ranks):
+    blocks = [["embed", "layers.[01]"], ["layers.[23]", "model.norm", "lm_head"]]
+    for facts in two_ranks.run(cases.explicit_blocks, blocks):
+        assert facts == 2

@@ -21,3 +21,12 @@ def test_streamed_state_has_the_bits_of_the_same_state_streamed_again(form):
 def test_an_engine_of_the_gpu_cases_trains(one_rank):
     (facts,) = one_rank.run(cases.engine_steps, 2, "bf16", {"kernel": "triton"}, 7, strict=False)
     assert len(facts["losses"]) == 7 and facts["pinned"] is None
+
+
+def test_the_forecast_that_a_gpu_checks_is_met_on_a_cpu(one_rank):
+    llama = dict(vocab_size=500, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
+                 max_position_embeddings=64)  # fmt: skip
+    (found,) = one_rank.run(cases.peaks, 0, "bf16", True, llama, 2, 48)
+    measured, forecast = found
+    assert sorted(measured) == list(range(len(forecast))) == list(range(5))
+    assert all(abs(forecast[block] - peak) <= 0.02 * peak for block, peak in measured.items())
