@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hift_ds.memory.plan import Plan, Planner
+    from hift_ds.memory.request import Request
 
 PICTURES = (".png", ".pdf", ".svg")
 _PLAN = """Says, without a GPU and without weights, whether a model trains on a card: peak memory of every block, host
@@ -77,6 +78,8 @@ def run_plan(args: argparse.Namespace) -> int:
     _check_outputs(args)
     request = request_of(args)
     planner = Planner(load_config(str(fetch_sample()) if args.model == SAMPLE else args.model))
+    if request.hift.layers_per_block is None and request.hift.blocks is None:
+        request = _with_chosen_blocks(planner, request)
     plan = planner.plan(request)
     advice = None if plan.fits in (None, True) else advise(planner, plan)
     if args.json != "-":
@@ -91,6 +94,17 @@ def run_plan(args: argparse.Namespace) -> int:
     if args.plot is not None:
         report.plot(plan, Path(args.plot))
     return 1 if plan.fits is False else 0
+
+
+def _with_chosen_blocks(planner: Planner, request: Request) -> Request:
+    """`"layers_per_block": null`, as the run would choose on a card of the size given."""
+    from hift_ds.memory.choose import largest_blocks
+
+    if request.gpu_memory is None:
+        raise ValueError("hift.layers_per_block=null: the choice needs the size of a card; add --gpu_memory")
+    choice = largest_blocks(planner, request, request.gpu_memory, apart=True)
+    print(f"layers_per_block: {choice.note}", file=sys.stderr)
+    return request.changed("hift", "layers_per_block", value=choice.layers_per_block)
 
 
 def _check_outputs(args: argparse.Namespace) -> None:

@@ -59,12 +59,18 @@ def choose_layers_per_block(
     request = Request(ds_config, seq, attention, checkpointing, gpus=world)
     frozen = [fqn for fqn, param in module.named_parameters() if not param.requires_grad]
     try:
-        return _largest(Planner(copy.deepcopy(config), type(module), frozen), request, memory, apart)
+        return largest_blocks(Planner(copy.deepcopy(config), type(module), frozen), request, memory, apart)
     except Exception as error:  # whatever a model's own code raises on fake tensors
         return Choice(1, f"{type(module).__name__} cannot be traced ({error}): 1", warning=True)
 
 
-def _largest(planner: Planner, request: Request, memory: int, apart: bool) -> Choice:
+def largest_blocks(planner: Planner, request: Request, memory: int, apart: bool) -> Choice:
+    """The choice for a request.
+
+    Args:
+        memory, apart: As in `choose_layers_per_block`.
+    """
+
     def need(layers_per_block: int) -> int:
         asked = request.changed("hift", "layers_per_block", value=layers_per_block)
         layout = planner.layout(asked)
@@ -119,16 +125,16 @@ def agreed_layers_per_block(module: Any, ds_config: Mapping[str, Any], optimizer
 
 
 def memory_found() -> int:
-    """Bytes that this rank may use: of its card (its part of it, where `set_per_process_memory_fraction` sets one), or
-    on a CPU its share of what the machine has free."""
+    """Bytes that this rank may use: what its card has free (of its part, where `set_per_process_memory_fraction` sets
+    one), or on a CPU its share of what the machine has free."""
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or dist.get_world_size())
         return psutil.virtual_memory().available // ranks
-    total = accelerator.total_memory()
-    if accelerator.device_name() == "cuda":
-        total = int(total * torch.cuda.get_per_process_memory_fraction())
-    return total
+    if accelerator.device_name() != "cuda":
+        return accelerator.total_memory()
+    free, total = torch.cuda.mem_get_info()
+    return min(free + torch.cuda.memory_reserved(), int(total * torch.cuda.get_per_process_memory_fraction()))
 
 
 def _resolved(ds_config: Mapping[str, Any], optimizer: Any) -> dict[str, Any]:

@@ -370,3 +370,15 @@ def test_a_7b_model_is_planned_in_a_minute_and_4_gib_of_memory(tmp_path):
     weights = 2 * found["parameters"]
     assert weights < found["peak"] < weights + (3 << 30), "weights, the ring, activations and one block"
     assert found["peak"] + RESERVE_BYTES < 24 << 30 < found["full_fine_tuning"]["peak"]
+
+
+def test_null_layers_per_block_are_chosen_for_the_card_given(tiny, capsys, tmp_path):
+    path = written(tmp_path, {MICRO: 1, "hift": {"enabled": True, "layers_per_block": None}})
+    message = error_of(capsys, "--model", tiny, "--deepspeed_config", path)
+    assert message == "hift.layers_per_block=null: the choice needs the size of a card; add --gpu_memory"
+    options = ("--model", tiny, "--deepspeed_config", path, "--seq", 8, "--gpu_memory", "2GiB", "--json")
+    assert plan(*options) == 0
+    shown = capsys.readouterr()
+    found = json.loads(shown.out)
+    assert len(found["blocks"]) == 1 and found["config"]["hift"]["layers_per_block"] == 2
+    assert shown.err.startswith(f"layers_per_block: {found['config']['hift']['layers_per_block']}, which needs")

@@ -1,6 +1,7 @@
 """The matrix of a comparison, its configs, rows and tables, and its pictures."""
 
 import csv
+import sys
 
 import pytest
 from matplotlib.image import imread
@@ -9,6 +10,7 @@ from hift_ds.config import HiFTConfig
 from hift_ds.recipes.comparison import COLUMNS, Cell, Matrix, config_of, flat_row, markdown, signature, write_tables
 from hift_ds.recipes.pictures import draw_all, labels_of
 from hift_ds.rules import rule_from_config
+from launch import compare
 
 BASE = {
     "train_micro_batch_size_per_gpu": 2,
@@ -107,3 +109,16 @@ def test_pictures_are_drawn_of_what_there_is_and_failed_cells_stay_in_them(tmp_p
     for path in drawn:
         pixels = imread(path)
         assert pixels.shape[1] == 9 * 150 and pixels.std() > 0.05
+
+
+@pytest.mark.parametrize("name", sorted(compare.EXPERIMENTS))
+def test_each_experiment_compares_hift_with_full_fine_tuning_under_the_same_conditions(monkeypatch, name):
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--experiment", name, "--gpus", "2"])
+    cells = compare._matrix(compare._arguments()).cells()
+    conditions = {"full": set(), "hift": set()}
+    for cell in cells:
+        conditions[cell.method].add((cell.stage, cell.precision, cell.gpus, cell.optimizer, cell.seq_len))
+    assert conditions["full"] == conditions["hift"]
+    varied = {"blocks": "layers_per_block", "rotation": "steps_per_block"}.get(name)
+    if varied:
+        assert len({getattr(cell, varied) for cell in cells if cell.method == "hift"}) > 2
