@@ -60,8 +60,8 @@ def hift_roles(engine: HiFTEngine) -> Roles:
 def full_roles(engine: HiFTEngine) -> Roles:
     """Full fine-tuning of the same parameters with DeepSpeed's own optimizer at the same stage and precision.
 
-    Per parameter: the gradient in the model's dtype, and in fp32 a master weight (unless the weights are fp32) and each
-    state tensor of the update rule; divided by the ranks from the stage on that shards them.
+    Per parameter: the gradient in the model's dtype, and in fp32 a master weight (unless the weights are fp32 and the
+    stage is 0) and each state tensor of the update rule; divided by the ranks from the stage on that shards them.
     Source: ZeRO, arXiv 1910.02054, section 3.
     """
     optimizer, stage = engine.optimizer, engine.optimizer.settings.stage
@@ -73,7 +73,8 @@ def full_roles(engine: HiFTEngine) -> Roles:
         numel += count
         gradients += sum(full_numel(param) * param.element_size() for param in params)
         names = {slot for run in block.shard.runs for slot in block.rule.slots(optimizer.param_groups[run.group])}
-        state += 4 * count * (len(names) + any(param.dtype != torch.float32 for param in params))
+        masters = stage >= 1 or any(param.dtype != torch.float32 for param in params)
+        state += 4 * count * (len(names) + masters)
     return Roles(
         weights=_weight_bytes(engine),
         gradients=gradients // (world if stage >= 2 else 1),

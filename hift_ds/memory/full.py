@@ -1,8 +1,10 @@
 """Full fine-tuning by DeepSpeed's own optimizer: the same model, stage, precision and workload, for comparison.
 
-Gradients are in the model's dtype; masters (unless the weights are fp32) and the rule's state in fp32; each divided by
-the ranks from the stage on that shards it. DeepSpeed's reduction buckets have their full size whatever the model's is,
-and there are two of them where reduction overlaps with backward (stages 1 and 2).
+Gradients are in the model's dtype; masters and the rule's state in fp32; each divided by the ranks from the stage on
+that shards it. Seen in DeepSpeed 0.19.8: from stage 1 on there are masters beside fp32 weights, too; the update of
+16-bit weights copies the gradients to fp32; reduction buckets have their full size whatever the model's is, two where
+reduction overlaps with backward (stages 1 and 2); stage 0 flattens what it reduces, at most `FLATTENED` elements at a
+time.
 
 Source: ZeRO, arXiv 1910.02054, section 3.
 """
@@ -15,6 +17,8 @@ import torch
 
 from hift_ds.memory.trace import FETCH, GRADIENT
 
+FLATTENED = 500_000_000
+
 if TYPE_CHECKING:
     from hift_ds.memory.layout import Layout
     from hift_ds.memory.plan import Figures, Planner
@@ -25,10 +29,8 @@ def full_figures(planner: Planner, request: Request, layout: Layout) -> tuple[Fi
     """The figures, and bytes of a rank's host memory."""
     from hift_ds.memory.plan import Figures, gathered_bytes
 
-    trained = tuple(
-        fqn for fqn in layout.params
-        if fqn not in set(layout.plan.frozen)
-    )  # fmt: skip
+    frozen = set(layout.plan.frozen)
+    trained = tuple(fqn for fqn in layout.params if fqn not in frozen)
     numel = sum(layout.params[fqn].numel() for fqn in trained)
     whole = sum(layout.params[fqn].nbytes for fqn in trained)
     state = _state_bytes(layout, trained)
@@ -36,7 +38,8 @@ def full_figures(planner: Planner, request: Request, layout: Layout) -> tuple[Fi
     events = planner.events(request, trained)
     gathered = gathered_bytes(layout, events)
     shared = layout.stage >= 2 and layout.world > 1
-    held = (whole // layout.world if shared else 0) + _bucket_bytes(layout)
+    buckets = _bucket_bytes(layout)
+    held = (whole // layout.world if shared else 0) + buckets
     weights, worst = 0, (-1, 0, 0, 0, "forward")
     for index, event in enumerate(events):
         phase = "forward" if event.forward else "backward"
@@ -47,7 +50,11 @@ def full_figures(planner: Planner, request: Request, layout: Layout) -> tuple[Fi
         if event.kind == GRADIENT and not shared:
             held += sum(layout.params[name].nbytes for name in event.names)
         weights = gathered.after[index]
-    worst = max(worst, (held, 0, held, 0, "update"))
+    flattened = min(numel, FLATTENED) * layout.dtype.itemsize if layout.stage == 0 and layout.world > 1 else 0
+    worst = max(worst, (held + flattened, 0, held + flattened, 0, "backward"))
+    copied = 4 * numel // (layout.world if layout.stage >= 1 else 1) if layout.dtype != torch.float32 else 0
+    updated = held - (buckets if layout.stage < 3 else 0) + copied
+    worst = max(worst, (updated, 0, updated, 0, "update"))
     _, weights, gradients, activations, phase = worst
     shard = numel // (layout.world if layout.stage >= 1 else 1)
     element = layout.dtype.itemsize
@@ -73,7 +80,8 @@ def _state_bytes(layout: Layout, trained: tuple[str, ...]) -> int:
         whole += sum(tensor.nbytes for tensor in layout.extra(shard).values())
     for fqn in trained:
         param = layout.params[fqn]
-        sharded += 4 * param.numel() * (len(slots) + (param.dtype != torch.float32))
+        masters = param.dtype != torch.float32 or layout.stage >= 1
+        sharded += 4 * param.numel() * (len(slots) + masters)
     return sharded // (layout.world if layout.stage >= 1 else 1) + whole
 
 

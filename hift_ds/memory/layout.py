@@ -23,7 +23,7 @@ from hift_ds.memory.storages import StorageMeter
 from hift_ds.rules import Rule, check_form, rule_from_config
 from hift_ds.settings import Settings, updates_on_host
 from hift_ds.shards import Averaging, BlockShard
-from hift_ds.state import Storage, extra_bytes, initial_extra, plan_ring
+from hift_ds.state import TILE_NUMEL, Storage, extra_bytes, initial_extra, plan_ring
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ class Layout:
         if self.settings.on_host:
             return always, 0
         if self.settings.resident:
-            return always + sum(map(self.state_bytes, self.shards)), torch.iinfo(torch.int64).max
+            return always + sum(map(self.state_bytes, self.shards)), TILE_NUMEL
         shapes = [(shard, self.storage.shapes(shard, self.rule, self.groups)) for shard in self.shards]
         ring = plan_ring(shapes, self.settings.ring_bytes, self._factored)
         return always + ring.num_slots * ring.slot_bytes, ring.tile_numel
@@ -220,15 +220,16 @@ class Layout:
         """
         new = shard.numel * shard.dtype.itemsize
         made = 0 if self.settings.on_host or self.settings.resident else self._factored
+        own = shard.numel * self.accumulation_dtype.itemsize
         if self.settings.kernel == "torch" and not self.settings.on_host:
             longest = max(run.stop - run.start for run in shard.runs)
-            made += 4 * (min(self._tile_numel, longest) if self.rule.elementwise else longest)
+            if self.accumulation_dtype != torch.float32:  # else the rule works in the gradient itself
+                made += 4 * (min(self._tile_numel, longest) if self.rule.elementwise else longest)
             if not self.rule.elementwise:  # the estimate of the second moment of the largest slice
                 made += 4 * max(segment.numel for segment in shard.segments)
         sent = 0
         if self.stage in (1, 2) and shard.world > 1:
             sent = max(self._packed(shard, bucket) for bucket in shard.buckets(self.settings.publish_numel))
-        own = shard.numel * self.accumulation_dtype.itemsize
         return (gradients, new + made) if own + made >= sent else (gradients - own, new + sent)
 
     def _packed(self, shard: BlockShard, bucket: range) -> int:

@@ -186,8 +186,9 @@ def _state(engine: Any) -> Iterator[torch.Tensor]:
             yield optimizer.ring.buffer
         return
     basic = getattr(optimizer, "optimizer", optimizer)
+    weights = {id(param) for param in engine.module.parameters()}  # at stage 0 in fp32 they are their own masters
     for group in getattr(basic, "param_groups", []):
-        yield from group["params"]
+        yield from (param for param in group["params"] if id(param) not in weights)
     for tensors in getattr(basic, "state", {}).values():
         yield from (value for value in tensors.values() if isinstance(value, torch.Tensor))
 

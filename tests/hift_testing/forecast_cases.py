@@ -39,6 +39,7 @@ def forecast_and_measured(
     hift: dict[str, Any] | None = None,
     attention: str = "sdpa",
     checkpointing: bool = False,
+    rows: tuple[int, int] = (ROWS, SEQ),
     **extra: Any,
 ) -> dict[str, Any]:
     """Trains each block twice (at stage 3 DeepSpeed prefetches from the second turn on).
@@ -53,14 +54,14 @@ def forecast_and_measured(
         model.gradient_checkpointing_enable({"use_reentrant": False})
     cast_parameters(model, DTYPES[dtype])
     config = ds_config(stage, dtype, {"state": {"ring_bytes": 3 * 12 * 4096}, **(hift or {})}, zero_optimization=ZERO)
-    config |= {"train_micro_batch_size_per_gpu": ROWS, **extra}
+    config |= {"train_micro_batch_size_per_gpu": rows[0], **extra}
     meter = DeviceMeter(model.parameters())
     with separate_host(tile=1024), meter.measuring():
         engine = engine_of(config, model)
         gc.collect()  # what DeepSpeed's set-up leaves in cycles
-        measured, counted = _measure(engine, meter, cycles=2)
+        measured, counted = _measure(engine, meter, cycles=2, rows=rows)
     world = engine.dp_world_size
-    request = Request(complete_config(config, None, None, None, world), SEQ, attention, checkpointing, gpus=world)
+    request = Request(complete_config(config, None, None, None, world), rows[1], attention, checkpointing, gpus=world)
     facts = {"measured": measured, "counted": counted}
     return facts if dist.get_rank() else {**facts, **_forecast(request)}
 
@@ -82,7 +83,9 @@ def _forecast(request: Request) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _measure(engine: Any, meter: DeviceMeter, cycles: int) -> tuple[list[dict[str, int]], list[int]]:
+def _measure(
+    engine: Any, meter: DeviceMeter, cycles: int, rows: tuple[int, int]
+) -> tuple[list[dict[str, int]], list[int]]:
     counter = _Traffic()
     found: dict[int, dict[str, int]] = {}
     sent: dict[int, int] = {}
@@ -99,7 +102,7 @@ def _measure(engine: Any, meter: DeviceMeter, cycles: int) -> tuple[list[dict[st
         with counter:
             for micro in range(engine.gradient_accumulation_steps()):
                 generator = torch.Generator().manual_seed(100 * step + micro)
-                ids = torch.randint(0, VOCAB, (ROWS, SEQ), generator=generator)
+                ids = torch.randint(0, VOCAB, rows, generator=generator)
                 loss = engine(input_ids=ids, labels=ids).loss
                 note("forward")
                 engine.backward(loss)

@@ -13,16 +13,16 @@ TOLERANCES = {"forward": 0.005, "backward": 0.005, "update": 0.03}
 SMALL = 2048  # bytes of norms and flags that collectives carry beside gradients and weights
 
 
-def assert_forecast(plan: dict, facts: dict) -> None:
+def assert_forecast(plan: dict, facts: dict, tolerances: dict[str, float] = TOLERANCES) -> None:
     wrong = {
         (block, phase): (forecast[phase], measured[phase])
         for block, (forecast, measured) in enumerate(zip(plan["forecast"], facts["measured"], strict=True))
-        for phase, tolerance in TOLERANCES.items()
+        for phase, tolerance in tolerances.items()
         if abs(forecast[phase] - measured[phase]) > tolerance * measured[phase]
     }
     assert wrong == {}
     for peak, measured in zip(plan["peaks"], facts["measured"], strict=True):
-        assert abs(peak - max(measured.values())) <= TOLERANCES["backward"] * peak
+        assert abs(peak - max(measured.values())) <= 0.01 * peak
 
 
 @pytest.mark.parametrize(
@@ -45,10 +45,12 @@ def test_forecast_is_what_two_ranks_take(two_ranks, stage, dtype, keywords):
         assert all(0 <= more <= SMALL for more in beside), beside
 
 
+@pytest.mark.parametrize("rows", [(cases.ROWS, cases.SEQ), (1, 4)], ids=["activations", "gradients"])
 @pytest.mark.parametrize(("stage", "dtype"), [(0, "bf16"), (3, "fp32")])
-def test_forecast_is_what_one_rank_takes(one_rank, stage, dtype):
-    (facts,) = one_rank.run(cases.forecast_and_measured, stage, dtype)
-    assert_forecast(facts, facts)
+def test_forecast_is_what_one_rank_takes_whether_activations_or_gradients_weigh_more(one_rank, stage, dtype, rows):
+    """Here no gloo holds or copies buckets, as its reduce-scatter does."""
+    (facts,) = one_rank.run(cases.forecast_and_measured, stage, dtype, rows=rows)
+    assert_forecast(facts, facts, {"forward": 0.005, "backward": 0.005, "update": 0.01})
     assert facts["network"] == [0] * len(facts["network"])
 
 

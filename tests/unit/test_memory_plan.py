@@ -376,9 +376,13 @@ def test_full_fine_tuning_ends_with_all_gradients():
     ), Event(END, (), peak=0, current=0, forward=False)]  # fmt: skip
     planner = SimpleNamespace(events=lambda *_: quiet)
     figures, _ = full_figures(planner, None, three())
-    assert (figures.gradients, figures.activations) == (2 * NUMEL, 0)
+    assert (figures.gradients, figures.phase) == ((2 + 4) * NUMEL, "update"), "and their copy in fp32"
+    whole, _ = full_figures(planner, None, three(precision="fp32"))
+    assert (whole.gradients, whole.activations) == (4 * NUMEL, 0)
+    flattened, _ = full_figures(planner, None, three(0, 2, precision="fp32"))
+    assert (flattened.gradients, flattened.phase) == (8 * NUMEL, "backward")
     shared, _ = full_figures(planner, None, three(2, 4, zero={"reduce_bucket_size": BUCKET, "overlap_comm": False}))
-    assert shared.gradients == 2 * NUMEL // 4 + 2 * BUCKET, "those of a rank, from the beginning to the end"
+    assert shared.gradients == 2 * NUMEL // 4 + 4 * NUMEL // 4, "those of a rank, and their copy"
 
 
 def test_full_fine_tuning_of_one_rank_shards_nothing():
