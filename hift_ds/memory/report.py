@@ -136,7 +136,7 @@ def _blocks_table(plan: Plan) -> Table:
         pad_edge=False, padding=(0, 1, 0, 0),
         caption="traced from the model, not measured; of alike blocks the highest",
     )  # fmt: skip
-    table.add_column("block", overflow="ellipsis", no_wrap=True, max_width=18)
+    table.add_column("block", overflow="ellipsis", no_wrap=True, max_width=22)
     for header in (*LABELS.values(), "peak"):
         table.add_column(header, justify="right", no_wrap=True, min_width=len(header))
     table.add_column("phase", no_wrap=True)
