@@ -136,14 +136,14 @@ def _blocks_table(plan: Plan) -> Table:
         pad_edge=False, padding=(0, 1, 0, 0),
         caption="traced from the model, not measured; of alike blocks the highest",
     )  # fmt: skip
-    table.add_column("block", overflow="ellipsis", no_wrap=True, max_width=22)
+    table.add_column("block", overflow="ellipsis", no_wrap=True, max_width=18)
     for header in (*LABELS.values(), "peak"):
         table.add_column(header, justify="right", no_wrap=True, min_width=len(header))
     table.add_column("phase", no_wrap=True)
     worst = plan.blocks.index(plan.worst)
     for first, last in _alike(plan.blocks):
         highest = max(plan.blocks[first : last + 1], key=lambda block: block.peak)
-        name = plan.blocks[first].name
+        name = _short(plan.blocks[first].name)
         if first != last:
             name += f" to {plan.blocks[last].name.rpartition('.')[2]}"
         if first == worst:
@@ -151,6 +151,12 @@ def _blocks_table(plan: Plan) -> Table:
         cells = [_number(getattr(highest, role)) for role in (*ROLES, "peak")]
         table.add_row(name, *cells, highest.phase, style="bold" if first == worst else None)
     return table
+
+
+def _short(name: str) -> str:
+    """`model.layers.0` as `layers.0`, for a narrow column; JSON has it whole."""
+    ends = [end.split(".") for end in name.split("..")]
+    return "..".join(".".join(parts[-2:] if parts[-1].isdigit() else parts[-1:]) for parts in ends)
 
 
 def _alike(blocks: Sequence[Figures]) -> list[tuple[int, int]]:
