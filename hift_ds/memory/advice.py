@@ -41,7 +41,9 @@ def advise(planner: Planner, plan: Plan) -> Advice:
     changes = [change for change in _changes(plan.request) if change.apply(plan.request) is not None]
     for change in changes:
         if probe.fits((change,)):
-            return Advice((change,), planner.plan(_applied(plan.request, (change,))))
+            found = planner.plan(_applied(plan.request, (change,)))
+            if found.fits:  # of all blocks
+                return Advice((change,), found)
     chosen: tuple[Change, ...] = ()
     for change in changes:
         chosen = (*chosen, change)

@@ -21,6 +21,7 @@ def provenance(device: Any) -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "commit": _commit(),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type}: {_processor()}",
+        "driver": _driver() if device.type == "cuda" else "",
         "versions": {"python": platform.python_version(), **{k: v.__version__ for k, v in versions.items()}},
     }
 
@@ -29,6 +30,15 @@ def write_results(path: Path, results: dict[str, Any]) -> None:
     """Writes a results file as JSON; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return "unknown"
+    return found.stdout.splitlines()[0].strip() if found.stdout else "unknown"
 
 
 def _commit() -> str:

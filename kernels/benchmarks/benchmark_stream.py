@@ -21,7 +21,7 @@ from statistics import quantiles
 from typing import Any
 
 import torch
-from harness import driver, parser, provenance, slug
+from harness import parser, provenance, slug
 
 NUM_BLOCKS = 3  # so that a block's next turn is not the next step
 RINGS = ("3 tiles", "half a block", "a block", "resident", "on the host")
@@ -183,7 +183,7 @@ def main() -> Path:
                 rows.append(row(name, numel, compute_ms, device, args.repeats))
                 print(", ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
     where = provenance(device)
-    common = {"date": where["date"], "commit": where["commit"], "device": where["device"], "driver": driver(device),
+    common = {"date": where["date"], "commit": where["commit"], "device": where["device"], "driver": where["driver"],
               **where["versions"]}  # fmt: skip
     path = Path(args.results_dir) / f"{where['date']}_stream_{slug(where['device'])}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)

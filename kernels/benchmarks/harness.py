@@ -158,7 +158,7 @@ def benchmark(
         rows += found
     path = Path(args.results_dir) / f"{where['date']}_{kernel}_{slug(where['device'])}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
-    common = {"date": where["date"], "commit": where["commit"], "device": where["device"], "driver": driver(device),
+    common = {"date": where["date"], "commit": where["commit"], "device": where["device"], "driver": where["driver"],
               **where["versions"]}  # fmt: skip
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, (*FIELDS, *common))
@@ -241,16 +241,6 @@ def _print(rows: list[dict[str, Any]]) -> None:
             numbers = [f"{row['p50_ms']:.3f}", f"{row['gb_per_s']:.1f}", f"{row['share_of_copy']:.2f}"]
         table.add_row(row["contestant"], f"{row['numel']:,}", *numbers)
     Console().print(table)
-
-
-def driver(device: torch.device) -> str:
-    if device.type != "cuda":
-        return ""
-    import subprocess
-
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    return found.stdout.splitlines()[0].strip() if found.stdout else "unknown"
 
 
 def slug(name: str) -> str:
