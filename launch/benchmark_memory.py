@@ -41,8 +41,7 @@ def main() -> int:
     try:
         benchmark(args)
     except torch.OutOfMemoryError as error:
-        fail(error, args.verbose)
-        return OUT_OF_MEMORY
+        return fail(error, args.verbose, OUT_OF_MEMORY)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         return fail(error, args.verbose)
     from deepspeed import comm as dist

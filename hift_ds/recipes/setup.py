@@ -132,9 +132,20 @@ def _quiet() -> None:
     hf_logging.disable_progress_bar()
 
 
-def fail(error: Exception, verbose: bool) -> int:
-    """Prints an error as one sentence (with `verbose`, where it came from); returns the exit code."""
+def fail(error: Exception, verbose: bool, code: int = FAILED) -> int:
+    """Prints an error as one sentence (with `verbose`, where it came from); returns the exit code.
+
+    One of several ranks ends here at once: gloo's threads may abort a process that shuts down in order after the others
+    have gone, and its exit code would be another. (MPI's ranks must shut down in order.)
+    """
     if verbose:
         traceback.print_exception(error)
     print(f"[rank {os.environ.get('RANK', '0')}] error: {error}", file=sys.stderr, flush=True)
-    return FAILED
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized() and distributed.get_world_size() > 1:
+        from hift_ds.launching import MPI_VARIABLES
+
+        if not any(name in os.environ for name in MPI_VARIABLES):
+            sys.stdout.flush()
+            os._exit(code)
+    return code

@@ -117,7 +117,7 @@ def test_what_the_model_is_set_to_is_what_is_planned(monkeypatch):
         seen.update(planner=planner, request=request)
         raise ValueError("enough")
 
-    monkeypatch.setattr(choose, "_largest", largest)
+    monkeypatch.setattr(choose, "largest_blocks", largest)
     module = llama()
     module.gradient_checkpointing_enable({"use_reentrant": False})
     module.model.embed_tokens.requires_grad_(False)
