@@ -9,8 +9,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hift_ds.recipes.arguments import positive
+
 if TYPE_CHECKING:
-    from hift_ds.memory.plan import Plan, Planner
+    from hift_ds.memory.figures import Plan
+    from hift_ds.memory.plan import Planner
     from hift_ds.memory.request import Request
 
 PICTURES = (".png", ".pdf", ".svg")
@@ -48,15 +51,15 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", required=True, help="hub name, folder, config.json, or smollm2-135m (the sample)")
     add("--deepspeed_config", metavar="JSON", help='with or without a "hift" section (default: AdamW, bf16)')
-    add("--gpus", type=_positive, default=1, metavar="N", help="GPUs of a node")
-    add("--nodes", type=_positive, default=1, metavar="M", help="nodes")
+    add("--gpus", type=positive, default=1, metavar="N", help="GPUs of a node")
+    add("--nodes", type=positive, default=1, metavar="M", help="nodes")
     add("--gpu_memory", metavar="SIZE", help="of one card, as 24GiB (default: the card found here, if any)")
     add("--host_memory", metavar="SIZE", help="of one node, as 256GiB (default: not checked)")
-    add("--micro_batch", type=_positive, metavar="B", help="rows per GPU and forward (default: the config's, or 1)")
-    add("--seq", type=_positive, default=512, metavar="S", help="tokens of a row (default: %(default)s)")
+    add("--micro_batch", type=positive, metavar="B", help="rows per GPU and forward (default: the config's, or 1)")
+    add("--seq", type=positive, default=512, metavar="S", help="tokens of a row (default: %(default)s)")
     add("--precision", choices=("fp32", "bf16", "fp16"), help="instead of the config's")
     add("--stage", type=int, choices=(0, 1, 2, 3), help="ZeRO stage, instead of the config's")
-    add("--layers_per_block", type=_positive, metavar="M", help="instead of the config's (default: 1)")
+    add("--layers_per_block", type=positive, metavar="M", help="instead of the config's (default: 1)")
     add("--attn", choices=("sdpa", "eager"), help="attention (default: transformers' choice, mostly sdpa)")
     add("--activation_checkpointing", action="store_true", help="recompute activations in backward")
     add("--padded", action="store_true", help="rows have padding (default: they are full, as packed rows are)")
@@ -127,13 +130,6 @@ def _as_the_paper_counts(planner: Planner, plan: Plan) -> dict[str, Any]:
     rows = {f"full, {p}": count(blocks, layout.rule, group, p, hift=False) for p in PRECISIONS[:2]}
     rows |= {f"hift, {p}": count(blocks, layout.rule, group, p, hift=True) for p in PRECISIONS}
     return {name: asdict(row) for name, row in rows.items()}
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be 1 or more")
-    return value
 
 
 if __name__ == "__main__":

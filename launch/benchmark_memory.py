@@ -23,7 +23,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def main() -> int:
-    from hift_ds.recipes.setup import fail, prepare_process
+    from hift_ds.recipes.setup import exit_code_of, prepare_process
 
     prepare_process("--verbose" in sys.argv)
     from hift_ds.recipes.arguments import add_arguments
@@ -32,22 +32,11 @@ def main() -> int:
         allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_arguments(parser, HERE / "demo.json")
-    from hift_ds.recipes.benchmark import OUT_OF_MEMORY, add_benchmark_arguments
+    from hift_ds.recipes.benchmark import add_benchmark_arguments
 
     add_benchmark_arguments(parser)
     args = parser.parse_args()
-    import torch
-
-    try:
-        benchmark(args)
-    except torch.OutOfMemoryError as error:
-        return fail(error, args.verbose, OUT_OF_MEMORY)
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
-        return fail(error, args.verbose)
-    from deepspeed import comm as dist
-
-    dist.destroy_process_group()  # NCCL warns otherwise
-    return 0
+    return exit_code_of(lambda: benchmark(args), args.verbose)
 
 
 def benchmark(args: argparse.Namespace) -> dict[str, Any]:

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-OUT_OF_MEMORY = 3  # of benchmark_memory.py
 EXPERIMENTS: dict[str, dict[str, Any]] = {
     "memory": {"stages": [0, 2, 3], "precisions": ["fp32", "bf16"]},
     "blocks": {"methods": ["full", "hift"], "stages": [2], "precisions": ["bf16"], "layers_per_block": [1, 2, 4, 8]},
@@ -136,6 +135,8 @@ def _end(process: subprocess.Popen) -> None:
 
 def _status(code: int | None, log: Path, timeout_s: float) -> str:
     """Why there is no result, as the row says it."""
+    from hift_ds.recipes.setup import OUT_OF_MEMORY
+
     text = log.read_text(encoding="utf-8", errors="replace")
     if code is None:
         return f"no end within {timeout_s:.0f} s"
@@ -213,7 +214,7 @@ def _arguments() -> argparse.Namespace:
     add("--again", action="store_true", help="run finished cells again, too")
     add("--retry_failed", action="store_true", help="run cells again that ended without a result")
     add("options", nargs="*", help="after --: options of launch/benchmark_memory.py")
-    own, _, passed = _split(sys.argv[1:])
+    own, passed = _split(sys.argv[1:])
     args = parser.parse_args(own)
     if args.options:
         parser.error(f"{args.options[0]!r}: options of the cells go after --")
@@ -221,11 +222,10 @@ def _arguments() -> argparse.Namespace:
     return args
 
 
-def _split(arguments: list[str]) -> tuple[list[str], str, list[str]]:
-    if "--" not in arguments:
-        return arguments, "", []
-    place = arguments.index("--")
-    return arguments[:place], "--", arguments[place + 1 :]
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Its own arguments, and those for the cells."""
+    place = arguments.index("--") if "--" in arguments else len(arguments)
+    return arguments[:place], arguments[place + 1 :]
 
 
 def _yes_or_no(text: str) -> bool:

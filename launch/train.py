@@ -21,7 +21,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def main() -> int:
-    from hift_ds.recipes.setup import fail, prepare_process
+    from hift_ds.recipes.setup import exit_code_of, prepare_process
 
     prepare_process("--verbose" in sys.argv)
     from hift_ds.recipes.arguments import add_arguments
@@ -31,14 +31,7 @@ def main() -> int:
     )
     add_arguments(parser, HERE / "demo.json")
     args = parser.parse_args()
-    try:
-        train(args)
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
-        return fail(error, args.verbose)
-    from deepspeed import comm as dist
-
-    dist.destroy_process_group()  # NCCL warns otherwise
-    return 0
+    return exit_code_of(lambda: train(args), args.verbose)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -55,9 +48,7 @@ def train(args: argparse.Namespace) -> None:
         f"model {args.model_name_or_path}, data {run.data.name}: {len(run.data.train)} rows to train on, "
         f"{len(run.data.eval)} held out; {run.max_steps} steps", markup=False,
     )  # fmt: skip
-    engine, _, _, _ = hift_ds.initialize(
-        model=run.model, model_parameters=run.model.parameters(), config=run.ds_config
-    )
+    engine, _, _, _ = hift_ds.initialize(model=run.model, model_parameters=run.model.parameters(), config=run.ds_config)
     if args.hift:
         display.print(engine.hift.summary())
         show_memory(engine, display)

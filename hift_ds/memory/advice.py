@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
-from hift_ds.memory.plan import Plan, Planner
+from hift_ds.memory.figures import Plan
+from hift_ds.memory.plan import Planner
 from hift_ds.memory.request import RESERVE_BYTES, Request
 
 SHORTEST = 128  # tokens

@@ -15,8 +15,9 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig
 
+from hift_ds.launching import agree
 from hift_ds.memory.plan import Planner
-from hift_ds.memory.request import RESERVE_BYTES, Request
+from hift_ds.memory.request import RESERVE_BYTES, Request, zero_section
 from hift_ds.rules import rule_from_optimizer
 
 logger = logging.getLogger(__name__)
@@ -38,9 +39,7 @@ class Choice:
     warning: bool = False
 
 
-def choose_layers_per_block(
-    module: Any, ds_config: Mapping[str, Any], world: int, memory: int, apart: bool
-) -> Choice:
+def choose_layers_per_block(module: Any, ds_config: Mapping[str, Any], world: int, memory: int, apart: bool) -> Choice:
     """The choice for a transformers model; 1, with a warning, for a module that cannot be traced.
 
     Args:
@@ -78,13 +77,13 @@ def largest_blocks(planner: Planner, request: Request, memory: int, apart: bool)
         peak = planner.peak(asked, sorted({0, 1, max(0, last - 1), last}))
         return peak + (RESERVE_BYTES if apart else layout.host_state())
 
-    fits, too_many = 0, len(planner.layout(request.changed("hift", "layers_per_block", value=1)).plan.blocks) + 1
     found = (f"{memory / 2**30:.1f} GiB", f"{request.micro_batch} x {request.seq} tokens")
     smallest = need(1)
     if smallest > memory:
         note = f"1, but even that needs {smallest / 2**30:.1f} GiB of {found[0]} at {found[1]}"
         return Choice(1, f"{note}; `hift-ds plan` says what would fit", warning=True)
     fits, best = 1, smallest
+    too_many = len(planner.layout(request.changed("hift", "layers_per_block", value=1)).plan.blocks) + 1
     while too_many - fits > 1:
         middle = (fits + too_many) // 2
         needed = need(middle)
@@ -111,17 +110,20 @@ def agreed_layers_per_block(module: Any, ds_config: Mapping[str, Any], optimizer
     """
     found: list[int] = [0] * dist.get_world_size()
     dist.all_gather_object(found, memory_found())
-    choices: list[Choice | None] = [None] * len(found)
-    choice = None
-    if dist.get_rank() == 0:
+
+    def choose() -> Choice | None:
+        if dist.get_rank():
+            return None
         apart = get_accelerator().device_name() != "cpu"
-        config = _resolved(ds_config, optimizer)
-        choice = choose_layers_per_block(module, config, len(found), min(found), apart)
-        logger.log(
-            logging.WARNING if choice.warning else logging.INFO, "hift.layers_per_block=null: %s", choice.note
-        )  # fmt: skip
-    dist.all_gather_object(choices, choice)
-    return choices[0].layers_per_block
+        return choose_layers_per_block(module, _resolved(ds_config, optimizer), len(found), min(found), apart)
+
+    choices: list[Choice | None] = [None] * len(found)
+    dist.all_gather_object(choices, agree(choose))
+    choice = choices[0]
+    if dist.get_rank() == 0:
+        level = logging.WARNING if choice.warning else logging.INFO
+        logger.log(level, "hift.layers_per_block=null: %s", choice.note)
+    return choice.layers_per_block
 
 
 def memory_found() -> int:
@@ -143,6 +145,7 @@ def _resolved(ds_config: Mapping[str, Any], optimizer: Any) -> dict[str, Any]:
     known = DeepSpeedConfig(config)
     config["train_micro_batch_size_per_gpu"] = known.train_micro_batch_size_per_gpu
     config["gradient_accumulation_steps"] = known.gradient_accumulation_steps
+    config["zero_optimization"] = zero_section(config)
     config.pop("train_batch_size", None)
     if isinstance(optimizer, torch.optim.Optimizer):
         momentum = {key: optimizer.param_groups[0][key] for key in ("momentum",) if key in optimizer.param_groups[0]}

@@ -15,20 +15,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from hift_ds.memory.figures import Figures
 from hift_ds.memory.trace import FETCH, GRADIENT
 
 FLATTENED = 500_000_000
 
 if TYPE_CHECKING:
     from hift_ds.memory.layout import Layout
-    from hift_ds.memory.plan import Figures, Planner
+    from hift_ds.memory.plan import Planner
     from hift_ds.memory.request import Request
 
 
 def full_figures(planner: Planner, request: Request, layout: Layout) -> tuple[Figures, int]:
     """The figures, and bytes of a rank's host memory."""
-    from hift_ds.memory.plan import Figures, gathered_bytes
-
     frozen = set(layout.plan.frozen)
     trained = tuple(fqn for fqn in layout.params if fqn not in frozen)
     numel = sum(layout.params[fqn].numel() for fqn in trained)
@@ -36,7 +35,7 @@ def full_figures(planner: Planner, request: Request, layout: Layout) -> tuple[Fi
     state = _state_bytes(layout, trained)
     on_host = layout.settings.on_host
     events = planner.events(request, trained)
-    gathered = gathered_bytes(layout, events)
+    gathered = layout.gathered(events)
     shared = layout.stage >= 2 and layout.world > 1
     buckets = _bucket_bytes(layout)
     held = (whole // layout.world if shared else 0) + buckets

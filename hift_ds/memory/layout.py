@@ -18,8 +18,9 @@ from hift_ds.config import HiFTConfig
 from hift_ds.forms import Form
 from hift_ds.gradients import GradientReducer, accumulation_dtype
 from hift_ds.memory.fake_model import FakeModel
-from hift_ds.memory.gathering import Limits, ParameterSize
+from hift_ds.memory.gathering import Gathered, Limits, ParameterSize, replay
 from hift_ds.memory.storages import StorageMeter
+from hift_ds.memory.trace import Event
 from hift_ds.rules import Rule, check_form, rule_from_config
 from hift_ds.settings import Settings, updates_on_host
 from hift_ds.shards import Averaging, BlockShard
@@ -180,6 +181,12 @@ class Layout:
     def limits(self) -> Limits:
         """DeepSpeed's, for stage 3."""
         return Limits(self.zero.prefetch_bucket_size, self.zero.max_live_parameters, self.zero.max_reuse_distance)
+
+    def gathered(self, events: Sequence[Event]) -> Gathered:
+        """What stage 3 gathers during a micro step; nothing at the other stages."""
+        if self.stage < 3 or (self.world == 1 and not self.offloads_params):  # a lone rank's slices are the whole
+            return Gathered((0,) * len(events), (0,) * len(events), 0)
+        return replay(events, self.sizes, self.persistent, self.limits)
 
     # State.
 

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hift_ds.memory.fake_model import FakeModel
+from hift_ds.memory.figures import Figures, Plan
 from hift_ds.memory.full import full_figures
-from hift_ds.memory.gathering import Gathered, replay
+from hift_ds.memory.gathering import Gathered
 from hift_ds.memory.layout import GradientBytes, Layout
-from hift_ds.memory.request import RESERVE_BYTES, Request
+from hift_ds.memory.request import Request
 from hift_ds.memory.trace import FETCH, GRADIENT, Event, trace_micro_step
 
 if TYPE_CHECKING:
@@ -23,84 +24,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Between two traced blocks of the same shape the peak is linear in the number of layers above; this share of it may be
 # missing (at stage 3 what is prefetched varies from layer to layer).
 TOLERANCE = 1e-3
-
-
-@dataclass(frozen=True)
-class Figures:
-    """Bytes of one rank while one block trains.
-
-    Attributes:
-        name: The block's.
-        numel: Its parameters.
-        weights: Model weights on the device at the peak, those gathered for a moment included.
-        state: Ring (or resident state), always-active state, and in the update what it makes.
-        gradients: Gradients and buckets at the peak.
-        activations: What forward and backward hold at the peak.
-        phase: When the peak is: `forward`, `backward` or `update`.
-        host_state: The block's masters and moments on the host.
-        to_device: State and weights over the bus per optimizer step.
-        to_host: The way back.
-        network: Handed to collectives per optimizer step.
-    """
-
-    name: str
-    numel: int
-    weights: int
-    state: int
-    gradients: int
-    activations: int
-    phase: str
-    host_state: int
-    to_device: int
-    to_host: int
-    network: int
-
-    @property
-    def peak(self) -> int:
-        """Device bytes at the worst moment."""
-        return self.weights + self.state + self.gradients + self.activations
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The forecast for a request.
-
-    Attributes:
-        blocks: By index.
-        full: Full fine-tuning by DeepSpeed's own optimizer, same stage, precision and workload.
-        host: Bytes of host memory of a rank: masters, moments, and weights where they are offloaded.
-        full_host: The same of full fine-tuning.
-    """
-
-    request: Request
-    model: str
-    blocks: tuple[Figures, ...]
-    full: Figures
-    host: int
-    full_host: int
-
-    @property
-    def worst(self) -> Figures:
-        """The block with the highest peak."""
-        return max(self.blocks, key=lambda block: block.peak)
-
-    @property
-    def fits(self) -> bool | None:
-        """Whether card and node suffice; `None` if neither is known."""
-        verdicts = [v for v in (self.fits_device, self.fits_host) if v is not None]
-        return all(verdicts) if verdicts else None
-
-    @property
-    def fits_device(self) -> bool | None:
-        """Whether the worst peak and `RESERVE_BYTES` are within the card."""
-        limit = self.request.gpu_memory
-        return None if limit is None else self.worst.peak + RESERVE_BYTES <= limit
-
-    @property
-    def fits_host(self) -> bool | None:
-        """Whether the node holds the states of its ranks."""
-        limit = self.request.host_memory
-        return None if limit is None else self.host * self.request.gpus <= limit
 
 
 class Planner:
@@ -151,7 +74,7 @@ class Planner:
         events = self.events(request, (*block.fqns, *layout.plan.always_active))
         order = [name for event in events if event.kind == GRADIENT for name in event.names]
         gradients = layout.gradient_bytes(index, order)
-        gathered = gathered_bytes(layout, events)
+        gathered = layout.gathered(events)
         update = _update(layout, layout.shards[index], gradients)
         moments = {update.phase: update}
         for moment in _moments(events, gradients, gathered):
@@ -179,13 +102,6 @@ class Planner:
 
     def _key(self, request: Request) -> tuple:
         return request.precision, request.attn_implementation, request.checkpointing
-
-
-def gathered_bytes(layout: Layout, events: Sequence[Event]) -> Gathered:
-    """What stage 3 gathers during a micro step; nothing at the other stages."""
-    if layout.stage < 3 or (layout.world == 1 and not layout.offloads_params):  # a lone rank's slices are the whole
-        return Gathered((0,) * len(events), (0,) * len(events), 0)
-    return replay(events, layout.sizes, layout.persistent, layout.limits)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from hift_ds.memory.advice import Advice
-from hift_ds.memory.plan import Figures, Plan
+from hift_ds.memory.figures import Figures, Plan
 from hift_ds.memory.request import RESERVE_BYTES
 
 CARDS = (12, 16, 24, 32, 40, 48, 80, 141)  # GiB of cards that one can rent or buy

@@ -58,7 +58,7 @@ class Request:
     @property
     def stage(self) -> int:
         """ZeRO stage."""
-        return int((self.ds_config.get("zero_optimization") or {}).get("stage", 0))
+        return int(zero_section(self.ds_config).get("stage", 0))
 
     @property
     def precision(self) -> str:
@@ -80,6 +80,12 @@ class Request:
         if value is not None:
             section[path[-1]] = value
         return replace(self, ds_config=config)
+
+
+def zero_section(ds_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The "zero_optimization" section, a copy; `true` is DeepSpeed's old way to write stage 1."""
+    section = ds_config.get("zero_optimization")
+    return dict(section) if isinstance(section, Mapping) else {"stage": int(bool(section))}
 
 
 def precision_of(ds_config: Mapping[str, Any]) -> str:

@@ -20,22 +20,16 @@ class StorageMeter(TorchDispatchMode):
 
     Args:
         ignored: Tensors whose storages are not counted (the model weights, which others count).
-        role: Names what is being made now: asked for each new storage.
 
     Attributes:
         current: Bytes alive now.
         peak: Most bytes alive since `restart`.
-        by_role: Bytes alive now, by role.
-        at_peak: `by_role` as it was at the peak.
         peak_clock: When the peak was, in storages made before it.
     """
 
-    def __init__(self, ignored: Iterable[torch.Tensor] = (), role: Callable[[], str] = lambda: "") -> None:
+    def __init__(self, ignored: Iterable[torch.Tensor] = ()) -> None:
         super().__init__()
         self.current = self.peak = 0
-        self.by_role: dict[str, int] = {}
-        self.at_peak: dict[str, int] = {}
-        self._role = role
         # Storages are told apart by identity; torch keeps a storage's Python object as long as the storage lives.
         self._seen: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._clock = self.peak_clock = 0
@@ -49,27 +43,28 @@ class StorageMeter(TorchDispatchMode):
                 self.add(value)
         return result
 
-    def add(self, tensor: torch.Tensor, role: str | None = None) -> None:
+    def add(self, tensor: torch.Tensor) -> None:
         """Counts the storage of a tensor, if it is not counted yet."""
-        storage = tensor.untyped_storage()
-        if storage in self._seen:
-            return
-        size, role = storage.nbytes(), self._role() if role is None else role
-        self._clock += 1
-        self._seen[storage] = self._clock
-        self._change(role, size)
-        weakref.finalize(storage, self._change, role, -size).atexit = False
+        self._track(tensor, self._change)
 
     def restart(self) -> None:
         """Begins a new peak."""
-        self.peak, self.at_peak, self.peak_clock = self.current, dict(self.by_role), self._clock
+        self.peak, self.peak_clock = self.current, self._clock
 
     def made_at(self, tensor: torch.Tensor) -> int:
         """When the storage of a tensor was made, on the clock of `peak_clock`."""
         return self._seen[tensor.untyped_storage()]
 
-    def _change(self, role: str, size: int) -> None:
+    def _track(self, tensor: torch.Tensor, change: Callable[[int], None]) -> None:
+        storage = tensor.untyped_storage()
+        if storage in self._seen:
+            return
+        self._clock += 1
+        self._seen[storage] = self._clock
+        change(storage.nbytes())
+        weakref.finalize(storage, change, -storage.nbytes()).atexit = False
+
+    def _change(self, size: int) -> None:
         self.current += size
-        self.by_role[role] = self.by_role.get(role, 0) + size
         if self.current > self.peak:
-            self.peak, self.at_peak, self.peak_clock = self.current, dict(self.by_role), self._clock
+            self.peak, self.peak_clock = self.current, self._clock

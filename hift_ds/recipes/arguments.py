@@ -35,22 +35,22 @@ def add_arguments(parser: argparse.ArgumentParser, default_config: Path) -> None
     add("--deepspeed_config", default=str(default_config), metavar="JSON", help="any DeepSpeed config")
     add("--model_name_or_path", default=SAMPLE, metavar="MODEL", help="hub name, folder, or the sample")
     add("--dataset", default="hift-faq", metavar="DATA", help="hift-faq, python-stdlib, file, folder or hub name")
-    add("--max_steps", type=_positive, default=None, metavar="N", help="optimizer steps (default: three epochs)")
+    add("--max_steps", type=positive, default=None, metavar="N", help="optimizer steps (default: three epochs)")
     add("--output_dir", default="outputs/train", metavar="DIR", help="trained model and checkpoints")
-    add("--seq_len", type=_positive, default=512, metavar="N", help="longest row in tokens")
+    add("--seq_len", type=positive, default=512, metavar="N", help="longest row in tokens")
     add("--pack", action=argparse.BooleanOptionalAction, default=None, help="join examples to full rows")
-    add("--micro_batch", type=_positive, metavar="N", help="rows per device and forward")
-    add("--accumulation", type=_positive, metavar="N", help="micro steps per optimizer step")
+    add("--micro_batch", type=positive, metavar="N", help="rows per device and forward")
+    add("--accumulation", type=positive, metavar="N", help="micro steps per optimizer step")
     add("--lr", type=float, metavar="R", help="learning rate")
     add("--seed", type=int, default=42, help="order of the data")
     add("--gradient_checkpointing", action="store_true", help="recompute activations in backward")
     add("--attn_implementation", metavar="A", help="sdpa, eager, flash_attention_2 ...")
-    add("--eval_every", type=_positive, metavar="N", help="steps between evaluations (default: before and after)")
-    add("--save_every", type=_positive, metavar="N", help="steps between checkpoints (default: none)")
+    add("--eval_every", type=positive, metavar="N", help="steps between evaluations (default: before and after)")
+    add("--save_every", type=positive, metavar="N", help="steps between checkpoints (default: none)")
     add("--resume", action="store_true", help="go on from the newest checkpoint in output_dir")
     add("--tensorboard", action="store_true", help="write TensorBoard events below output_dir")
     add("--verbose", action="store_true", help="show DeepSpeed's own messages")
-    group = parser.add_argument_group("HiFT (each overrides the config's \"hift\" section)")
+    group = parser.add_argument_group('HiFT (each overrides the config\'s "hift" section)')
     group.add_argument("--hift", action="store_true", help="rotate blocks; without it: full fine-tuning")
     for key, options in _HIFT.items():
         group.add_argument(f"--hift_{key}", **options)
@@ -148,7 +148,8 @@ def _fit_schedule(config: dict[str, Any], max_steps: int) -> None:
             params["warmup_num_steps"] = max(1, min(params["warmup_num_steps"], max_steps // 10))
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """An argparse type: an integer, 1 or more."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text}: must be 1 or more")

@@ -15,15 +15,14 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 
+from hift_ds.memory.figures import Plan
 from hift_ds.memory.measured import Report
 from hift_ds.memory.meter import MemoryMeter
-from hift_ds.memory.plan import Plan, Planner
-from hift_ds.memory.request import Request, parse_bytes
+from hift_ds.memory.plan import Planner
+from hift_ds.memory.request import Request, parse_bytes, zero_section
 from hift_ds.recipes import loop
 from hift_ds.recipes.display import Display
 from hift_ds.recipes.results import provenance
-
-OUT_OF_MEMORY = 3  # exit code
 
 
 def add_benchmark_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,19 +56,23 @@ def limit_memory(text: str | None) -> int | None:
 
 
 def measure(args: argparse.Namespace, display: Display) -> dict[str, Any]:
-    """Trains `args.max_steps` steps (default: twice every block) and says what they took. Collective.
+    """Trains `args.max_steps` steps (default: four turns of every block) and says what they took. Collective.
 
     The first two turns of every block run inside the meter (at stage 3 DeepSpeed prefetches from the second on); step
     times are of the steps after these, or on CUDA of the second half.
     """
     import hift_ds
+    from hift_ds.recipes.setup import load_run
 
-    run = _random_run(args) if args.random else _loaded_run(args)
+    run = _random_run(args) if args.random else load_run(args)
     engine, _, _, _ = hift_ds.initialize(model=run.model, model_parameters=run.model.parameters(), config=run.ds_config)
     blocks = len(engine.hift.blocks) if args.hift else 1
     metered = 2 * max(blocks, 2)
     steps = args.max_steps or 2 * metered
-    stream = _Watched(_random_batches(run, args, engine) if args.random else _batches(run, args, engine))
+    stream = _Watched(
+        _random_batches(run, args, engine) if args.random
+        else loop.batches(run.data, run.micro_batch, args.seed, 0, engine.device)
+    )  # fmt: skip
     engine.train()  # from_pretrained leaves a model in evaluation
     evaluates = not (args.random or args.skip_evaluation)
     held_out = [_held_out(engine, run)] if evaluates else []
@@ -142,12 +145,6 @@ class _Watched:
         return batch
 
 
-def _loaded_run(args: argparse.Namespace) -> Any:
-    from hift_ds.recipes.setup import load_run
-
-    return load_run(args)
-
-
 def _random_run(args: argparse.Namespace) -> Any:
     from transformers.integrations import HfDeepSpeedConfig
 
@@ -183,10 +180,6 @@ def _random_batches(run: Any, args: argparse.Namespace, engine: Any) -> Iterator
         yield {"input_ids": ids, "labels": ids}
 
 
-def _batches(run: Any, args: argparse.Namespace, engine: Any) -> Iterator[dict[str, torch.Tensor]]:
-    return loop.batches(run.data, run.micro_batch, args.seed, 0, engine.device)
-
-
 def _held_out(engine: Any, run: Any) -> float | None:
     if not len(run.data.eval):
         return None
@@ -201,7 +194,8 @@ def _forecast(args: argparse.Namespace, run: Any, engine: Any, padded: bool) -> 
     ds_config["hift"] = {**(ds_config.get("hift") or {}), "enabled": True}
     if engine.device.type == "cpu":  # one memory: nothing streams
         ds_config["hift"]["state"] = {"residency": "device"}
-        (ds_config.get("zero_optimization") or {}).pop("offload_optimizer", None)
+        ds_config["zero_optimization"] = zero_section(ds_config)
+        ds_config["zero_optimization"].pop("offload_optimizer", None)
     if args.hift:
         units = getattr(engine.hift_config, "layers_per_block", None)
         ds_config["hift"]["layers_per_block"] = units or 1

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from hift_ds.memory.request import zero_section
+
 COLUMNS = (
     "status", "method", "stage", "ranks", "nodes", "dtype", "optimizer", "layers_per_block", "order", "steps_per_block",
     "blocks", "activation_checkpointing", "micro_batch", "accumulation", "sequence", "peak_mib", "reserved_mib",
@@ -93,7 +95,7 @@ def config_of(cell: Cell, base: dict[str, Any]) -> dict[str, Any]:
         config[cell.precision] = {"enabled": True}
         if cell.precision == "fp16":
             config["fp16"]["initial_scale_power"] = 16
-    config["zero_optimization"] = {**(config.get("zero_optimization") or {}), "stage": cell.stage}
+    config["zero_optimization"] = {**zero_section(config), "stage": cell.stage}
     config["optimizer"] = _optimizer(config.get("optimizer") or {}, cell.optimizer)
     section = dict(config.get("hift") or {})
     for key in ("layers_per_block", "order", "steps_per_block"):

@@ -40,18 +40,17 @@ class Display:
         return _Cells(self.console, total)
 
 
-class _Cells:
-    """The cells of a comparison: a bar on a terminal, a line for each that is done."""
+class _Bar:
+    """A progress bar on a terminal, nothing elsewhere."""
 
-    def __init__(self, console: Console, total: int) -> None:
-        self.console, self.total, self.done = console, total, 0
-        self.bar = None
-        if console.is_terminal:
-            columns = (BarColumn(bar_width=16), MofNCompleteColumn(), TextColumn("{task.description}"))
-            self.bar = Progress(*columns, TimeElapsedColumn(), console=console)
-            self.task = self.bar.add_task("", total=total)
+    bar: Progress | None = None
 
-    def __enter__(self) -> _Cells:
+    def _begin(self, console: Console, time_column: Any, total: int, completed: int = 0) -> None:
+        columns = (BarColumn(bar_width=16), MofNCompleteColumn(), TextColumn("{task.description}"), time_column)
+        self.bar = Progress(*columns, console=console)
+        self.task = self.bar.add_task("", total=total, completed=completed)
+
+    def __enter__(self) -> Any:
         if self.bar is not None:
             self.bar.start()
         return self
@@ -59,6 +58,15 @@ class _Cells:
     def __exit__(self, *_: Any) -> None:
         if self.bar is not None:
             self.bar.stop()
+
+
+class _Cells(_Bar):
+    """The cells of a comparison: a bar on a terminal, a line for each that is done."""
+
+    def __init__(self, console: Console, total: int) -> None:
+        self.console, self.total, self.done = console, total, 0
+        if console.is_terminal:
+            self._begin(console, TimeElapsedColumn(), total)
 
     def start(self, name: str) -> None:
         """Shows what runs now."""
@@ -76,24 +84,12 @@ class _Cells:
             self.bar.update(self.task, completed=self.done)
 
 
-class _Steps:
+class _Steps(_Bar):
     def __init__(self, console: Console, active: bool, total: int, completed: int) -> None:
         self.console, self.total, self.completed = console, total, completed
         self._last_line = 0.0
-        self.bar = None
         if active and console.is_terminal:
-            columns = (BarColumn(bar_width=16), MofNCompleteColumn(), TextColumn("{task.description}"))
-            self.bar = Progress(*columns, TimeRemainingColumn(compact=True), console=console)
-            self.task = self.bar.add_task("", total=total, completed=completed)
-
-    def __enter__(self) -> _Steps:
-        if self.bar is not None:
-            self.bar.start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        if self.bar is not None:
-            self.bar.stop()
+            self._begin(console, TimeRemainingColumn(compact=True), total, completed)
 
     def update(self, loss: float, lr: float, block: str, tokens_per_s: float) -> None:
         """Shows one finished step."""

@@ -12,7 +12,7 @@ import torch
 from hift_ds.config import HiFTConfig
 from hift_ds.ds_keys import check_ds_config
 from hift_ds.launching import load_ds_config
-from hift_ds.memory.request import Request, parse_bytes
+from hift_ds.memory.request import Request, parse_bytes, zero_section
 from hift_ds.recipes.arguments import override_batch, resolve_batch
 
 
@@ -67,8 +67,7 @@ def complete_config(
             config.pop(key, None)
         if precision != "fp32":
             config[precision or "bf16"] = {"enabled": True}
-    if not isinstance(config.get("zero_optimization"), Mapping):
-        config["zero_optimization"] = {"stage": int(bool(config.get("zero_optimization")))}
+    config["zero_optimization"] = zero_section(config)
     if stage is not None:
         config["zero_optimization"]["stage"] = stage
     elif ds_config is None:

@@ -8,13 +8,13 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 EPOCHS = 3  # of a run without --max_steps
-FAILED = 2
+FAILED, OUT_OF_MEMORY = 2, 3  # exit codes
 
 
 @dataclass
@@ -130,6 +130,21 @@ def _quiet() -> None:
     logger.addFilter(lambda record: "before it has started" not in record.getMessage())
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
+
+
+def exit_code_of(work: Callable[[], Any], verbose: bool) -> int:
+    """Runs a script's work on this rank, and ends its part in the process group. Collective where the work is."""
+    import torch
+    from deepspeed import comm as dist
+
+    try:
+        work()
+    except torch.OutOfMemoryError as error:
+        return fail(error, verbose, OUT_OF_MEMORY)
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        return fail(error, verbose)
+    dist.destroy_process_group()  # NCCL warns otherwise
+    return 0
 
 
 def fail(error: Exception, verbose: bool, code: int = FAILED) -> int:

@@ -86,7 +86,7 @@ def measured(
         engine = engine_of(_config(stage, dtype, hift or {}, **extra), model)
         facts["init"] = meter.peak
         gc.collect()  # what DeepSpeed's set-up leaves in cycles
-        meter.reset_peak()
+        meter.restart()
         facts["idle"] = meter.current
         facts["host"] = meter.host
         for step in range(STEPS):
@@ -94,18 +94,18 @@ def measured(
             x = x.to(DTYPES[dtype])
             for _ in range(accumulation):
                 loss = engine(x)
-                meter.reset_peak()
+                meter.restart()
                 forward = meter.current
                 engine.backward(loss)
                 phases["backward"].append(meter.peak - forward)
                 del loss
-                meter.reset_peak()
+                meter.restart()
                 engine.step()
                 phases["step"].append(meter.peak)
             if engine.optimizer.settings.kernel == "triton":
                 gc.collect()  # Triton's interpreter holds the storages of its arguments in cycles
             time.sleep(0.02)  # gloo's threads hold a collective's tensors a moment longer (measured: under 10 ms)
-            meter.reset_peak()
+            meter.restart()
             phases["after"].append(meter.current)
     weights = sum(
         (param.ds_tensor if hasattr(param, "ds_id") else param).numel() * param.element_size()

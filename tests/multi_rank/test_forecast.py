@@ -7,18 +7,20 @@ from hift_testing import forecast_cases as cases
 
 pytestmark = pytest.mark.multi_rank
 
-# Of the bytes on the device: what is left is scalars, and what gloo's threads hold a moment longer. In these updates a
-# bucket that gloo still holds is 2 % of everything.
-TOLERANCES = {"forward": 0.005, "backward": 0.005, "update": 0.03}
+TOLERANCES = {"forward": 0.005, "backward": 0.005, "update": 0.01}  # of the bytes on the device: scalars
 SMALL = 2048  # bytes of norms and flags that collectives carry beside gradients and weights
 
 
-def assert_forecast(plan: dict, facts: dict, tolerances: dict[str, float] = TOLERANCES) -> None:
+def assert_forecast(plan: dict, facts: dict, held: int = 0) -> None:
+    """`held`: bytes that gloo's threads may still hold of the update's last bucket when the next is there."""
+    beside = {"update": held}
     wrong = {
         (block, phase): (forecast[phase], measured[phase])
         for block, (forecast, measured) in enumerate(zip(plan["forecast"], facts["measured"], strict=True))
-        for phase, tolerance in tolerances.items()
-        if abs(forecast[phase] - measured[phase]) > tolerance * measured[phase]
+        for phase, tolerance in TOLERANCES.items()
+        if not -tolerance * measured[phase]
+        <= measured[phase] - forecast[phase]
+        <= tolerance * measured[phase] + beside.get(phase, 0)
     }
     assert wrong == {}
     for peak, measured in zip(plan["peaks"], facts["measured"], strict=True):
@@ -40,7 +42,7 @@ def test_forecast_is_what_two_ranks_take(two_ranks, stage, dtype, keywords):
     results = two_ranks.run(cases.forecast_and_measured, stage, dtype, **keywords)
     plan = results[0]
     for facts in results:
-        assert_forecast(plan, facts)
+        assert_forecast(plan, facts, plan["bucket"] if stage in (1, 2) else 0)
         beside = [counted - forecast for forecast, counted in zip(plan["network"], facts["counted"], strict=True)]
         assert all(0 <= more <= SMALL for more in beside), beside
 
@@ -50,7 +52,7 @@ def test_forecast_is_what_two_ranks_take(two_ranks, stage, dtype, keywords):
 def test_forecast_is_what_one_rank_takes_whether_activations_or_gradients_weigh_more(one_rank, stage, dtype, rows):
     """Here no gloo holds or copies buckets, as its reduce-scatter does."""
     (facts,) = one_rank.run(cases.forecast_and_measured, stage, dtype, rows=rows)
-    assert_forecast(facts, facts, {"forward": 0.005, "backward": 0.005, "update": 0.01})
+    assert_forecast(facts, facts)
     assert facts["network"] == [0] * len(facts["network"])
 
 
@@ -69,6 +71,12 @@ def test_null_takes_the_largest_blocks_that_fit_the_rank_with_the_least_memory(t
     numbers = [results[0]["layers"] for results in found]
     assert numbers[0] == 1 and numbers == sorted(numbers)
     assert found[-1][0] == {"layers": 6, "alone": 6, "blocks": 1}
+
+
+def test_a_choice_that_fails_on_rank_0_fails_on_every_rank(two_ranks):
+    assert two_ranks.run(cases.choice_that_fails) == [
+        "ValueError: no choice", "RuntimeError: rank 0 failed: ValueError: no choice",
+    ]  # fmt: skip
 
 
 def test_explicit_blocks_leave_nothing_to_choose(two_ranks):

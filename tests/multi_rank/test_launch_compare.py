@@ -139,8 +139,10 @@ def run_with(monkeypatch, tmp_path, script: str, timeout: float = 20) -> dict:
         ("import sys; print('[rank 1] error: no such thing'); sys.exit(2)", "refused: no such thing"),
         ("import sys; print('[rank 1] error: a[rank 0] error: b'); sys.exit(1)", "refused: a"),
         ("import sys; print('step 1/9  x\\n[rank 0] error: ranks disagree'); sys.exit(1)", "failed: ranks disagree"),
-        ("import sys; print('[rank1]: KeyError: 3\\nexits with return code 1'); sys.exit(1)",
-         "failed (1): [rank1]: KeyError: 3"),
+        (
+            "import sys; print('[rank1]: KeyError: 3\\nexits with return code 1'); sys.exit(1)",
+            "failed (1): [rank1]: KeyError: 3",
+        ),
         ("import os; print('the end', flush=True); os.kill(os.getpid(), 11)", "failed (-11): the end"),
     ],
 )

@@ -2,7 +2,6 @@
 
 import io
 import math
-import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -10,11 +9,11 @@ import torch
 from hift_testing.tiny_models import tiny_model
 from rich.console import Console
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hift_ds import gradients as gradients_module
 from hift_ds.gradients import GradientReducer
 from hift_ds.memory.account import Roles, full_roles, hift_roles
+from hift_ds.memory.storages import StorageMeter
 from hift_ds.recipes.display import memory_table
 from hift_ds.rules import rule_from_config
 from hift_ds.settings import Settings
@@ -152,30 +151,6 @@ def test_host_bytes_are_those_of_the_tensors_there():
     assert hift_roles(engine).host == sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
-class Alive(TorchDispatchMode):
-    """Bytes of the storages that were made inside and are still alive, and their peak."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: set[int] = set()
-        self.now = self.peak = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor):
-            storage = result.untyped_storage()
-            if storage.data_ptr() not in self.seen:
-                self.seen.add(storage.data_ptr())
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._free, storage.data_ptr(), storage.nbytes())
-        return result
-
-    def _free(self, address: int, nbytes: int) -> None:
-        self.seen.discard(address)
-        self.now -= nbytes
-
-
 class Sent:
     """Collectives of a rank that is told that all others have zeros; done when waited for."""
 
@@ -204,14 +179,14 @@ def test_gradients_are_the_peak_of_what_the_reducer_holds(
     engine = engine_of(module, [names], stage, world, micro_steps=micro_steps, **options)
     reducer, shard = engine.optimizer.reducer, engine.optimizer.states[0].shard
     reducer.open([shard])
-    with Alive() as alive:
+    with StorageMeter() as alive:
         for micro_step in range(micro_steps):
             for param in reversed(shard.params):
                 param.grad = torch.ones_like(param)
                 reducer.on_gradient(param)
             reducer.finish_backward(micro_step + 1 == micro_steps)
         result, _ = reducer.take(shard)
-    assert result.nbytes <= alive.now < alive.peak
+    assert result.nbytes <= alive.current < alive.peak
     counted = hift_roles(engine).gradients
     # While a gradient is cast for accumulation there are two of it.
     cast = 2 * 32 * 32 if stage < 2 and world > 1 and accumulation != torch.bfloat16 else 0

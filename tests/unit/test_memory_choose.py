@@ -11,6 +11,7 @@ from hift_ds.memory import choose
 from hift_ds.memory.choose import ASSUMED_SEQ_LEN, choose_layers_per_block
 from hift_ds.memory.plan import Planner
 from hift_ds.memory.request import RESERVE_BYTES, Request
+from hift_ds.recipes.comparison import Cell, config_of
 
 UNITS = 5  # three layers, the embedding, the head
 CONFIG = hf.LlamaConfig(
@@ -151,3 +152,14 @@ def test_a_client_optimizer_counts_as_what_it_keeps():
         assert resolved["train_micro_batch_size_per_gpu"] == 1
         assert "train_batch_size" not in resolved
     assert config == {"train_batch_size": 1}
+
+
+@pytest.mark.parametrize(("old", "stage"), [(True, 1), (False, 0), (None, 0), ({"stage": 3}, 3)])
+def test_deepspeeds_old_way_to_write_stage_1_is_understood(old, stage):
+    config = {"train_batch_size": 1, "zero_optimization": old} if old is not None else {"train_batch_size": 1}
+    resolved = choose._resolved(config, None)
+    assert Request(resolved, 8).stage == Request(config, 8).stage == stage
+    assert Request(resolved, 8).changed("zero_optimization", "stage", value=2).stage == 2
+    assert config_of(Cell("hift", 2, "bf16", 1, "AdamW", False, 64, 1, "bottom2up", 1), config)["zero_optimization"] == {
+        "stage": 2
+    }

@@ -12,10 +12,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from hift_ds.config import HiFTConfig
 from hift_ds.memory import plan as plan_module
 from hift_ds.memory.fake_model import _cast
+from hift_ds.memory.figures import Figures, Plan
 from hift_ds.memory.full import full_figures
 from hift_ds.memory.gathering import Gathered
 from hift_ds.memory.layout import GradientBytes, Layout
-from hift_ds.memory.plan import TOLERANCE, Figures, Moment, Plan, Planner, Traced, _Interpolation, _moments
+from hift_ds.memory.plan import TOLERANCE, Moment, Planner, Traced, _Interpolation, _moments
 from hift_ds.memory.request import RESERVE_BYTES, Request
 from hift_ds.memory.trace import END, FETCH, GRADIENT, RELEASE, Event
 
@@ -503,11 +504,11 @@ def test_frozen_parameters_are_in_no_block(planned):
 def test_a_forward_without_gathered_weights_at_the_other_stages(planned):
     planner, request, _ = planned
     events = [Event(FETCH, ("model.norm.weight",), 0, 0, True)]
-    assert plan_module.gathered_bytes(planner.layout(request), events) == Gathered((0,), (0,), 0)
+    assert planner.layout(request).gathered(events) == Gathered((0,), (0,), 0)
     alone = planner.layout(request_of(3, world=1))
-    assert plan_module.gathered_bytes(alone, events) == Gathered((0,), (0,), 0)
+    assert alone.gathered(events) == Gathered((0,), (0,), 0)
     zero = {"stage3_param_persistence_threshold": 0}
-    assert plan_module.gathered_bytes(planner.layout(request_of(3, zero=zero)), events).sent == 2 * 16
+    assert planner.layout(request_of(3, zero=zero)).gathered(events).sent == 2 * 16
 
 
 @pytest.mark.parametrize(

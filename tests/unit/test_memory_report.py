@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from hift_ds.memory.advice import Advice, Change
-from hift_ds.memory.plan import Figures, Plan
+from hift_ds.memory.figures import Figures, Plan
 from hift_ds.memory.report import CARDS, ROLES, _alike, plot, render, to_json, verdict
 from hift_ds.memory.request import RESERVE_BYTES, Request
 

@@ -73,39 +73,10 @@ def test_after_restart_a_new_peak_begins_at_what_is_alive():
         kept = torch.empty(10)
         torch.empty(1000)
         meter.restart()
-        assert (meter.peak, meter.at_peak) == (40, {"": 40})
+        assert meter.peak == 40
         small = torch.empty(1)
     assert meter.peak == 44
     assert kept.nbytes + small.nbytes == meter.current
-
-
-def test_roles_are_asked_for_when_a_storage_is_made_and_kept_until_it_is_freed():
-    role = "one"
-    meter = StorageMeter(role=lambda: role)
-    with meter:
-        first = torch.empty(10)
-        role = "two"
-        second = torch.empty(20)
-        view = first[3:]
-        assert meter.by_role == {"one": 40, "two": 80}
-        del first, view
-        assert meter.by_role == {"one": 0, "two": 80}
-        del second
-    assert meter.by_role == {"one": 0, "two": 0}
-    assert meter.at_peak == {"one": 40, "two": 80}, "as it was at the peak, not afterwards"
-
-
-def test_at_peak_is_of_the_highest_moment():
-    role = "small"
-    meter = StorageMeter(role=lambda: role)
-    with meter:
-        small = torch.empty(1)
-        role = "large"
-        torch.empty(100)  # freed at once
-        role = "late"
-        late = torch.empty(50)
-    assert (meter.peak, meter.at_peak) == (404, {"small": 4, "large": 400})
-    assert meter.by_role == {"small": small.nbytes, "large": 0, "late": late.nbytes}
 
 
 def test_ignored_tensors_and_their_views_are_not_counted():
@@ -121,15 +92,15 @@ def test_ignored_tensors_and_their_views_are_not_counted():
     assert meter.current == 64, "freeing what was never counted takes nothing off"
 
 
-def test_add_counts_what_was_made_outside_once_and_under_its_role():
+def test_add_counts_what_was_made_outside_once():
     batch = torch.empty(12, dtype=torch.int64)
-    meter = StorageMeter(role=lambda: "made")
-    meter.add(batch, "batch")
-    meter.add(batch[2:], "again")
+    meter = StorageMeter()
+    meter.add(batch)
+    meter.add(batch[2:])
     meter.add(torch.empty(0))
     with meter:
         view = batch[1:]
-    assert meter.by_role == {"batch": 96, "made": 0}
+    assert meter.current == 96
     del batch, view
     assert (meter.current, meter.peak) == (0, 96)
 

@@ -1,0 +1,85 @@
+"""What a forecast says: bytes of every block by role, and the verdict."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hift_ds.memory.request import RESERVE_BYTES, Request
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Bytes of one rank while one block trains.
+
+    Attributes:
+        name: The block's.
+        numel: Its parameters.
+        weights: Model weights on the device at the peak, those gathered for a moment included.
+        state: Ring (or resident state), always-active state, and in the update what it makes.
+        gradients: Gradients and buckets at the peak.
+        activations: What forward and backward hold at the peak.
+        phase: When the peak is: `forward`, `backward` or `update`.
+        host_state: The block's masters and moments on the host.
+        to_device: State and weights over the bus per optimizer step.
+        to_host: The way back.
+        network: Handed to collectives per optimizer step.
+    """
+
+    name: str
+    numel: int
+    weights: int
+    state: int
+    gradients: int
+    activations: int
+    phase: str
+    host_state: int
+    to_device: int
+    to_host: int
+    network: int
+
+    @property
+    def peak(self) -> int:
+        """Device bytes at the worst moment."""
+        return self.weights + self.state + self.gradients + self.activations
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The forecast for a request.
+
+    Attributes:
+        blocks: By index.
+        full: Full fine-tuning by DeepSpeed's own optimizer, same stage, precision and workload.
+        host: Bytes of host memory of a rank: masters, moments, and weights where they are offloaded.
+        full_host: The same of full fine-tuning.
+    """
+
+    request: Request
+    model: str
+    blocks: tuple[Figures, ...]
+    full: Figures
+    host: int
+    full_host: int
+
+    @property
+    def worst(self) -> Figures:
+        """The block with the highest peak."""
+        return max(self.blocks, key=lambda block: block.peak)
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether card and node suffice; `None` if neither is known."""
+        verdicts = [v for v in (self.fits_device, self.fits_host) if v is not None]
+        return all(verdicts) if verdicts else None
+
+    @property
+    def fits_device(self) -> bool | None:
+        """Whether the worst peak and `RESERVE_BYTES` are within the card."""
+        limit = self.request.gpu_memory
+        return None if limit is None else self.worst.peak + RESERVE_BYTES <= limit
+
+    @property
+    def fits_host(self) -> bool | None:
+        """Whether the node holds the states of its ranks."""
+        limit = self.request.host_memory
+        return None if limit is None else self.host * self.request.gpus <= limit
