@@ -68,7 +68,7 @@ INSTANCE_SURFACE: dict[str, dict[str, tuple[str, ...]]] = {
     "deepspeed.runtime.config": {
         "DeepSpeedConfig": (
             "communication_data_type", "grad_accum_dtype", "gradient_accumulation_steps", "gradient_clipping",
-            "gradient_predivide_factor", "managed_gradient_accumulation", "prescale_gradients",
+            "gradient_predivide_factor", "managed_gradient_accumulation", "optimizer_params", "prescale_gradients",
             "train_micro_batch_size_per_gpu", "zero_config", "zero_optimization_stage",
         ),
     },

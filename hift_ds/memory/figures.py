@@ -8,6 +8,26 @@ from hift_ds.memory.request import RESERVE_BYTES, Request
 
 
 @dataclass(frozen=True)
+class Moment:
+    """Device bytes on top of those that are there at all times.
+
+    Attributes:
+        weights: Gathered for the moment.
+        made: By the update.
+    """
+
+    phase: str
+    weights: int = 0
+    gradients: int = 0
+    activations: int = 0
+    made: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return self.weights + self.gradients + self.activations + self.made
+
+
+@dataclass(frozen=True)
 class Figures:
     """Bytes of one rank while one block trains.
 

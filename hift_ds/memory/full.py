@@ -1,22 +1,30 @@
 """Full fine-tuning by DeepSpeed's own optimizer: the same model, stage, precision and workload, for comparison.
 
 Gradients are in the model's dtype; masters and the rule's state in fp32; each divided by the ranks from the stage on
-that shards it. Seen in DeepSpeed 0.19.8: from stage 1 on there are masters beside fp32 weights, too; the update of
-16-bit weights copies the gradients to fp32; reduction buckets have their full size whatever the model's is, two where
-reduction overlaps with backward (stages 1 and 2); stage 0 flattens what it reduces, at most `FLATTENED` elements at a
-time.
+that shards them. Seen in DeepSpeed 0.19.8, operation by operation:
+
+- from stage 1 on there are masters beside fp32 weights, too;
+- a rank's part of the gradients is a tensor of its own, beside all gradients at stage 1, twice where stage 2 adds up
+  micro steps, and for good at stage 3;
+- the update flattens that part and then copies it to fp32 (at stage 3 for `sub_group_size` elements at a time); at
+  stage 0 it copies every gradient, and for FusedAdam flattens the copies;
+- torch's own optimizers make temporary tensors as large as what they update (`_temporaries`);
+- buckets have their full size whatever the model's is, two where reduction overlaps with backward (stages 1 and 2);
+  stage 0 flattens what it reduces, at most `FLATTENED` elements at a time.
 
 Source: ZeRO, arXiv 1910.02054, section 3.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
-from hift_ds.memory.figures import Figures
-from hift_ds.memory.trace import FETCH, GRADIENT
+from hift_ds.memory.figures import Figures, Moment
+from hift_ds.memory.gathering import Gathered
+from hift_ds.memory.trace import FETCH, GRADIENT, Event
 
 FLATTENED = 500_000_000
 
@@ -30,38 +38,122 @@ def full_figures(planner: Planner, request: Request, layout: Layout) -> tuple[Fi
     """The figures, and bytes of a rank's host memory."""
     frozen = set(layout.plan.frozen)
     trained = tuple(fqn for fqn in layout.params if fqn not in frozen)
-    numel = sum(layout.params[fqn].numel() for fqn in trained)
-    whole = sum(layout.params[fqn].nbytes for fqn in trained)
-    state = _state_bytes(layout, trained)
+    numel, element = sum(layout.params[fqn].numel() for fqn in trained), layout.dtype.itemsize
     on_host = layout.settings.on_host
+    state = _state_bytes(layout, trained)
     events = planner.events(request, trained)
     gathered = layout.gathered(events)
-    shared = layout.stage >= 2 and layout.world > 1
-    buckets = _bucket_bytes(layout)
-    held = (whole // layout.world if shared else 0) + buckets
-    weights, worst = 0, (-1, 0, 0, 0, "forward")
+    worst = max(full_moments(layout, request, events, gathered), key=lambda moment: moment.nbytes)
+    shard = numel // (layout.world if layout.stage >= 1 else 1)
+    return Figures(
+        "full fine-tuning", numel, layout.weights + worst.weights, 0 if on_host else state, worst.gradients,
+        worst.activations, worst.phase, state if on_host else 0, shard * element if on_host else 0,
+        shard * element if on_host else 0, _network_bytes(layout, numel * element, gathered.sent),
+    ), state if on_host else 0  # fmt: skip
+
+
+def full_moments(
+    layout: Layout, request: Request, events: Sequence[Event], gathered: Gathered
+) -> Iterator[Moment]:  # fmt: skip
+    """Moments of a step, among them the worst of each phase.
+
+    Args:
+        events: A micro step in which everything is trained.
+        gathered: What stage 3 gathers in it.
+    """
+    sizes = [layout.params[name].numel() for event in events if event.kind == GRADIENT for name in event.names]
+    numel, weights = sum(sizes), 0
+    held, finally_held = _held(layout, events, numel)
     for index, event in enumerate(events):
         phase = "forward" if event.forward else "backward"
-        at_event = gathered.during[index] if event.kind == FETCH else weights
-        made = event.gradient
-        worst = max(worst, (weights + held + event.peak, weights, held + made, event.peak - made, phase),
-                    (at_event + held + event.current, at_event, held, event.current, phase))  # fmt: skip
-        if event.kind == GRADIENT and not shared:
-            held += sum(layout.params[name].nbytes for name in event.names)
+        before, after = held[index]
+        yield Moment(phase, weights, before + event.gradient, event.peak - event.gradient)
+        if event.kind == FETCH:
+            yield Moment(phase, gathered.during[index], before, event.current)
+        yield Moment(phase, weights, after, event.current)
         weights = gathered.after[index]
-    flattened = min(numel, FLATTENED) * layout.dtype.itemsize if layout.stage == 0 and layout.world > 1 else 0
-    worst = max(worst, (held + flattened, 0, held + flattened, 0, "backward"))
-    copied = 4 * numel // (layout.world if layout.stage >= 1 else 1) if layout.dtype != torch.float32 else 0
-    updated = held - (buckets if layout.stage < 3 else 0) + copied
-    worst = max(worst, (updated, 0, updated, 0, "update"))
-    _, weights, gradients, activations, phase = worst
-    shard = numel // (layout.world if layout.stage >= 1 else 1)
-    element = layout.dtype.itemsize
-    return Figures(
-        "full fine-tuning", numel, layout.weights + weights, 0 if on_host else state, gradients, activations, phase,
-        state if on_host else 0, shard * element if on_host else 0, shard * element if on_host else 0,
-        _network_bytes(layout, whole, gathered.sent),
-    ), state if on_host else 0  # fmt: skip
+    flattened = min(numel, FLATTENED) * layout.dtype.itemsize if layout.stage == 0 else 0
+    yield Moment("backward", gradients=finally_held + flattened)
+    yield Moment("update", gradients=_update_bytes(layout, numel, _temporaries(layout, request, sizes)))
+
+
+def _held(layout: Layout, events: Sequence[Event], numel: int) -> tuple[list[tuple[int, int]], int]:
+    """Bytes of gradients that stay, before and after each event; and at the end of backward."""
+    part, buckets = _part_bytes(layout, numel), _bucket_bytes(layout)
+    several = layout.micro_steps > 1
+    if layout.stage < 2:  # gradients stay where autograd leaves them
+        held = several * (numel * layout.dtype.itemsize + buckets)
+    else:
+        held = part + buckets if layout.stage == 3 else several * part
+    found, pending = [], 0
+    parted, at_once = layout.stage in (0, 3), layout.stage == 2 or layout.zero.overlap_comm  # else after backward
+    for event in events:
+        before = held
+        if event.kind == GRADIENT:
+            params = [layout.params[name] for name in event.names]
+            count = sum(param.numel() for param in params)
+            if layout.stage in (1, 2) and not pending and not (several and layout.stage == 1):
+                held += buckets
+            if at_once and not parted and pending and pending + count > layout.zero.reduce_bucket_size:
+                held, parted = held + part, True  # the first bucket is full: there is something to keep a part of
+            if layout.stage < 2 and not several:
+                held += sum(param.nbytes for param in params)
+            pending += count
+        found.append((before, held))
+    return found, held if parted else held + part
+
+
+def _part_bytes(layout: Layout, numel: int) -> int:
+    """A rank's part of the gradients."""
+    if layout.stage == 0 or layout.settings.on_host:
+        return 0
+    return numel // layout.world * layout.dtype.itemsize
+
+
+def _update_bytes(layout: Layout, numel: int, temporaries: int) -> int:
+    """Gradients and their copies, and what the optimizer makes."""
+    element, part = layout.dtype.itemsize, _part_bytes(layout, numel)
+    cast = 4 if element != 4 else 0
+    if layout.settings.on_host:
+        return _bucket_bytes(layout) if layout.stage == 3 else 0
+    if layout.stage == 0:
+        flattened = cast * numel if _fused(layout) and layout.rule.name == "adamw" else 0
+        return (element + cast) * numel + max(flattened, temporaries)
+    numel //= layout.world
+    if layout.stage == 3:
+        numel = min(numel, layout.zero.sub_group_size)
+    copies = (element + cast) * numel
+    if layout.stage == 3:
+        return part + _bucket_bytes(layout) + max(copies, 4 * numel + temporaries)
+    parts = 2 if layout.stage == 2 and layout.micro_steps > 1 else 1
+    return max(parts * part + copies, 4 * numel + temporaries)
+
+
+def _fused(layout: Layout) -> bool:
+    """Whether DeepSpeed makes the update with a kernel of its own."""
+    switches = layout.deepspeed.optimizer_params or {}
+    return layout.rule.name in ("adamw", "lion") and not switches.get("torch_adam")
+
+
+def _temporaries(layout: Layout, request: Request, sizes: Sequence[int]) -> int:
+    """Bytes of the fp32 tensors that torch's AdamW, Adagrad and SGD make while they update parameters.
+
+    On CUDA they update all tensors of a group at once (`foreach`), on a CPU one after the other; from stage 1 on all
+    parameters of a rank (of a sub-group) are one tensor. Counted in torch 2.13's torch/optim.
+    """
+    params = layout.deepspeed.optimizer_params or {}
+    if _fused(layout) or params.get("fused"):
+        return 0
+    decayed = bool(params.get("weight_decay")) and layout.rule.name != "adamw"  # a gradient with decay in it
+    name = layout.rule.name
+    number = ({"adamw": 2, "adagrad": 1} if request.on_cpu else {"adamw": 1, "adagrad": 2 - decayed}).get(name, 0)
+    if layout.stage == 0:
+        tensor = max(sizes) if request.on_cpu else sum(sizes)
+    else:
+        tensor = sum(sizes) // layout.world
+        if layout.stage == 3:
+            tensor = min(tensor, layout.zero.sub_group_size)
+    return 4 * tensor * (number + decayed)
 
 
 def _bucket_bytes(layout: Layout) -> int:
@@ -73,6 +165,7 @@ def _bucket_bytes(layout: Layout) -> int:
 
 
 def _state_bytes(layout: Layout, trained: tuple[str, ...]) -> int:
+    """Masters and moments of a rank."""
     sharded = whole = 0
     slots = layout.rule.slots(layout.groups[0])
     for shard in [*layout.shards, *([layout.always] if layout.always else [])]:
@@ -81,6 +174,8 @@ def _state_bytes(layout: Layout, trained: tuple[str, ...]) -> int:
         param = layout.params[fqn]
         masters = param.dtype != torch.float32 or layout.stage >= 1
         sharded += 4 * param.numel() * (len(slots) + masters)
+        if layout.rule.name == "adagrad" and masters and layout.stage < 3 and not layout.settings.on_host:
+            whole += param.nbytes  # torch's Adagrad makes sums for the weights it is given, before there are masters
     return sharded // (layout.world if layout.stage >= 1 else 1) + whole
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hift_ds.memory.fake_model import FakeModel
-from hift_ds.memory.figures import Figures, Plan
+from hift_ds.memory.figures import Figures, Moment, Plan
 from hift_ds.memory.full import full_figures
 from hift_ds.memory.gathering import Gathered
 from hift_ds.memory.layout import GradientBytes, Layout
@@ -102,26 +102,6 @@ class Planner:
 
     def _key(self, request: Request) -> tuple:
         return request.precision, request.attn_implementation, request.checkpointing
-
-
-@dataclass(frozen=True)
-class Moment:
-    """Device bytes on top of those that are there at all times.
-
-    Attributes:
-        weights: Gathered for the moment.
-        made: By the update.
-    """
-
-    phase: str
-    weights: int = 0
-    gradients: int = 0
-    activations: int = 0
-    made: int = 0
-
-    @property
-    def nbytes(self) -> int:
-        return self.weights + self.gradients + self.activations + self.made
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ class Request:
         nodes: Nodes.
         gpu_memory: Bytes of one card; `None` = not given.
         host_memory: Bytes of one node; `None` = not given.
+        on_cpu: The ranks train on CPUs.
     """
 
     ds_config: Mapping[str, Any]
@@ -42,6 +43,7 @@ class Request:
     nodes: int = 1
     gpu_memory: int | None = None
     host_memory: int | None = None
+    on_cpu: bool = False
 
     @property
     def world(self) -> int:

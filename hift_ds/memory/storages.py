@@ -57,7 +57,7 @@ class StorageMeter(TorchDispatchMode):
 
     def _track(self, tensor: torch.Tensor, change: Callable[[int], None]) -> None:
         storage = tensor.untyped_storage()
-        if storage in self._seen:
+        if storage in self._seen or tensor.device.type == "meta":  # a fake tensor says the device that it stands for
             return
         self._clock += 1
         self._seen[storage] = self._clock

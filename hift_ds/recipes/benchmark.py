@@ -202,7 +202,7 @@ def _forecast(args: argparse.Namespace, run: Any, engine: Any, padded: bool) -> 
     nodes = max(1, dist.get_world_size() // int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())))
     request = Request(
         ds_config, args.seq_len, attention, args.gradient_checkpointing, padded, dist.get_world_size() // nodes, nodes,
-        limit_of(args),
+        limit_of(args), on_cpu=engine.device.type == "cpu",
     )  # fmt: skip
     try:
         return Planner(config, type(run.model)).plan(request)

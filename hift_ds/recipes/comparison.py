@@ -113,7 +113,9 @@ def _optimizer(section: dict[str, Any], name: str) -> dict[str, Any]:
     if name == "SGDM":
         params["momentum"] = 0.9
     if kind.lower() in ("adam", "adamw"):
-        params["torch_adam"] = True  # DeepSpeed's own would be compiled first
+        # DeepSpeed's own would be compiled first. Unfused, torch's would make full fine-tuning look worse than it is:
+        # it makes temporary tensors as large as all masters.
+        params |= {"torch_adam": True, "fused": True}
     return {"type": kind, "params": params}
 
 

@@ -16,6 +16,7 @@ from hift_testing.training import DTYPES, cast_parameters, ds_config, engine_of
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hift_ds.memory import choose
+from hift_ds.memory.full import full_figures, full_moments
 from hift_ds.memory.plan import Planner
 from hift_ds.memory.request import Request
 from hift_ds.recipes.planning import complete_config
@@ -67,6 +68,30 @@ def forecast_and_measured(
     return facts if dist.get_rank() else {**facts, **_forecast(request)}
 
 
+def full_forecast_and_measured(stage: int, dtype: str, **extra: Any) -> list[tuple[str, int, int]]:
+    """The same for full fine-tuning by DeepSpeed's own optimizer: phase, forecast and measured bytes."""
+    torch.manual_seed(0)
+    model = cast_parameters(LlamaForCausalLM(LlamaConfig(**LLAMA, use_cache=False)), DTYPES[dtype])
+    config = ds_config(stage, dtype, zero_optimization=ZERO) | {"train_micro_batch_size_per_gpu": ROWS, **extra}
+    meter = DeviceMeter(model.parameters())
+    with meter:
+        engine = engine_of(config, model)
+        gc.collect()
+        (measured,), _ = _measure(engine, meter, cycles=3, rows=(ROWS, SEQ))
+    config = complete_config(config, None, None, None, engine.dp_world_size)
+    request = Request(config, SEQ, gpus=engine.dp_world_size, on_cpu=True)
+    planner = Planner(LlamaConfig(**LLAMA))
+    layout = planner.layout(request)
+    events = planner.events(request, tuple(layout.params))
+    moments = list(full_moments(layout, request, events, layout.gathered(events)))
+    figures, _ = full_figures(planner, request, layout)
+    forecast = {
+        phase: layout.weights + figures.state + max(m.nbytes for m in moments if m.phase == phase) for phase in measured
+    }
+    assert figures.peak == max(forecast.values())
+    return [(phase, forecast[phase], measured[phase]) for phase in measured]
+
+
 def _forecast(request: Request) -> dict[str, Any]:
     with separate_host(tile=1024):
         planner = Planner(LlamaConfig(**LLAMA))
@@ -96,8 +121,10 @@ def _measure(
         peaks[phase] = max(peaks.get(phase, 0), meter.peak)
         meter.restart()
 
-    for step in range(cycles * len(engine.hift.blocks)):
-        block = engine.hift.active_block
+    hift = getattr(engine, "hift", None)
+    blocks = 1 if hift is None else len(hift.blocks)
+    for step in range(cycles * blocks):
+        block = 0 if hift is None else hift.active_block
         _let_gloo_go(meter)
         peaks: dict[str, int] = {}
         with counter:
@@ -114,7 +141,7 @@ def _measure(
                 engine.step()
                 if boundary:
                     note("update")
-        if step >= len(engine.hift.blocks):
+        if step >= blocks:
             before = found.get(block, peaks)
             found[block] = {phase: min(peak, before[phase]) for phase, peak in peaks.items()}
         sent[block] = counter.bytes

@@ -56,6 +56,44 @@ def test_forecast_is_what_one_rank_takes_whether_activations_or_gradients_weigh_
     assert facts["network"] == [0] * len(facts["network"])
 
 
+TORCH = {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}}
+FUSED = {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True, "fused": True}}
+ADAGRAD = {"type": "Adagrad", "params": {"lr": 1e-3, "weight_decay": 0.1}}
+SGD = {"type": "SGD", "params": {"lr": 1e-3, "momentum": 0.9, "weight_decay": 0.1}}
+
+
+def assert_full_forecast(results) -> None:
+    for facts in results:
+        wrong = [fact for fact in facts if not -0.01 <= fact[1] / fact[2] - 1 <= 0.015]
+        assert wrong == []
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype", "optimizer", "micro_steps"),
+    [
+        (0, "bf16", TORCH, 1), (0, "fp32", TORCH, 2), (0, "fp32", SGD, 1), (1, "bf16", TORCH, 2), (1, "fp32", FUSED, 1),
+        (1, "bf16", ADAGRAD, 1), (2, "bf16", TORCH, 1), (2, "fp32", TORCH, 2), (3, "bf16", FUSED, 2),
+        (3, "fp32", TORCH, 1),
+    ],
+)  # fmt: skip
+def test_forecast_of_full_fine_tuning_is_what_deepspeeds_own_optimizers_take(
+    two_ranks, stage, dtype, optimizer, micro_steps
+):
+    more = {"optimizer": optimizer, "gradient_accumulation_steps": micro_steps}
+    assert_full_forecast(two_ranks.run(cases.full_forecast_and_measured, stage, dtype, **more))
+
+
+@pytest.mark.parametrize(("stage", "dtype"), [(0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "bf16")])
+def test_forecast_of_full_fine_tuning_is_what_it_takes_on_one_rank(one_rank, stage, dtype):
+    assert_full_forecast(one_rank.run(cases.full_forecast_and_measured, stage, dtype, optimizer=TORCH))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_forecast_of_full_fine_tuning_is_what_deepspeeds_compiled_adam_takes(two_ranks, stage):
+    assert_full_forecast(two_ranks.run(cases.full_forecast_and_measured, stage, "bf16"))
+
+
 MIB = 2**20
 
 

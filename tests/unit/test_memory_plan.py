@@ -1,22 +1,17 @@
-"""Plans: interpolation against tracing every block, moments and figures against sums by hand, full fine-tuning."""
+"""Plans: interpolation against tracing every block, moments and figures against sums by hand."""
 
 import random
-from types import SimpleNamespace
 
 import pytest
-import torch
 import transformers as hf
+from hift_testing.layouts import ALONE, BLOCKS, OF_FOUR, Three, layout_of, three
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hift_ds.config import HiFTConfig
 from hift_ds.memory import plan as plan_module
-from hift_ds.memory.fake_model import _cast
-from hift_ds.memory.figures import Figures, Plan
-from hift_ds.memory.full import full_figures
+from hift_ds.memory.figures import Figures, Moment, Plan
 from hift_ds.memory.gathering import Gathered
-from hift_ds.memory.layout import GradientBytes, Layout
-from hift_ds.memory.plan import TOLERANCE, Moment, Planner, Traced, _Interpolation, _moments
+from hift_ds.memory.layout import GradientBytes
+from hift_ds.memory.plan import TOLERANCE, Planner, Traced, _Interpolation, _moments
 from hift_ds.memory.request import RESERVE_BYTES, Request
 from hift_ds.memory.trace import END, FETCH, GRADIENT, RELEASE, Event
 
@@ -94,21 +89,6 @@ class Stack(nn.Module):
         self.embed = nn.Embedding(10, 4)
         self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(layers))
         self.head = nn.Linear(4, 10)
-
-
-def layout_of(module, stage=0, world=1, micro_steps=1, hift=(), zero=(), optimizer="AdamW", precision="bf16"):
-    mode = FakeTensorMode()
-    with mode:
-        model = SimpleNamespace(module=_cast(module(), plan_module.DTYPES[precision]), mode=mode, config=None)
-    config = {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": micro_steps,
-        "optimizer": {"type": optimizer},
-        "zero_optimization": {"stage": stage, **dict(zero)},
-        "hift": {"enabled": True, **dict(hift)},
-        **({} if precision == "fp32" else {precision: {"enabled": True}}),
-    }
-    return Layout(model, config, HiFTConfig.from_ds_config(config), world)
 
 
 class ByHand:
@@ -233,24 +213,6 @@ def test_runs_end_where_shapes_change():
 # Moments and figures.
 
 
-class Three(nn.Module):
-    """As in test_memory_layout: blocks of 5000, and of 30 + 7 elements."""
-
-    def __init__(self):
-        super().__init__()
-        self.large = nn.Parameter(torch.ones(100, 50))
-        self.small = nn.Parameter(torch.ones(10, 3))
-        self.norm = nn.Parameter(torch.ones(7))
-
-
-BLOCKS = {"blocks": [["large"], ["small", "norm"]]}
-ALONE, OF_FOUR = (5008, 48), (1264, 32)  # elements of their shards
-
-
-def three(*args, **keywords):
-    return layout_of(Three, *args, hift=BLOCKS, **keywords)
-
-
 def test_moments_add_activations_gradients_and_gathered_weights_by_hand():
     events = [
         Event(FETCH, ("a",), peak=10, current=5, forward=True),
@@ -327,97 +289,6 @@ def test_resident_state_is_not_on_the_host():
     figures = TRACED.figures(layout, 0)
     assert (figures.host_state, figures.to_device, figures.to_host) == (0, 0, 0)
     assert figures.state == 12 * sum(ALONE)
-
-
-# Full fine-tuning, by hand over hand-made events.
-
-FULL_EVENTS = [
-    Event(END, (), peak=90_000, current=80_000, forward=True),
-    Event(GRADIENT, ("large",), peak=95_000, current=70_000, forward=False, gradient=10_000),
-    Event(GRADIENT, ("small",), peak=71_000, current=300, forward=False, gradient=60),
-    Event(GRADIENT, ("norm",), peak=400, current=200, forward=False, gradient=14),
-    Event(END, (), peak=200, current=0, forward=False),
-]
-NUMEL = 5037
-BUCKET = 1000  # elements of `reduce_bucket_size`
-
-
-def full_of(stage, world, **keywords):
-    zero = {"reduce_bucket_size": BUCKET, "overlap_comm": False, **keywords.pop("zero", {})}
-    layout = three(stage, world, zero=zero, **keywords)
-    planner = SimpleNamespace(events=lambda request, trained: FULL_EVENTS)
-    figures, host = full_figures(planner, None, layout)
-    assert figures.numel == NUMEL
-    return layout, figures, host
-
-
-@pytest.mark.parametrize("stage", [0, 1])
-def test_full_fine_tuning_keeps_every_gradient_below_stage_2(stage):
-    layout, figures, host = full_of(stage, 4)
-    bucket = 2 * BUCKET if stage else 0
-    # At the peak the largest gradient is in the making; afterwards it stays, and fewer activations with it.
-    assert (figures.gradients, figures.activations, figures.phase) == (bucket + 10_000, 85_000, "backward")
-    assert figures.weights == layout.weights == 2 * NUMEL
-    assert figures.state == 12 * NUMEL // (4 if stage else 1)
-    assert host == figures.host_state == 0
-
-
-@pytest.mark.parametrize("stage", [2, 3])
-def test_full_fine_tuning_shards_gradients_from_stage_2_on(stage):
-    layout, figures, _ = full_of(stage, 4)
-    assert figures.gradients == 2 * NUMEL // 4 + 2 * BUCKET + 10_000
-    assert figures.activations == 85_000
-    assert figures.state == 12 * NUMEL // 4
-    assert figures.weights == layout.weights
-
-
-def test_full_fine_tuning_ends_with_all_gradients():
-    quiet = [Event(END, (), peak=10, current=0, forward=True), *(
-        Event(GRADIENT, (name,), peak=10, current=0, forward=False) for name in ("large", "small", "norm")
-    ), Event(END, (), peak=0, current=0, forward=False)]  # fmt: skip
-    planner = SimpleNamespace(events=lambda *_: quiet)
-    figures, _ = full_figures(planner, None, three())
-    assert (figures.gradients, figures.phase) == ((2 + 4) * NUMEL, "update"), "and their copy in fp32"
-    whole, _ = full_figures(planner, None, three(precision="fp32"))
-    assert (whole.gradients, whole.activations) == (4 * NUMEL, 0)
-    flattened, _ = full_figures(planner, None, three(0, 2, precision="fp32"))
-    assert (flattened.gradients, flattened.phase) == (8 * NUMEL, "backward")
-    shared, _ = full_figures(planner, None, three(2, 4, zero={"reduce_bucket_size": BUCKET, "overlap_comm": False}))
-    assert shared.gradients == 2 * NUMEL // 4 + 4 * NUMEL // 4, "those of a rank, and their copy"
-
-
-def test_full_fine_tuning_of_one_rank_shards_nothing():
-    for stage in (0, 2):
-        _, figures, _ = full_of(stage, 1)
-        assert figures.state == 12 * NUMEL
-        assert figures.network == 0
-
-
-@pytest.mark.parametrize(
-    ("optimizer", "precision", "each"), [("AdamW", "bf16", 12), ("AdamW", "fp32", 8), ("SGD", "bf16", 4),
-                                         ("Adagrad", "bf16", 8)]
-)  # fmt: skip
-def test_full_fine_tunings_state_is_masters_and_moments(optimizer, precision, each):
-    _, figures, _ = full_of(0, 1, optimizer=optimizer, precision=precision)
-    assert figures.state == each * NUMEL
-
-
-def test_full_fine_tuning_keeps_factored_moments_whole():
-    factored = 4 * (100 + 50 + 10 + 3 + 7)
-    assert full_of(2, 4, optimizer="Adafactor")[1].state == 4 * NUMEL // 4 + factored
-
-
-def test_full_fine_tuning_with_updates_on_the_host_keeps_state_there():
-    _, figures, host = full_of(2, 4, zero={"offload_optimizer": {"device": "cpu"}})
-    assert figures.state == 0
-    assert host == figures.host_state == 12 * NUMEL // 4
-    assert figures.to_device == figures.to_host == 2 * (NUMEL // 4)
-
-
-@pytest.mark.parametrize(("stage", "network"), [(0, 2 * NUMEL), (1, 2 * NUMEL * 2), (2, 2 * NUMEL * 3), (3, 4 * NUMEL)])
-def test_full_fine_tunings_network_of_two_micro_steps(stage, network):
-    """Gradients once (stage 0), and new weights (1), gradients twice and new weights (2), gradients twice (3)."""
-    assert full_of(stage, 4, micro_steps=2)[1].network == network
 
 
 # The plan of a request.

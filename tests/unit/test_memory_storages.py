@@ -67,6 +67,14 @@ def test_all_tensors_of_a_result_count():
     assert meter.current == sum(tensor.nbytes for tensor in pair.values()) == 5 * 4 + 5 * 8
 
 
+def test_meta_tensors_take_nothing():
+    meter = StorageMeter()
+    with meter:
+        shape_only = torch.empty(100, device="meta")
+        real = torch.empty_like(shape_only, device="cpu")
+    assert meter.current == real.nbytes == 400
+
+
 def test_after_restart_a_new_peak_begins_at_what_is_alive():
     meter = StorageMeter()
     with meter:

@@ -52,6 +52,11 @@ def test_a_cell_s_config_has_its_stage_precision_and_blocks_and_leaves_the_base_
     assert config_of(Cell("full", 0, "fp16", 1, "AdamW", False, 64), BASE)["fp16"]["enabled"]
 
 
+def test_full_fine_tuning_is_given_torchs_fused_adamw_whose_update_takes_no_memory_of_its_own():
+    params = config_of(FULL, BASE)["optimizer"]["params"]
+    assert params["torch_adam"] and params["fused"]
+
+
 @pytest.mark.parametrize("name", ["AdamW", "Adam", "SGD", "SGDM", "Adagrad", "Adafactor", "Lion"])
 def test_every_optimizer_of_the_matrix_is_one_that_the_rules_read(name):
     section = config_of(Cell("hift", 0, "fp32", 1, name, False, 64, 1, "bottom2up", 1), BASE)["optimizer"]
