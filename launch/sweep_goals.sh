@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # LLaMA-2-7B shapes with random weights on one card: HiFT in bf16 and fp32, 6 x 512 and 1 x 1024 tokens, with and without
-# activation checkpointing, held to 48, 24 and 16 GiB; then full fine-tuning without a limit. For a card of 120 GB and up, and
-# a host with 96 GB free.   launch/sweep_goals.sh [options of compare.py]
+# activation checkpointing, held to 48, 24 and 16 GiB; then full fine-tuning without a limit. For a card of 140 GB (full
+# fine-tuning takes 126 GiB) and a host with 96 GB free.   launch/sweep_goals.sh [options of compare.py]
 set -euo pipefail
 here="$(dirname "$0")"
 model="${MODEL:-$here/llama2_7b.json}"
