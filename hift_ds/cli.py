@@ -63,6 +63,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     add("--attn", choices=("sdpa", "eager"), help="attention (default: transformers' choice, mostly sdpa)")
     add("--activation_checkpointing", action="store_true", help="recompute activations in backward")
     add("--padded", action="store_true", help="rows have padding (default: they are full, as packed rows are)")
+    add("--every_block", action="store_true", help="trace each block: slower; by default alike blocks are interpolated")
     add("--json", nargs="?", const="-", metavar="FILE", help="everything in bytes, to a file or instead of the table")
     add("--plot", metavar="PNG", help="the picture: a bar for each block")
 
@@ -83,7 +84,7 @@ def run_plan(args: argparse.Namespace) -> int:
     planner = Planner(load_config(str(fetch_sample()) if args.model == SAMPLE else args.model))
     if request.hift.layers_per_block is None and request.hift.blocks is None:
         request = _with_chosen_blocks(planner, request)
-    plan = planner.plan(request)
+    plan = planner.plan(request, args.every_block)
     advice = None if plan.fits in (None, True) else advise(planner, plan)
     if args.json != "-":
         width = None if sys.stdout.isatty() else 80

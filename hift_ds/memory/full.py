@@ -63,44 +63,53 @@ def full_moments(
     """
     sizes = [layout.params[name].numel() for event in events if event.kind == GRADIENT for name in event.names]
     numel, weights = sum(sizes), 0
-    held, finally_held = _held(layout, events, numel)
+    held, at_the_end = _held(layout, events, numel)
     for index, event in enumerate(events):
         phase = "forward" if event.forward else "backward"
-        before, after = held[index]
+        before, during = held[index]
         yield Moment(phase, weights, before + event.gradient, event.peak - event.gradient)
         if event.kind == FETCH:
             yield Moment(phase, gathered.during[index], before, event.current)
-        yield Moment(phase, weights, after, event.current)
+        yield Moment(phase, weights, during, event.current)
         weights = gathered.after[index]
-    flattened = min(numel, FLATTENED) * layout.dtype.itemsize if layout.stage == 0 else 0
-    yield Moment("backward", gradients=finally_held + flattened)
+    yield Moment("backward", gradients=at_the_end)
     yield Moment("update", gradients=_update_bytes(layout, numel, _temporaries(layout, request, sizes)))
 
 
 def _held(layout: Layout, events: Sequence[Event], numel: int) -> tuple[list[tuple[int, int]], int]:
-    """Bytes of gradients that stay, before and after each event; and at the end of backward."""
-    part, buckets = _part_bytes(layout, numel), _bucket_bytes(layout)
+    """Bytes of gradients that stay, before each event and at most right after it; and at the end of backward."""
+    stage, element = layout.stage, layout.dtype.itemsize
+    part, buckets, size = _part_bytes(layout, numel), _bucket_bytes(layout), layout.zero.reduce_bucket_size
     several = layout.micro_steps > 1
-    if layout.stage < 2:  # gradients stay where autograd leaves them
-        held = several * (numel * layout.dtype.itemsize + buckets)
+    at_once = stage >= 2 or (stage == 1 and layout.zero.overlap_comm)  # else after backward
+    if stage < 2:  # gradients stay where autograd leaves them; at the boundary those reduced at once go
+        held, stays = several * (numel * element + buckets), not (several or at_once)
     else:
-        held = part + buckets if layout.stage == 3 else several * part
-    found, pending = [], 0
-    parted, at_once = layout.stage in (0, 3), layout.stage == 2 or layout.zero.overlap_comm  # else after backward
+        held, stays = part + buckets if stage == 3 else several * part, False
+    found: list[tuple[int, int]] = []
+    begun, parted, pending, number = (several and stage == 1) or stage in (0, 3), stage in (0, 3), 0, 0
     for event in events:
-        before = held
+        before = during = held
         if event.kind == GRADIENT:
-            params = [layout.params[name] for name in event.names]
-            count = sum(param.numel() for param in params)
-            if layout.stage in (1, 2) and not pending and not (several and layout.stage == 1):
-                held += buckets
-            if at_once and not parted and pending and pending + count > layout.zero.reduce_bucket_size:
-                held, parted = held + part, True  # the first bucket is full: there is something to keep a part of
-            if layout.stage < 2 and not several:
-                held += sum(param.nbytes for param in params)
-            pending += count
-        found.append((before, held))
-    return found, held if parted else held + part
+            counts = [layout.params[name].numel() for name in event.names]
+            if not begun:
+                held, begun = held + buckets, True
+            if at_once and pending and pending + sum(counts) > size:  # a bucket is full
+                if not parted:
+                    held, parted = held + part, True
+                during = held + _flattened_at_stage_3(layout, pending, number) + sum(counts) * element
+                pending = number = 0
+            held += stays * sum(counts) * element
+            pending, number = pending + sum(counts), number + len(counts)
+        found.append((before, max(during, held)))
+    if stage == 0:
+        return found, held + min(numel, FLATTENED) * element
+    return found, held + (0 if parted else part) + _flattened_at_stage_3(layout, pending, number)
+
+
+def _flattened_at_stage_3(layout: Layout, numel: int, number: int) -> int:
+    """The copy of a bucket of `number` gradients in the order of the ranks' parts; a lone one is sent as it is."""
+    return numel * layout.dtype.itemsize if layout.stage == 3 and layout.world > 1 and number > 1 else 0
 
 
 def _part_bytes(layout: Layout, numel: int) -> int:

@@ -40,18 +40,25 @@ class Planner:
         self._models: dict[tuple, FakeModel] = {}
         self._traces: dict[tuple, list[Event]] = {}
 
-    def plan(self, request: Request) -> Plan:
+    def plan(self, request: Request, every_block: bool = False) -> Plan:
         """The forecast.
+
+        Args:
+            every_block: Trace each block, not only as many as the others follow from.
 
         Raises:
             ValueError, TypeError: The model cannot be traced, or `hift_ds.initialize` would refuse the config.
         """
         layout = self.layout(request)
-        figures = _Interpolation(lambda index: self._traced(request, layout, index), layout)
+        indices = range(len(layout.plan.blocks))
+        blocks = (
+            tuple(self.figures(request, layout, index) for index in indices) if every_block
+            else _Interpolation(lambda index: self._traced(request, layout, index), layout).all()
+        )  # fmt: skip
         full = full_figures(self, request, layout)
         offloaded = layout.offloaded_weights
         return Plan(
-            request, type(layout.model.module).__name__, figures.all(), full[0],
+            request, type(layout.model.module).__name__, blocks, full[0],
             host=layout.host_state() + offloaded, full_host=full[1] + offloaded,
         )  # fmt: skip
 

@@ -68,11 +68,14 @@ def forecast_and_measured(
     return facts if dist.get_rank() else {**facts, **_forecast(request)}
 
 
-def full_forecast_and_measured(stage: int, dtype: str, **extra: Any) -> list[tuple[str, int, int]]:
+def full_forecast_and_measured(
+    stage: int, dtype: str, zero: dict[str, Any] | None = None, **extra: Any
+) -> list[tuple[str, int, int]]:
     """The same for full fine-tuning by DeepSpeed's own optimizer: phase, forecast and measured bytes."""
     torch.manual_seed(0)
     model = cast_parameters(LlamaForCausalLM(LlamaConfig(**LLAMA, use_cache=False)), DTYPES[dtype])
-    config = ds_config(stage, dtype, zero_optimization=ZERO) | {"train_micro_batch_size_per_gpu": ROWS, **extra}
+    config = ds_config(stage, dtype, zero_optimization={**ZERO, **(zero or {})})
+    config |= {"train_micro_batch_size_per_gpu": ROWS, **extra}
     meter = DeviceMeter(model.parameters())
     with meter:
         engine = engine_of(config, model)

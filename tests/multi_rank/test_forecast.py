@@ -69,17 +69,18 @@ def assert_full_forecast(results) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "dtype", "optimizer", "micro_steps"),
+    ("stage", "dtype", "optimizer", "micro_steps", "zero"),
     [
-        (0, "bf16", TORCH, 1), (0, "fp32", TORCH, 2), (0, "fp32", SGD, 1), (1, "bf16", TORCH, 2), (1, "fp32", FUSED, 1),
-        (1, "bf16", ADAGRAD, 1), (2, "bf16", TORCH, 1), (2, "fp32", TORCH, 2), (3, "bf16", FUSED, 2),
-        (3, "fp32", TORCH, 1),
+        (0, "bf16", TORCH, 1, {}), (0, "fp32", TORCH, 2, {}), (0, "fp32", SGD, 1, {}), (1, "bf16", TORCH, 2, {}),
+        (1, "fp32", FUSED, 1, {}), (1, "fp32", FUSED, 1, {"overlap_comm": True}), (1, "bf16", ADAGRAD, 1, {}),
+        (2, "bf16", TORCH, 1, {}), (2, "bf16", FUSED, 1, {"overlap_comm": True}), (2, "fp32", TORCH, 2, {}),
+        (3, "bf16", FUSED, 2, {}), (3, "fp32", TORCH, 1, {}), (3, "fp32", TORCH, 1, {"reduce_bucket_size": 500_000}),
     ],
 )  # fmt: skip
 def test_forecast_of_full_fine_tuning_is_what_deepspeeds_own_optimizers_take(
-    two_ranks, stage, dtype, optimizer, micro_steps
+    two_ranks, stage, dtype, optimizer, micro_steps, zero
 ):
-    more = {"optimizer": optimizer, "gradient_accumulation_steps": micro_steps}
+    more = {"optimizer": optimizer, "gradient_accumulation_steps": micro_steps, "zero": zero}
     assert_full_forecast(two_ranks.run(cases.full_forecast_and_measured, stage, dtype, **more))
 
 

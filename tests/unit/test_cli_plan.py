@@ -365,6 +365,18 @@ def test_large_models_are_planned_in_a_minute_and_4_gib_of_memory(tmp_path, name
     assert found["parameters"] == {"70b": 68_976_648_192, "mixtral": 46_702_792_704}[name]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["0", "3"])
+def test_the_worst_block_of_7b_is_that_of_tracing_every_block_and_its_peak_alike(tmp_path, stage):
+    hf.LlamaConfig(num_key_value_heads=32).save_pretrained(tmp_path)
+    options = ["--seq", "1024", "--stage", stage, "--gpus", "4", "--json"]
+    _, found = measured_plan(tmp_path, options)
+    _, every = measured_plan(tmp_path, [*options, "--every_block"])
+    assert found["worst_block"] == every["worst_block"] and found["peak"] == every["peak"]
+    for one, other in zip(found["blocks"], every["blocks"], strict=True):
+        assert abs(one["peak"] - other["peak"]) <= 2e-3 * other["peak"]
+
+
 def measured_plan(folder, options):
     """Seconds, peak bytes and exit code of a plan in a process of its own, and the plan."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
@@ -385,6 +397,14 @@ def test_a_7b_model_is_planned_in_a_minute_and_4_gib_of_memory(tmp_path):
     weights = 2 * found["parameters"]
     assert weights < found["peak"] < weights + (3 << 30), "weights, the ring, activations and one block"
     assert found["peak"] + RESERVE_BYTES < 24 << 30 < found["full_fine_tuning"]["peak"]
+
+
+def test_tracing_every_block_says_the_same_of_a_small_model(tiny, capsys):
+    found = []
+    for more in ((), ("--every_block",)):
+        assert plan("--model", tiny, "--seq", 8, "--json", *more) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0] == found[1]
 
 
 def test_null_layers_per_block_are_chosen_for_the_card_given(tiny, capsys, tmp_path):

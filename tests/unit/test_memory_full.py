@@ -66,32 +66,46 @@ def test_full_fine_tuning_ends_with_all_gradients():
     assert shared.gradients == (2 + 2 + 4) * (NUMEL // 4), "those of a rank, flattened, and copied to fp32"
 
 
-# Gradients that stay, after each of FULL_EVENTS: large (5000), small (30), norm (7); a bucket takes 1000.
+# Gradients that stay, before each of FULL_EVENTS: the end of forward; large, small and norm, 5000, 30 and 7; the end.
 PART = 2 * (NUMEL // 4)
 
 
 @pytest.mark.parametrize(
     ("stage", "micro_steps", "zero", "held", "end"),
     [
-        (0, 1, {}, [0, 10_000, 10_060, 10_074, 10_074], 10_074),
-        (0, 2, {}, [10_074] * 5, 10_074),  # what the first micro step has left is added to
-        (1, 1, {}, [0, 12_000, 12_060, 12_074, 12_074], 12_074 + PART),  # reduced after backward
-        (1, 1, {"overlap_comm": True}, [0, 14_000, 14_060 + PART, 14_074 + PART, 14_074 + PART], 14_074 + PART),
+        (0, 1, {}, [0, 0, 10_000, 10_060, 10_074], 2 * 10_074),  # flattened for the reduction
+        (0, 2, {}, [10_074] * 5, 2 * 10_074),  # what the first micro step has left is added to
+        (1, 1, {}, [0, 0, 12_000, 12_060, 12_074], 12_074 + PART),  # reduced after backward
+        (1, 1, {"overlap_comm": True}, [0, 0, 4000, 4000 + PART, 4000 + PART], 4000 + PART),  # at once, then gone
         (1, 2, {}, [12_074] * 5, 12_074 + PART),
-        (2, 1, {}, [0, 2000, 2000 + PART, 2000 + PART, 2000 + PART], 2000 + PART),
-        (2, 2, {}, [PART, PART + 2000, *[2000 + 2 * PART] * 3], 2000 + 2 * PART),  # the micro step's beside the sum
-        (2, 1, {"reduce_bucket_size": 10**4}, [0, *[20_000] * 4], 20_000 + PART),  # one bucket holds all
-        (2, 1, {"offload_optimizer": {"device": "cpu"}}, [0, *[2000] * 4], 2000),
-        (3, 2, {}, [PART + 2000] * 5, PART + 2000),
+        (2, 1, {}, [0, 0, 2000, 2000 + PART, 2000 + PART], 2000 + PART),
+        (2, 2, {}, [PART, PART, 2000 + PART, *[2000 + 2 * PART] * 2], 2000 + 2 * PART),  # beside what is added up
+        (2, 1, {"reduce_bucket_size": 10**4}, [0, 0, *[20_000] * 3], 20_000 + PART),  # one bucket holds all
+        (2, 1, {"offload_optimizer": {"device": "cpu"}}, [0, 0, *[2000] * 3], 2000),
+        (3, 2, {}, [PART + 2000] * 5, PART + 2000 + 2 * 37),  # the last bucket's copy
     ],
 )
 def test_gradients_that_full_fine_tuning_holds(stage, micro_steps, zero, held, end):
     zero = {"reduce_bucket_size": BUCKET, "overlap_comm": False, **zero}
     layout = three(stage, 4, micro_steps=micro_steps, zero=zero)
     found = full_module._held(layout, FULL_EVENTS, NUMEL)
-    assert [after for _, after in found[0]] == held
+    assert [before for before, _ in found[0]] == held
     assert found[1] == end
-    assert [before for before, _ in found[0]][1:] == held[:-1]
+    assert all(after >= later for (_, after), later in zip(found[0], held[1:], strict=False))
+
+
+def test_a_full_bucket_is_copied_at_stage_3_unless_a_lone_gradient_is_in_it():
+    """Beside the gradient that did not fit any more."""
+    names = ("small", "norm", "large")
+    events = [Event(GRADIENT, (name,), peak=0, current=0, forward=False) for name in names]
+    stays = PART + 2 * BUCKET
+    found, end = full_module._held(three(3, 4, zero={"reduce_bucket_size": BUCKET}), events, NUMEL)
+    assert found[2] == (stays, stays + 2 * 37 + 2 * 5000)
+    assert end == stays, "large alone"
+    lone, _ = full_module._held(three(3, 4, zero={"reduce_bucket_size": BUCKET}), FULL_EVENTS, NUMEL)
+    assert lone[2] == (stays, stays + 2 * 30)
+    one_rank, _ = full_module._held(three(3, 1, zero={"reduce_bucket_size": BUCKET}), events, NUMEL)
+    assert one_rank[2][1] == 2 * NUMEL + 2 * BUCKET + 2 * 5000
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,18 @@ def test_interpolated_figures_are_those_of_tracing_every_block(config, seq, logi
     assert (every[-1].activations > every[0].activations / 2) == logits, "what dominates, as the name says"
 
 
+def test_a_plan_of_every_block_has_the_traced_figures_of_each(monkeypatch):
+    planner, request = Planner(llama(9)), request_of(2, 32)
+    traced = []
+    original = Planner._traced
+    monkeypatch.setattr(Planner, "_traced", lambda *args: (traced.append(args[-1]), original(*args))[1])
+    plan = planner.plan(request, every_block=True)
+    assert traced == list(range(11))
+    traced.clear()
+    assert planner.plan(request).blocks == plan.blocks
+    assert len(traced) < 11
+
+
 # Interpolation alone: 24 alike layers between an embedding and a head, and traces made by hand.
 
 LAYERS = 24
