@@ -36,14 +36,14 @@ def main(arguments: list[str] | None = None) -> int:
         )
     )  # fmt: skip
     args = parser.parse_args(arguments)
-    from hift_ds.recipes.setup import fail, prepare_process
+    from hift_ds.recipes.setup import prepare_process, refuse
 
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # nothing runs on a device, and DeepSpeed would warn of none
     prepare_process(verbose=False)
     try:
         return run_plan(args)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
-        return fail(error, verbose=False)
+        return refuse("hift-ds plan", error)
 
 
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:

@@ -44,7 +44,7 @@ def main() -> int:
     args = _arguments()
     from hift_ds.recipes.comparison import flat_row, write_tables
     from hift_ds.recipes.display import Display
-    from hift_ds.recipes.setup import fail, prepare_process
+    from hift_ds.recipes.setup import prepare_process, refuse
 
     prepare_process(verbose=False)
     import torch
@@ -56,7 +56,7 @@ def main() -> int:
     try:
         matrix, base = _matrix(args), _base_config(args)
     except (ValueError, TypeError, OSError) as error:
-        return fail(error, verbose=False)
+        return refuse("compare.py", error)
     cells, rows, results = matrix.cells(), [], []
     folder = Path(args.output_dir)
     title = f"{args.experiment or 'comparison'}: {len(cells)} cells"

@@ -94,7 +94,7 @@ def config_of(cell: Cell, base: dict[str, Any]) -> dict[str, Any]:
     if cell.precision != "fp32":
         config[cell.precision] = {"enabled": True}
         if cell.precision == "fp16":
-            # From DeepSpeed's 2**16 the first steps of a small model overflow and update nothing, and these are measured.
+            # From DeepSpeed's 2**16 a small model's first steps, those that are measured, overflow and update nothing.
             config["fp16"]["initial_scale_power"] = 10
     config["zero_optimization"] = {**zero_section(config), "stage": cell.stage}
     config["optimizer"] = _optimizer(config.get("optimizer") or {}, cell.optimizer)

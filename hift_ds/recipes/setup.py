@@ -147,6 +147,12 @@ def exit_code_of(work: Callable[[], Any], verbose: bool) -> int:
     return 0
 
 
+def refuse(program: str, error: Exception) -> int:
+    """Prints an error of a program that is no rank as one sentence; returns the exit code."""
+    print(f"{program}: error: {error}", file=sys.stderr, flush=True)
+    return FAILED
+
+
 def fail(error: Exception, verbose: bool, code: int = FAILED) -> int:
     """Prints an error as one sentence (with `verbose`, where it came from); returns the exit code.
 

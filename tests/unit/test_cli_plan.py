@@ -83,8 +83,8 @@ def error_of(capsys, *options):
     lines = err.strip().splitlines()
     assert out == ""
     assert len(lines) == 1, err
-    assert lines[0].startswith("[rank 0] error: ")
-    return lines[0].removeprefix("[rank 0] error: ")
+    assert lines[0].startswith("hift-ds plan: error: ")
+    return lines[0].removeprefix("hift-ds plan: error: ")
 
 
 @pytest.mark.parametrize("option", ["--gpu_memory", "--host_memory"])
