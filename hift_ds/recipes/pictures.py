@@ -110,7 +110,7 @@ def _finish(figure: Any, axes: Any, labels: list[str], title: str, path: Path, l
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
     axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.set_xlabel(title, fontsize=9)
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 1.02 * axes.dataLim.x1)
     axes.spines[["top", "right"]].set_visible(False)
     if legend:
         handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
