@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from hift_ds.launching import MPI_VARIABLES
 from hift_ds.memory.account import Roles
@@ -46,8 +46,10 @@ class _Bar:
     bar: Progress | None = None
 
     def _begin(self, console: Console, time_column: Any, total: int, completed: int = 0) -> None:
-        columns = (BarColumn(bar_width=16), MofNCompleteColumn(), TextColumn("{task.description}"), time_column)
-        self.bar = Progress(*columns, console=console)
+        # The text gives way where the terminal is narrow, not the numbers beside it.
+        text = TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"))
+        columns = (BarColumn(bar_width=12), MofNCompleteColumn(), text, time_column)
+        self.bar = Progress(*columns, console=console, expand=True)
         self.task = self.bar.add_task("", total=total, completed=completed)
 
     def __enter__(self) -> Any:
