@@ -6,10 +6,10 @@ set -euo pipefail
 here="$(dirname "$0")"
 model="${MODEL:-$here/llama2_7b.json}"
 sweep() { # name, micro batch, tokens, precision, limit or none, methods
-    limit=()
-    [ "$5" = none ] || limit=(--gpu_memory_limit "$5")
+    local cap=()
+    [ "$5" = none ] || cap=(--gpu_memory_limit "$5")
     python "$here/compare.py" --gpus "${GPUS:-1}" --stages 0 --methods $6 --precisions "$4" --checkpointing no yes --seq_lens "$3" \
-        --output_dir "${OUTPUT:-outputs/goals}/$1" "${@:7}" -- --random --model_name_or_path "$model" --micro_batch "$2" "${limit[@]}"
+        --output_dir "${OUTPUT:-outputs/goals}/$1" "${@:7}" -- --random --model_name_or_path "$model" --micro_batch "$2" "${cap[@]}"
 }
 limits=(48GiB 24GiB 16GiB none)
 [ "${LIMITS:-yes}" = yes ] || limits=(none) # a CPU has no allocator to cap
