@@ -151,6 +151,7 @@ def test_a_client_optimizer_counts_as_what_it_keeps():
         assert resolved["optimizer"] == section
         assert resolved["train_micro_batch_size_per_gpu"] == 1
         assert "train_batch_size" not in resolved
+        assert resolved["gradient_accumulation_steps"] == 1
     assert config == {"train_batch_size": 1}
 
 

@@ -131,9 +131,14 @@ def test_update_of_full_fine_tuning(stage, request_, kind, params, precision, up
     assert update_of(stage, request_, kind, params, precision) == update * (NUMEL if stage == 0 else NUMEL // 4)
 
 
-def update_of(stage, request, kind, params, precision, zero=None):
+def test_stage_2_holds_a_second_part_of_the_gradients_in_the_update_after_several_micro_steps():
+    one, several = (update_of(2, GPU, "AdamW", {}, "bf16", micro_steps=steps) for steps in (1, 2))
+    assert several - one == PART
+
+
+def update_of(stage, request, kind, params, precision, zero=None, micro_steps=1):
     zero = {"reduce_bucket_size": BUCKET, "overlap_comm": False, **(zero or {})}
-    layout = three(stage, 4, optimizer=kind, params=params, precision=precision, zero=zero)
+    layout = three(stage, 4, micro_steps, optimizer=kind, params=params, precision=precision, zero=zero)
     *_, update = full_module.full_moments(layout, request, FULL_EVENTS, layout.gathered(FULL_EVENTS))
     assert update.phase == "update"
     return update.gradients
