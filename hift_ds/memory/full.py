@@ -153,16 +153,17 @@ def _temporaries(layout: Layout, request: Request, sizes: Sequence[int]) -> int:
     params = layout.deepspeed.optimizer_params or {}
     if _fused(layout) or params.get("fused"):
         return 0
-    decayed = bool(params.get("weight_decay")) and layout.rule.name != "adamw"  # a gradient with decay in it
     name = layout.rule.name
-    number = ({"adamw": 2, "adagrad": 1} if request.on_cpu else {"adamw": 1, "adagrad": 2 - decayed}).get(name, 0)
+    decayed = bool(params.get("weight_decay")) and name != "adamw"  # a gradient with decay in it
+    # On CUDA Adagrad works in that gradient, or makes another tensor.
+    number = {"adamw": 2, "adagrad": 1 + decayed} if request.on_cpu else {"adamw": 1, "adagrad": 2}
     if layout.stage == 0:
         tensor = max(sizes) if request.on_cpu else sum(sizes)
     else:
         tensor = sum(sizes) // layout.world
         if layout.stage == 3:
             tensor = min(tensor, layout.zero.sub_group_size)
-    return 4 * tensor * (number + decayed)
+    return 4 * tensor * number.get(name, decayed)
 
 
 def _bucket_bytes(layout: Layout) -> int:
