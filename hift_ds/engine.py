@@ -30,9 +30,9 @@ from hift_ds.memory.choose import agreed_layers_per_block
 from hift_ds.optimizer import HiFTOptimizer
 from hift_ds.param_groups import HyperParameters, check_coverage, freeze_left_out, trainable_groups
 from hift_ds.rotation import Rotation
-from hift_ds.rules import Rule, check_form, choose_kernel, rule_from_config, rule_from_optimizer
+from hift_ds.rules import KernelChoice, Rule, check_form, choose_kernel, rule_from_config, rule_from_optimizer
 from hift_ds.schedule import CycleScheduler
-from hift_ds.settings import Settings, offload_optimizer, updates_on_host
+from hift_ds.settings import Settings, card_bytes, offload_optimizer, updates_on_host
 from hift_ds.shards import Averaging
 from hift_ds.view import HiFT
 
@@ -92,9 +92,7 @@ class HiFTEngine(DeepSpeedEngine):
                 clip=self.gradient_clipping(),
                 publish_numel=self.zero_allgather_bucket_size(),
                 reset_state=config.inactive_state == "reset",
-                kernel=choose_kernel(
-                    config.kernel, self.device.type, config.state.compact, updates_on_host(self.config)
-                ),
+                kernel=config.kernel,  # resolved by initialize()
                 form=Form(config.state.master, config.state.moments),
                 resident=config.state.residency == "device",
                 ring_bytes=config.state.ring_bytes,
@@ -102,6 +100,7 @@ class HiFTEngine(DeepSpeedEngine):
                 on_host=updates_on_host(self.config) and (self.device.type != "cpu" or bool(self.separate_host)),
                 separate_host=self.separate_host,
                 seed=config.seed,
+                card_bytes=card_bytes(self.device),
             ),
         )
         self.hift = HiFT(self)
@@ -315,9 +314,11 @@ def initialize(
     for note in prepared[2]:
         if dist.get_rank() == 0:
             logger.warning("DeepSpeed config: %s", note)
-    hift_config, plan, _ = prepared
+    hift_config, plan, _, choice = prepared
+    hift_config = dataclasses.replace(hift_config, kernel=_agreed_kernel(choice))
     if hift_config.layers_per_block is None and hift_config.blocks is None:
-        layers_per_block = agreed_layers_per_block(model, ds_config, optimizer)
+        told = {**ds_config, "hift": {**ds_config["hift"], "kernel": hift_config.kernel}}
+        layers_per_block = agreed_layers_per_block(model, told, optimizer)
         hift_config = dataclasses.replace(hift_config, layers_per_block=layers_per_block)
         plan = _plan_blocks(model, hift_config)
     engine_class = type("HiFTEngine", (HiFTEngine,), {"hift_config": hift_config, "block_plan": plan})
@@ -327,7 +328,7 @@ def initialize(
 
 def _prepare(
     ds_config: Mapping[str, Any], model: Any, optimizer: Any, mpu: Any, mesh_param: Any
-) -> tuple[HiFTConfig, BlockPlan, list[str]] | None:
+) -> tuple[HiFTConfig, BlockPlan, list[str], KernelChoice] | None:
     """Every check that needs no engine, so that what is not supported is refused before anything is built."""
     config = HiFTConfig.from_ds_config(ds_config)
     if config is None:
@@ -353,13 +354,26 @@ def _prepare(
         raise ValueError(
             "hift.state.residency='device': offload_optimizer.device 'cpu' updates on the host; remove one of the two"
         )
-    choose_kernel(config.kernel, get_accelerator().device_name(), config.state.compact, on_host)
+    choice = choose_kernel(config.kernel, get_accelerator().device_name(), config.state.compact, on_host)
     plan = _plan_blocks(model, config)
     frozen = set(plan.frozen)
     for name, param in model.named_parameters():
         if name in frozen:
             param.requires_grad_(False)
-    return config, plan, notes
+    return config, plan, notes, choice
+
+
+def _agreed_kernel(mine: KernelChoice) -> str:
+    """The fused kernels only where every rank can take them; rank 0 says why they are not taken. Collective."""
+    choices: list[KernelChoice] = [mine] * dist.get_world_size()
+    if len(choices) > 1:
+        dist.all_gather_object(choices, mine)
+    for rank, choice in enumerate(choices):
+        if choice.why_not is not None:
+            if dist.get_rank() == 0:
+                logger.warning("hift.kernel=null: updates run in eager torch: rank %d: %s", rank, choice.why_not)
+            return choice.kernel
+    return mine.kernel
 
 
 def _plan_blocks(model: torch.nn.Module, config: HiFTConfig) -> BlockPlan:

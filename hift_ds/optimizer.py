@@ -92,8 +92,9 @@ class HiFTOptimizer(ZeROOptimizer):
 
         storage = settings.storage(device)
         self.states, self.ring = make_states(
-            [shard(block.fqns) for block in plan.blocks], rule, holder.param_groups, storage, settings.ring_bytes
-        )
+            [shard(block.fqns) for block in plan.blocks], rule, holder.param_groups, storage, settings.ring_bytes,
+            settings.card_bytes,
+        )  # fmt: skip
         self.always = None
         if plan.always_active:
             on_device = Storage(device, settings.form)
@@ -301,7 +302,8 @@ class HiFTOptimizer(ZeROOptimizer):
             if self.rotation.advance():
                 self.activate()
             if self.ring is not None:
-                self.ring.prefetch(self.active_states()[0].tiles)  # during the coming forward and backward
+                # During the coming forward and backward.
+                self.ring.prefetch(self.active_states()[0].tiles, self._begins_anew())
 
     def settle(self) -> None:
         """Before the host reads or changes state: all updates have landed there and have been checked."""
@@ -335,9 +337,12 @@ class HiFTOptimizer(ZeROOptimizer):
             raise RuntimeError(self.no_gradient_message(block))
 
     def _apply(self, states: list[BlockState], grads: list[torch.Tensor], scaling: Scaling) -> None:
-        if self.settings.reset_state and self.rotation.at_turn_start:
-            self.settle()
-            states[0].reset()
+        if self._begins_anew():
+            if self.ring is not None and not states[0].extra:  # which is not in the ring
+                states[0].forget()
+            else:
+                self.settle()
+                states[0].reset()
         rates = self.rate.update(self.rotation.at_cycle_start, self.scheduler)
         for index, state in enumerate(states):
             block = self.rotation.active_block if state is states[0] else len(self.states)
@@ -345,6 +350,9 @@ class HiFTOptimizer(ZeROOptimizer):
             weights = update.run(state, grads[index], scaling, rates, block)
             grads[index] = torch.empty(0)  # free before the next allocation
             state.shard.write_weights(weights, self.group, self.settings.publish_numel)
+
+    def _begins_anew(self) -> bool:
+        return self.settings.reset_state and self.rotation.at_turn_start
 
     def _sum_over_shards(self, tensor: torch.Tensor) -> torch.Tensor:
         if self._shard_world > 1:
