@@ -129,6 +129,16 @@ def test_a_ring_too_large_for_the_card_gives_way_to_the_largest_that_fits(planne
     assert need(planner, request_of()) < least < least + block < plan.worst.peak + RESERVE_BYTES + 2 * block
 
 
+def test_only_rings_smaller_than_the_present_one_are_proposed():
+    def sizes(request):
+        return [int(what.split()[1]) >> 20 for what in names(request) if "ring_bytes" in what]
+
+    assert sizes(request_of()) == [64, 32], "128 MiB where no card is known"
+    assert sizes(replace(request_of(), gpu_memory=24 << 30)) == [2048, 1024, 512, 256, 128, 64, 32]
+    assert sizes(replace(request_of(state={"ring_bytes": 100 << 20}), gpu_memory=24 << 30)) == [64, 32]
+    assert sizes(request_of(state={"residency": "device"})) == []
+
+
 def test_several_ranks_are_given_stage_2_before_stage_3(planner):
     limit = need(planner, request_of(world=4, stage=2))
     assert need(planner, request_of(world=4, stage=3)) <= limit, "stage 3 would do as well"
