@@ -83,6 +83,7 @@ class BlockUpdate:
             The new model weights of this rank's shard: 1-D, in the model's dtype (fp32 where a block mixes dtypes).
         """
         state.step += 1
+        fresh, state.forgotten = state.forgotten, False
         weights = self._weights(state)
         if not self.rule.elementwise:
             for index, run in enumerate(state.shard.runs):
@@ -90,9 +91,8 @@ class BlockUpdate:
             return weights
         of_run = self._fused if self.kernel == "triton" else self._eager
         computes = [of_run(state, run, scaling, rates[run.group], block) for run in state.shard.runs]
-        for tile, tensors in self._visit(state, state.tiles):
+        for tile, tensors in self._visit(state, state.tiles, fresh=fresh):
             computes[tile.run](tile.span, grad[tile.span], weights[tile.span], tensors)
-        state.forgotten = False
         return weights
 
     def _weights(self, state: BlockState) -> torch.Tensor:
@@ -102,9 +102,11 @@ class BlockUpdate:
             state.shard.read_weights(weights)
         return weights
 
-    def _visit(self, state: BlockState, tiles: list[Tile], write: bool = True) -> Iterator[tuple[Tile, Tensors]]:
+    def _visit(
+        self, state: BlockState, tiles: list[Tile], write: bool = True, fresh: bool = False
+    ) -> Iterator[tuple[Tile, Tensors]]:
         if state.streams and self.ring is not None:
-            return self.ring.visit(tiles, write, state.forgotten)
+            return self.ring.visit(tiles, write, fresh)
         return ((tile, tile.home) for tile in tiles)
 
     def _eager(self, state: BlockState, run: Run, scaling: Scaling, lr: float, block: int) -> Compute:
