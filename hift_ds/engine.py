@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import threading
@@ -15,6 +16,7 @@ import deepspeed
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
 from deepspeed.runtime.zero import parameter_offload
@@ -30,6 +32,7 @@ from hift_ds.forms import Form
 from hift_ds.gradients import GradientReducer, accumulation_dtype
 from hift_ds.launching import agree, init_distributed, load_ds_config, require_alike
 from hift_ds.memory.choose import agreed_layers_per_block
+from hift_ds.memory.request import precision_of
 from hift_ds.optimizer import HiFTOptimizer
 from hift_ds.param_groups import HyperParameters, check_coverage, check_inside, freeze_left_out, trainable_groups
 from hift_ds.rotation import Rotation
@@ -486,6 +489,7 @@ def _prepare(
         return None
     surface.require()
     notes = check_ds_config(dict(ds_config))
+    DeepSpeedConfig(copy.deepcopy(dict(ds_config)))  # what DeepSpeed refuses in it, before anything is touched
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model={type(model).__name__}: must be a torch.nn.Module")
     if mpu is not None:
@@ -496,9 +500,11 @@ def _prepare(
     if optimizer is None:
         if not section or "type" not in section:
             raise ValueError('optimizer: missing; HiFT needs one: pass it, or add "optimizer" to the DeepSpeed config')
-        rule_from_config(section["type"], section.get("params") or {})
+        rule, _ = rule_from_config(section["type"], section.get("params") or {})
+        check_form(config.state.master, config.state.moments, rule, _weight_dtype(ds_config))
     elif isinstance(optimizer, torch.optim.Optimizer):
-        rule_from_optimizer(optimizer)
+        rule = rule_from_optimizer(optimizer)
+        check_form(config.state.master, config.state.moments, rule, _weight_dtype(ds_config))
         check_inside(optimizer, model)
         freeze_left_out(model, optimizer)
     on_host = updates_on_host(ds_config)
@@ -541,6 +547,10 @@ def _agreed_kernel(mine: KernelChoice) -> str:
                 logger.warning("hift.kernel=null: updates run in eager torch: rank %d: %s", rank, choice.why_not)
             return choice.kernel
     return mine.kernel
+
+
+def _weight_dtype(ds_config: Mapping[str, Any]) -> torch.dtype:
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision_of(ds_config)]
 
 
 def _plan_blocks(model: torch.nn.Module, config: HiFTConfig) -> BlockPlan:
