@@ -5,8 +5,8 @@
     deepspeed launch/benchmark_speed.py --stage 3 --layers_per_block 4 --cycles 3
 
 Full fine-tuning is DeepSpeed's own engine and optimizer. Each HiFT step is followed by a full step on the same batch,
-so that a drift of the machine's speed falls on both; on CUDA each cycle by a cycle, because copies of HiFT's state go on
-after a step and would be hidden by the other's. Writes a dated file into launch/results/.
+so that a drift of the machine's speed falls on both; on CUDA each cycle by a cycle, because copies of HiFT's state go
+on after a step and would be hidden by the other's. Writes a dated file into launch/results/.
 """
 
 from __future__ import annotations
