@@ -26,11 +26,12 @@ SURFACE: dict[str, dict[str, tuple[str, ...]]] = {
         "DeepSpeedEngine": (
             # overridden
             "_configure_optimizer", "_configure_lr_scheduler", "allreduce_gradients", "backward", "clip_fp32_gradients",
-            "get_lr", "load_checkpoint", "save_checkpoint", "save_16bit_model",
+            "get_lr", "load_checkpoint", "save_checkpoint", "save_16bit_model", "_copy_recovery_script",
             # called
-            "_backward_prologue", "_check_for_duplicates", "_configure_zero_optimizer", "bfloat16_enabled",
-            "communication_data_type", "dynamic_loss_scale", "dynamic_loss_scale_args", "fp16_enabled",
-            "get_data_types", "gradient_accumulation_steps", "gradient_clipping", "gradient_predivide_factor",
+            "_backward_prologue", "_check_for_duplicates", "_configure_zero_optimizer", "_get_ckpt_name",
+            "_get_zero_ckpt_name", "bfloat16_enabled", "communication_data_type", "curriculum_learning_enabled",
+            "dynamic_loss_scale", "dynamic_loss_scale_args", "fp16_enabled", "get_data_types",
+            "gradient_accumulation_steps", "gradient_clipping", "gradient_predivide_factor",
             "is_gradient_accumulation_boundary", "loss_scale", "managed_gradient_accumulation", "optimizer_name",
             "optimizer_params", "postscale_gradients", "use_node_local_storage", "zero_allgather_bucket_size",
             "zero_allgather_sequential", "zero_optimization_stage", "zero_overlap_comm", "zero_reduce_bucket_size",
@@ -63,6 +64,7 @@ INSTANCE_SURFACE: dict[str, dict[str, tuple[str, ...]]] = {
         "DeepSpeedEngine": (
             "_config", "basic_optimizer", "client_optimizer", "device", "global_rank", "gradient_average", "local_rank",
             "lr_scheduler", "param_names", "seq_data_parallel_group", "seq_dp_world_size", "tput_timer",
+            "training_dataloader",
         ),
     },
     "deepspeed.runtime.config": {
