@@ -36,9 +36,9 @@ from hift_ds.memory.request import precision_of
 from hift_ds.optimizer import HiFTOptimizer
 from hift_ds.param_groups import HyperParameters, check_coverage, check_inside, freeze_left_out, trainable_groups
 from hift_ds.rotation import Rotation
-from hift_ds.rules import Rule, check_form, choose_kernel, rule_from_config, rule_from_optimizer
+from hift_ds.rules import KernelChoice, Rule, check_form, choose_kernel, rule_from_config, rule_from_optimizer
 from hift_ds.schedule import CycleScheduler
-from hift_ds.settings import Settings, offload_optimizer, updates_on_host
+from hift_ds.settings import Settings, card_bytes, offload_optimizer, updates_on_host
 from hift_ds.shards import Averaging
 from hift_ds.view import HiFT
 
@@ -106,9 +106,7 @@ class HiFTEngine(DeepSpeedEngine):
                 clip=self.gradient_clipping(),
                 publish_numel=self.zero_allgather_bucket_size(),
                 reset_state=config.inactive_state == "reset",
-                kernel=choose_kernel(
-                    config.kernel, self.device.type, config.state.compact, updates_on_host(self.config)
-                ),
+                kernel=config.kernel,  # resolved by initialize()
                 form=Form(config.state.master, config.state.moments),
                 resident=config.state.residency == "device",
                 ring_bytes=config.state.ring_bytes,
@@ -117,6 +115,7 @@ class HiFTEngine(DeepSpeedEngine):
                 separate_host=self.separate_host,
                 seed=config.seed,
                 no_gradient=config.no_gradient,
+                card_bytes=card_bytes(self.device),
             ),
         )
         self.hift = HiFT(self)
@@ -465,10 +464,8 @@ def initialize(
         with _detached(living), unchanged_on_failure(model) as as_found:
             prepared = agree(lambda: _prepare(ds_config, model, optimizer, mpu, mesh_param))
             require_alike("hift section or model", None if prepared is None else prepared[:2])
-            if prepared is not None and prepared[0].layers_per_block is None and prepared[0].blocks is None:
-                layers_per_block = agreed_layers_per_block(model, ds_config, optimizer)
-                hift_config = dataclasses.replace(prepared[0], layers_per_block=layers_per_block)
-                prepared = hift_config, _plan_blocks(model, hift_config), prepared[2]
+            if prepared is not None:
+                prepared = _chosen(*prepared, ds_config, model, optimizer)
     else:
         prepared = None
     for engine in living:
@@ -486,6 +483,19 @@ def initialize(
         except BaseException:
             set_flags(as_found)
             raise
+
+
+def _chosen(
+    config: HiFTConfig, plan: BlockPlan, notes: list[str], choice: KernelChoice, ds_config: Mapping[str, Any],
+    model: torch.nn.Module, optimizer: Any,
+) -> tuple[HiFTConfig, BlockPlan, list[str]]:  # fmt: skip
+    """What null leaves to us, the same on every rank. Collective."""
+    config = dataclasses.replace(config, kernel=_agreed_kernel(choice))
+    if config.layers_per_block is None and config.blocks is None:
+        told = {**ds_config, "hift": {**ds_config["hift"], "kernel": config.kernel}}
+        config = dataclasses.replace(config, layers_per_block=agreed_layers_per_block(model, told, optimizer))
+        plan = _plan_blocks(model, config)
+    return config, plan, notes
 
 
 def _share_parameters(trained: torch.nn.Module, model: Any) -> bool:
@@ -508,7 +518,7 @@ def _detached(engines: list[HiFTEngine]) -> Iterator[None]:
 
 def _prepare(
     ds_config: Mapping[str, Any], model: Any, optimizer: Any, mpu: Any, mesh_param: Any
-) -> tuple[HiFTConfig, BlockPlan, list[str]] | None:
+) -> tuple[HiFTConfig, BlockPlan, list[str], KernelChoice] | None:
     """Every check that needs no engine, so that what is not supported is refused before anything is built."""
     config = HiFTConfig.from_ds_config(ds_config)
     if config is None:
@@ -538,13 +548,26 @@ def _prepare(
         raise ValueError(
             "hift.state.residency='device': offload_optimizer.device 'cpu' updates on the host; remove one of the two"
         )
-    choose_kernel(config.kernel, get_accelerator().device_name(), config.state.compact, on_host)
+    choice = choose_kernel(config.kernel, get_accelerator().device_name(), config.state.compact, on_host)
     plan = _plan_blocks(model, config)
     frozen = set(plan.frozen)
     for name, param in model.named_parameters():
         if name in frozen:
             param.requires_grad_(False)
-    return config, plan, notes
+    return config, plan, notes, choice
+
+
+def _agreed_kernel(mine: KernelChoice) -> str:
+    """The fused kernels only where every rank can take them; rank 0 says why they are not taken. Collective."""
+    choices: list[KernelChoice] = [mine] * dist.get_world_size()
+    if len(choices) > 1:
+        dist.all_gather_object(choices, mine)
+    for rank, choice in enumerate(choices):
+        if choice.why_not is not None:
+            if dist.get_rank() == 0:
+                logger.warning("hift.kernel=null: updates run in eager torch: rank %d: %s", rank, choice.why_not)
+            return choice.kernel
+    return mine.kernel
 
 
 def _weight_dtype(ds_config: Mapping[str, Any]) -> torch.dtype:

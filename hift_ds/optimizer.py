@@ -101,8 +101,9 @@ class HiFTOptimizer(ZeROOptimizer):
 
         storage = settings.storage(device)
         self.states, self.ring = make_states(
-            [shard(block.fqns) for block in plan.blocks], rule, holder.param_groups, storage, settings.ring_bytes
-        )
+            [shard(block.fqns) for block in plan.blocks], rule, holder.param_groups, storage, settings.ring_bytes,
+            settings.card_bytes,
+        )  # fmt: skip
         self.always = None
         if plan.always_active:
             on_device = Storage(device, settings.form)
@@ -392,7 +393,8 @@ class HiFTOptimizer(ZeROOptimizer):
         if self.rotation.advance():
             self.activate()
         if self.ring is not None:
-            self.ring.prefetch(self.active_states()[0].tiles)  # during the coming forward and backward
+            # During the coming forward and backward.
+            self.ring.prefetch(self.active_states()[0].tiles, self._begins_anew())
 
     def _run_hooks(self, name: str) -> None:
         """Step hooks of a client optimizer (EMA, projections), as its own `step` would call them."""
@@ -444,9 +446,12 @@ class HiFTOptimizer(ZeROOptimizer):
             self.reach.check([state.shard for state in states])
 
     def _apply(self, states: list[BlockState], grads: list[torch.Tensor], scaling: Scaling, reached: bool) -> None:
-        if self.settings.reset_state and self.rotation.at_turn_start:
-            self.settle()
-            states[0].reset()
+        if self._begins_anew():
+            if reached and self.ring is not None and not states[0].extra:  # which is not in the ring
+                states[0].forget()
+            else:
+                self.settle()
+                states[0].reset()
         rates = self.rate.update(self.rotation.at_cycle_start, self.scheduler)
         for index, state in enumerate(states):
             if state is states[0] and not reached:
@@ -456,6 +461,9 @@ class HiFTOptimizer(ZeROOptimizer):
             weights = update.run(state, grads[index], scaling, rates, block)
             grads[index] = torch.empty(0)  # free before the next allocation
             state.shard.write_weights(weights, self.group, self.settings.publish_numel)
+
+    def _begins_anew(self) -> bool:
+        return self.settings.reset_state and self.rotation.at_turn_start
 
     def _sum_over_shards(self, tensor: torch.Tensor) -> torch.Tensor:
         if self._shard_world > 1:

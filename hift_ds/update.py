@@ -92,6 +92,7 @@ class BlockUpdate:
         computes = [of_run(state, run, scaling, rates[run.group], block) for run in state.shard.runs]
         for tile, tensors in self._visit(state, state.tiles):
             computes[tile.run](tile.span, grad[tile.span], weights[tile.span], tensors)
+        state.forgotten = False
         return weights
 
     def _weights(self, state: BlockState) -> torch.Tensor:
@@ -103,14 +104,14 @@ class BlockUpdate:
 
     def _visit(self, state: BlockState, tiles: list[Tile], write: bool = True) -> Iterator[tuple[Tile, Tensors]]:
         if state.streams and self.ring is not None:
-            return self.ring.visit(tiles, write)
+            return self.ring.visit(tiles, write, state.forgotten)
         return ((tile, tile.home) for tile in tiles)
 
     def _eager(self, state: BlockState, run: Run, scaling: Scaling, lr: float, block: int) -> Compute:
         def compute(span: slice, grad: torch.Tensor, weights: torch.Tensor, tensors: Tensors) -> None:
             master = tensors.get("master")
             self.rule.update(
-                weights if master is None else master, _unscaled(grad, scaling), tensors, self.param_groups[run.group],
+                weights if master is None else master, unscaled(grad, scaling), tensors, self.param_groups[run.group],
                 lr=lr, step=state.step,
             )  # fmt: skip
             if master is not None:
@@ -170,10 +171,11 @@ class BlockUpdate:
             scalars = self._scalars(state, group, scaling, lr)
             update_run(self.rule, forms, gradient, group, scalars, seed=seed, **common)
         else:
-            self.rule.update_run(masters, _unscaled(gradient, scaling), group, **common)
+            self.rule.update_run(masters, unscaled(gradient, scaling), group, **common)
 
 
-def _unscaled(grad: torch.Tensor, scaling: Scaling) -> torch.Tensor:
+def unscaled(grad: torch.Tensor, scaling: Scaling) -> torch.Tensor:
+    """The gradient in fp32 as eager rules take it; one that is fp32 already is changed in place."""
     gradient = grad.float()
     return gradient if scaling.divisor == 1.0 else gradient.mul_(1.0 / scaling.divisor)
 

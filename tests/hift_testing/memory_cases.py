@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import time
 from collections.abc import Iterator
@@ -16,8 +17,12 @@ from hift_testing.invariant_cases import digest, digest_of, state_by_block, weig
 from hift_testing.training import DTYPES, cast_parameters, ds_config, engine_of, run_steps, small_llama, whole_weights
 from torch import nn
 
-from hift_ds import host_update, state
+from hift_ds import engine as engine_module
+from hift_ds import host_update, ring, state
 from hift_ds.engine import HiFTEngine
+from hift_ds.memory.plan import Planner
+from hift_ds.memory.request import Request
+from hift_ds.recipes.planning import complete_config
 from hift_ds.ring import Lanes
 from hift_ds.rules.adam import Adam
 
@@ -147,13 +152,13 @@ def same_training(stage: int, dtype: str, hift: dict[str, Any], rule: dict[str, 
     return found
 
 
-def same_resumption(folder: str, stage: int, dtype: str) -> list[list[str]]:
+def same_resumption(folder: str, stage: int, dtype: str, hift: dict[str, Any]) -> list[list[str]]:
     """Fingerprints of weights and state in one memory, then in two with copies that happen at the last moment: a run
     that is saved goes on, goes back and goes on; another one loads it; a third, in its course, the weights alone."""
     found = []
     for separate, lanes in ((False, Lanes.of), (True, lazy_copies)):
         place = f"{folder}/{separate}"
-        config = ds_config(stage, dtype, {"state": {"ring_bytes": 3 * 3 * 256} if separate else {}})
+        config = ds_config(stage, dtype, {**hift, "state": {"ring_bytes": 3 * 3 * 256} if separate else {}})
         with separate_host(separate, tile=48), mock.patch.object(Lanes, "of", lanes):
             first, second, third = (engine_of(config, small_llama(seed)) for seed in range(3))
             run_steps(first, 8)
@@ -191,6 +196,47 @@ def loaded_ahead(stage: int, hift: dict[str, Any]) -> dict[str, list[bool]]:
         optimizer.state_dict()
         found["forgotten"] = [not optimizer.ring._ahead]
     return found
+
+
+def reset_run(stage: int, dtype: str) -> dict[str, Any]:
+    """Two cycles of turns of two steps, each begun with fresh state.
+
+    Returns:
+        `settled`: how often the ring made the host wait; `filled`: how often a tile was loaded without its moments, and
+        `tiles`: of all turns, and those loaded ahead.
+    """
+    facts, load = {"settled": 0, "filled": 0, "tiles": 0}, ring._load
+
+    def counting(sources: Any, targets: Any, initial: dict[str, float]) -> None:
+        facts["filled"] += bool(initial)
+        load(sources, targets, initial)
+
+    with separate_host(), mock.patch.object(ring, "_load", counting):
+        engine = engine_of(ds_config(stage, dtype, {"inactive_state": "reset", "steps_per_block": 2}))
+        settle = engine.optimizer.ring.settle
+        with mock.patch.object(engine.optimizer.ring, "settle", side_effect=settle) as settled:
+            run_steps(engine, 4 * len(engine.hift.blocks))
+        facts["settled"] = settled.call_count
+        facts["tiles"] = 2 * sum(len(block.tiles) for block in engine.optimizer.states)
+        facts["tiles"] += len(engine.optimizer.ring._ahead)
+    return facts
+
+
+def same_ring(stage: int, dtype: str, card: int, **least: int) -> tuple[int, int, int]:
+    """Bytes of the default ring on a card of so many bytes: the engine's, a plan's, and of the largest block's state.
+
+    Args:
+        least: `RING_BYTES`, in the place of 128 MiB.
+    """
+    model = small_llama()
+    known = mock.patch.object(engine_module, "card_bytes", lambda device: card)
+    with separate_host(tile=48), mock.patch.multiple(state, **least), known:
+        engine = engine_of(ds_config(stage, dtype, {}), model)
+        config = complete_config(ds_config(stage, dtype, {}), None, None, None, engine.dp_world_size)
+        request = Request(config, 12, "eager", gpus=engine.dp_world_size, gpu_memory=card)
+        planned = Planner(copy.deepcopy(model.config)).layout(request).device_state
+    states = engine.optimizer.states
+    return engine.optimizer.ring.nbytes, planned, max(sum(t.nbytes for t in s.tensors.values()) for s in states)
 
 
 class StandInAdam:

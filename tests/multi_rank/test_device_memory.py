@@ -104,11 +104,27 @@ def test_state_that_streams_in_small_tiles_and_late_copies_trains_bitwise_the_sa
         assert together == apart == late
 
 
-@pytest.mark.parametrize(("stage", "dtype"), [(2, "bf16"), (3, "bf16"), (1, "fp32")])
+def test_state_that_begins_anew_is_filled_in_the_ring_and_the_host_does_not_wait(two_ranks):
+    for facts in two_ranks.run(cases.reset_run, 2, "bf16"):
+        assert facts["settled"] == 0
+        assert facts["filled"] == facts["tiles"] > 0
+
+
+@pytest.mark.parametrize("tenth", [8_000, 40_000, 10**6])
+def test_engine_and_plan_make_the_same_ring_for_a_card(two_ranks, tenth):
+    for ring, planned, block in two_ranks.run(cases.same_ring, 2, "bf16", 10 * tenth, RING_BYTES=5_000):
+        assert ring == planned
+        assert 0.7 * min(tenth, block) <= ring <= min(tenth, 1.1 * block)
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype", "hift"),
+    [(2, "bf16", {}), (3, "bf16", {"inactive_state": "reset", "steps_per_block": 2}), (1, "fp32", {})],
+)
 def test_a_checkpoint_of_state_on_its_way_is_whole_and_what_was_loaded_ahead_is_forgotten(
-    two_ranks, tmp_path, stage, dtype
+    two_ranks, tmp_path, stage, dtype, hift
 ):
-    for together, late in two_ranks.run(cases.same_resumption, str(tmp_path), stage, dtype):
+    for together, late in two_ranks.run(cases.same_resumption, str(tmp_path), stage, dtype, hift):
         assert together == late
         assert late[0] == late[1] == late[2] != late[3]
 
