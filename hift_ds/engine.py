@@ -30,7 +30,7 @@ from hift_ds.config import HiFTConfig
 from hift_ds.ds_keys import check_ds_config
 from hift_ds.forms import Form
 from hift_ds.gradients import GradientReducer, accumulation_dtype
-from hift_ds.launching import agree, init_distributed, load_ds_config, require_alike
+from hift_ds.launching import agree, init_distributed, load_ds_config, of_rank_0, require_alike
 from hift_ds.memory.choose import agreed_layers_per_block
 from hift_ds.memory.request import precision_of
 from hift_ds.optimizer import HiFTOptimizer
@@ -324,15 +324,19 @@ class HiFTEngine(DeepSpeedEngine):
         tag = f"global_step{self.global_steps}" if tag is None else str(tag)
         if save_dir:  # DeepSpeed refuses an empty one
             writes = self.global_rank == 0 or (self.use_node_local_storage() and self.local_rank == 0)
+            self.optimizer.save_mark = of_rank_0(checkpoint.new_mark(self.optimizer))
             agree(lambda: checkpoint.write_manifest(self.optimizer, Path(save_dir, tag)) if writes else None)
         with self.optimizer.all_trainable():
             return super().save_checkpoint(
                 save_dir,
                 tag,
-                client_state=dict(client_state or {}),
+                client_state={**(client_state or {}), checkpoint.MARK: self.optimizer.save_mark},
                 save_latest=save_latest,
                 exclude_frozen_parameters=exclude_frozen_parameters,
             )
+
+    def _copy_recovery_script(self, save_path: str) -> None:
+        """Writes no zero_to_fp32.py beside the checkpoint: it cannot read the layout."""
 
     def save_16bit_model(self, *args: Any, **kwargs: Any) -> Any:
         """As DeepSpeedEngine.save_16bit_model. Collective."""
@@ -342,6 +346,23 @@ class HiFTEngine(DeepSpeedEngine):
     def _zero3_consolidated_16bit_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         with self.optimizer.all_trainable():  # Trainer asks for it without the frozen parameters
             return super()._zero3_consolidated_16bit_state_dict(*args, **kwargs)
+
+    def _check_checkpoint(
+        self, load_dir: str, tag: str, whole: bool, schedule: bool, module: torch.nn.Module | None, strict: bool
+    ) -> bool:
+        """Refuses what a load would fail on half way; returns whether it goes through the optimizer's files."""
+        stage, folder = self.zero_optimization_stage(), Path(load_dir, tag)
+        manifest = checkpoint.check_manifest(self.optimizer, folder, whole, schedule)
+        # At stage 3 the weights are in the optimizer's files: weights alone are a full load that takes nothing else.
+        through_optimizer = whole or (manifest is not None and stage == 3)
+        files = [self._get_ckpt_name(load_dir, tag)]
+        if through_optimizer and stage > 0:
+            files.append(self._get_zero_ckpt_name(load_dir, tag))
+        samples = self.training_dataloader is not None and self.curriculum_learning_enabled()
+        read = {"lr_scheduler": schedule and self.lr_scheduler is not None, "data_sampler": schedule and samples}
+        parts = [part for part, is_read in read.items() if is_read]
+        checkpoint.check_files(manifest if through_optimizer else None, [*map(Path, files)], parts, module, strict)
+        return through_optimizer
 
     def load_checkpoint(
         self,
@@ -368,11 +389,11 @@ class HiFTEngine(DeepSpeedEngine):
         counters = (self.global_steps, self.global_samples, self.skipped_steps)
         tag = checkpoint.latest_tag(load_dir) if tag is None else str(tag)
         require_alike("checkpoint tag", tag)
-        ours = False
-        if tag is not None:
-            ours = agree(lambda: checkpoint.check_manifest(self.optimizer, Path(load_dir, tag), whole))
-        # At stage 3 the weights are in the optimizer's files: weights alone are a full load that takes nothing else.
-        through_optimizer = whole or (ours and self.zero_optimization_stage() == 3)
+        schedule = load_lr_scheduler_states and not load_module_only
+        module = self.module if custom_load_fn is None else None
+        through_optimizer = tag is not None and agree(
+            lambda: self._check_checkpoint(load_dir, tag, whole, schedule, module, load_module_strict)
+        )
 
         def load() -> tuple[str | None, Any]:
             return super(HiFTEngine, self).load_checkpoint(
@@ -387,6 +408,7 @@ class HiFTEngine(DeepSpeedEngine):
 
         with self.optimizer.loading(not whole, self.module.parameters()):
             result = agree(load)
+        (result[1] or {}).pop(checkpoint.MARK, None)
         if result[0] is not None and not whole:
             self.optimizer.refresh_fp32_params()
             if load_module_only:
@@ -442,14 +464,15 @@ def initialize(
         with _detached(living), unchanged_on_failure(model) as as_found:
             prepared = agree(lambda: _prepare(ds_config, model, optimizer, mpu, mesh_param))
             require_alike("hift section or model", None if prepared is None else prepared[:2])
-            chosen = None if prepared is None else _choose(prepared, model, ds_config, optimizer)
+            if prepared is not None:
+                prepared = _chosen(*prepared, ds_config, model, optimizer)
     else:
-        chosen = None
+        prepared = None
     for engine in living:
         engine.destroy()
-    if chosen is None:
+    if prepared is None:
         return deepspeed.initialize(**forwarded)
-    hift_config, plan, notes = chosen
+    hift_config, plan, notes = prepared
     for note in notes:
         if dist.get_rank() == 0:
             logger.warning("DeepSpeed config: %s", note)
@@ -460,6 +483,19 @@ def initialize(
         except BaseException:
             set_flags(as_found)
             raise
+
+
+def _chosen(
+    config: HiFTConfig, plan: BlockPlan, notes: list[str], choice: KernelChoice, ds_config: Mapping[str, Any],
+    model: torch.nn.Module, optimizer: Any,
+) -> tuple[HiFTConfig, BlockPlan, list[str]]:  # fmt: skip
+    """What null leaves to us, the same on every rank. Collective."""
+    config = dataclasses.replace(config, kernel=_agreed_kernel(choice))
+    if config.layers_per_block is None and config.blocks is None:
+        told = {**ds_config, "hift": {**ds_config["hift"], "kernel": config.kernel}}
+        config = dataclasses.replace(config, layers_per_block=agreed_layers_per_block(model, told, optimizer))
+        plan = _plan_blocks(model, config)
+    return config, plan, notes
 
 
 def _share_parameters(trained: torch.nn.Module, model: Any) -> bool:
@@ -519,21 +555,6 @@ def _prepare(
         if name in frozen:
             param.requires_grad_(False)
     return config, plan, notes, choice
-
-
-def _choose(
-    prepared: tuple[HiFTConfig, BlockPlan, list[str], KernelChoice], model: torch.nn.Module,
-    ds_config: Mapping[str, Any], optimizer: Any,
-) -> tuple[HiFTConfig, BlockPlan, list[str]]:  # fmt: skip
-    """What null leaves to the ranks, alike on all: the kernel, then how many layers a block has. Collective."""
-    config, plan, notes, choice = prepared
-    config = dataclasses.replace(config, kernel=_agreed_kernel(choice))
-    if config.layers_per_block is None and config.blocks is None:
-        told = {**ds_config, "hift": {**ds_config["hift"], "kernel": config.kernel}}
-        layers_per_block = agreed_layers_per_block(model, told, optimizer)
-        config = dataclasses.replace(config, layers_per_block=layers_per_block)
-        plan = _plan_blocks(model, config)
-    return config, plan, notes
 
 
 def _agreed_kernel(mine: KernelChoice) -> str:

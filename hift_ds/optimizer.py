@@ -87,6 +87,7 @@ class HiFTOptimizer(ZeROOptimizer):
         self.overflow = False
         self._global_grad_norm = 0.0
         self.load_weights_only = self._loads = False
+        self.save_mark: str | None = None  # of the last save
         self.scheduler: Any = None  # the one that the engine steps; set when the engine has built it
         self.rate = DelayedRate(holder.param_groups, lr_update, rotation.steps_per_cycle)
         if settings.stage > 0:
@@ -393,7 +394,7 @@ class HiFTOptimizer(ZeROOptimizer):
             self.activate()
         if self.ring is not None:
             # During the coming forward and backward.
-            self.ring.prefetch(self.active_states()[0].tiles, self._begins_anew() and self.rule.elementwise)
+            self.ring.prefetch(self.active_states()[0].tiles, self._begins_anew())
 
     def _run_hooks(self, name: str) -> None:
         """Step hooks of a client optimizer (EMA, projections), as its own `step` would call them."""
@@ -446,7 +447,7 @@ class HiFTOptimizer(ZeROOptimizer):
 
     def _apply(self, states: list[BlockState], grads: list[torch.Tensor], scaling: Scaling, reached: bool) -> None:
         if self._begins_anew():
-            if self.ring is not None and self.rule.elementwise and reached:
+            if reached and self.ring is not None and not states[0].extra:  # which is not in the ring
                 states[0].forget()
             else:
                 self.settle()

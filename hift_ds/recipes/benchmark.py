@@ -211,7 +211,9 @@ def _forecast(args: argparse.Namespace, run: Any, engine: Any, padded: bool) -> 
     ds_config = copy.deepcopy(run.ds_config)
     ds_config["hift"] = {**(ds_config.get("hift") or {}), "enabled": True}
     if engine.device.type == "cpu":  # one memory: nothing streams
-        ds_config["hift"]["state"] = {"residency": "device"}
+        state = {**(ds_config["hift"].get("state") or {}), "residency": "device"}
+        state.pop("ring_bytes", None)
+        ds_config["hift"]["state"] = state
         ds_config["zero_optimization"] = zero_section(ds_config)
         ds_config["zero_optimization"].pop("offload_optimizer", None)
     if args.hift:
@@ -220,7 +222,7 @@ def _forecast(args: argparse.Namespace, run: Any, engine: Any, padded: bool) -> 
     nodes = max(1, dist.get_world_size() // int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())))
     request = Request(
         ds_config, args.seq_len, attention, args.gradient_checkpointing, padded, dist.get_world_size() // nodes, nodes,
-        limit_of(args), on_cpu=engine.device.type == "cpu",
+        _card_bytes(args, engine), on_cpu=engine.device.type == "cpu",
     )  # fmt: skip
     try:
         return Planner(config, type(run.model)).plan(request)
@@ -231,6 +233,13 @@ def _forecast(args: argparse.Namespace, run: Any, engine: Any, padded: bool) -> 
 def limit_of(args: argparse.Namespace) -> int | None:
     """The cap on the card's memory, in bytes."""
     return None if args.gpu_memory_limit is None else parse_bytes(args.gpu_memory_limit)
+
+
+def _card_bytes(args: argparse.Namespace, engine: Any) -> int | None:
+    """Of the memory that the run could take: the cap, or the card's; None on a CPU."""
+    if args.gpu_memory_limit is None and engine.device.type == "cuda":
+        return torch.cuda.get_device_properties(engine.device).total_memory
+    return limit_of(args)
 
 
 def _row(args: argparse.Namespace, run: Any, engine: Any, report: Report, plan: Plan | str | None) -> dict[str, Any]:

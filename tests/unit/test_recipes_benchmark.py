@@ -1,11 +1,13 @@
-"""How the benchmark scripts take time: whole cycles, without holding up what overlaps from step to step."""
+"""What the benchmark scripts measure: whole cycles, without holding up what overlaps; the forecast of the very run."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from hift_ds.recipes import benchmark
+from hift_ds.recipes.planning import complete_config
 
 
 class Engine:
@@ -70,3 +72,33 @@ def test_a_wait_on_cuda_is_for_the_current_stream_alone(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: waited.append("device"))
     benchmark._wait(SimpleNamespace(device=torch.device("cuda")))
     assert waited == ["stream"]
+
+
+def forecast_of(state, monkeypatch):
+    """The plan of a run on one CPU rank with a "state" section."""
+    config = LlamaConfig(vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                         num_attention_heads=4)  # fmt: skip
+    monkeypatch.setattr(benchmark, "dist", SimpleNamespace(get_world_size=lambda: 1))
+    ds_config = complete_config({"hift": {"state": state}, "bf16": {"enabled": True}}, None, 0, 1, 1)
+    args = SimpleNamespace(hift=True, seq_len=8, gradient_checkpointing=False, gpu_memory_limit=None)
+    engine = SimpleNamespace(device=torch.device("cpu"), hift_config=SimpleNamespace(layers_per_block=1))
+    run = SimpleNamespace(model=LlamaForCausalLM(config), ds_config=ds_config)
+    plan = benchmark._forecast(args, run, engine, padded=False)
+    assert not isinstance(plan, str), plan
+    return plan.worst
+
+
+def test_on_a_cpu_the_forecast_keeps_the_form_of_the_state_and_forgets_the_ring(monkeypatch):
+    fp32 = forecast_of({"ring_bytes": 1 << 20}, monkeypatch).state
+    small = forecast_of({"master": "split16", "moments": "int8", "ring_bytes": 1 << 20}, monkeypatch).state
+    assert fp32 == forecast_of({}, monkeypatch).state
+    assert 4 / 12 <= small / fp32 <= 4.1 / 12
+
+
+@pytest.mark.parametrize(
+    ("limit", "device", "wanted"), [("22GiB", "cuda", 22 << 30), (None, "cuda", 80), (None, "cpu", None)]
+)
+def test_the_forecast_is_of_the_capped_card_or_of_the_whole_one(monkeypatch, limit, device, wanted):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80))
+    engine = SimpleNamespace(device=torch.device(device))
+    assert benchmark._card_bytes(SimpleNamespace(gpu_memory_limit=limit), engine) == wanted
