@@ -446,13 +446,13 @@ class HiFTOptimizer(ZeROOptimizer):
             self.reach.check([state.shard for state in states])
 
     def _apply(self, states: list[BlockState], grads: list[torch.Tensor], scaling: Scaling, reached: bool) -> None:
+        rates = self.rate.update(self.rotation.at_cycle_start, self.scheduler)
         if self._begins_anew():
             if reached and self.ring is not None and not states[0].extra:  # which is not in the ring
                 states[0].forget()
             else:
                 self.settle()
                 states[0].reset()
-        rates = self.rate.update(self.rotation.at_cycle_start, self.scheduler)
         for index, state in enumerate(states):
             if state is states[0] and not reached:
                 continue

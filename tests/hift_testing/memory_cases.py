@@ -6,7 +6,7 @@ import copy
 import gc
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 from unittest import mock
 
@@ -220,6 +220,25 @@ def reset_run(stage: int, dtype: str) -> dict[str, Any]:
         facts["tiles"] = 2 * sum(len(block.tiles) for block in engine.optimizer.states)
         facts["tiles"] += len(engine.optimizer.ring._ahead)
     return facts
+
+
+def failed_reset(folder: str, stage: int, dtype: str) -> list[str]:
+    """Fingerprints three steps after a checkpoint from the middle of a turn: gone on at once, and loaded after an
+    update that failed at the start of the same block's next turn."""
+    with separate_host():
+        engine = engine_of(ds_config(stage, dtype, {"inactive_state": "reset", "steps_per_block": 2}))
+        run_steps(engine, 1)
+        engine.save_checkpoint(folder)
+        found = [_mark(engine, 1)]
+        cycle = 2 * len(engine.hift.blocks)
+        run_steps(engine, cycle - 4, start=4)
+        failing = mock.patch.object(engine.optimizer.ring, "visit", side_effect=MemoryError)
+        with failing as failed, suppress(MemoryError):
+            run_steps(engine, 1, start=cycle)
+        assert failed.call_count == 1
+        engine.load_checkpoint(folder)
+        found.append(_mark(engine, 1))
+    return found
 
 
 def same_ring(stage: int, dtype: str, card: int, **least: int) -> tuple[int, int, int]:

@@ -110,6 +110,11 @@ def test_state_that_begins_anew_is_filled_in_the_ring_and_the_host_does_not_wait
         assert facts["filled"] == facts["tiles"] > 0
 
 
+def test_moments_that_are_loaded_after_a_failed_update_of_fresh_state_stay(two_ranks, tmp_path):
+    for gone_on, loaded in two_ranks.run(cases.failed_reset, str(tmp_path), 2, "bf16"):
+        assert gone_on == loaded
+
+
 @pytest.mark.parametrize("tenth", [8_000, 40_000, 10**6])
 def test_engine_and_plan_make_the_same_ring_for_a_card(two_ranks, tenth):
     for ring, planned, block in two_ranks.run(cases.same_ring, 2, "bf16", 10 * tenth, RING_BYTES=5_000):
