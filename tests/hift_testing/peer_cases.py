@@ -16,6 +16,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed import comm as dist
+from hift_testing.ranks import RankPool
 from hift_testing.training import DTYPES, cast_parameters, ds_config, whole_weights
 from torch import nn
 
@@ -25,10 +26,10 @@ WIDTH = 6
 # A large rate, so that a lost or foreign update is far from rounding; eps: see training.ADAMW.
 HYPER = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-4, "weight_decay": 0.1}
 ONE_BLOCK = {"layers_per_block": 1000}
-# Of `distance`. fp32: sums in another order, divided by |gradient| + eps, measured below 1e-5; bf16: weights are rounded
-# to 3 digits, and torch accumulates in bf16 where the engines accumulate in fp32. A lost update is 0.3 and more.
+# Of `distance`. fp32: sums in another order, divided by |gradient| + eps, measured below 2e-6; bf16: weights are
+# rounded to 3 digits, and torch accumulates in bf16 where the engines do in fp32. A lost update is 0.2 and more.
 BOUNDS = {"fp32": 1e-3, "bf16": 0.1}
-HANG_S = 60
+HANG_S = 45
 
 
 class Layer(nn.Module):
@@ -45,7 +46,7 @@ class Layer(nn.Module):
 class Stack(nn.Module):
     """Layers and a head; returns the head's output. As a user writes it: the loss is taken outside."""
 
-    def __init__(self, seed: int = 0, layers: int = 3, width: int = WIDTH) -> None:
+    def __init__(self, seed: int = 0, layers: int = 2, width: int = WIDTH) -> None:
         super().__init__()
         torch.manual_seed(seed)
         self.layers = nn.ModuleList(Layer(width) for _ in range(layers))
@@ -210,6 +211,12 @@ def unmoved(weights: dict[str, Any], start: dict[str, Any]) -> list[str]:
     return [name for name in weights if torch.equal(weights[name], start[name])]
 
 
+def on(pool: RankPool, case: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+    """`pool.run` that takes a silence of HANG_S for a hang; the start of the ranks does not count."""
+    pool.run(dist.get_rank)
+    return pool.run(case, *args, timeout_s=HANG_S, **kwargs)
+
+
 def error_of(action: Callable[[], Any]) -> str:
     """`Type: message` of what `action` raises, or nothing."""
     try:
@@ -269,12 +276,17 @@ def three_ways(
 ACCIDENTS = ("AttributeError", "KeyError", "IndexError", "TypeError", "UnboundLocalError", "StopIteration")
 
 
+def is_clear(error: str) -> bool:
+    """A sentence, of a type that is meant for users."""
+    return not error.startswith(ACCIDENTS) and len(error.split()) > 8
+
+
 def faults(found: dict[str, Any], dtype: str = "fp32", refusable: bool = False) -> list[str]:
     """What is wrong with HiFT's two runs of `three_ways`; with `refusable` a clear error is as good as being right."""
     wrong = []
     for name in ("rotating", "one block"):
         error, far = found[name]["error"], found[name]["distance"]
-        if error and not (refusable and not error.startswith(ACCIDENTS) and len(error) > 40):
+        if error and not (refusable and is_clear(error)):
             wrong.append(f"{name}: {error[:300]}")
         elif not error and far > BOUNDS[dtype]:
             wrong.append(f"{name}: distance {far:.3g}, unmoved {found[name]['unmoved']} (plain: {found['plain']})")

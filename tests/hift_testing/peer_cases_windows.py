@@ -26,6 +26,14 @@ def torch_style(engine: Any, step: int) -> None:
         engine.step()
 
 
+def _close(engine: Any) -> None:
+    """The end of a window of any length."""
+    if isinstance(engine, TorchHiFT):
+        engine.update()
+    else:
+        engine.step()
+
+
 def two_forwards_one_backward(engine: Any, step: int) -> None:
     for micro in _micro_steps(engine):
         engine.backward(loss_of(engine(data(step, micro))) + loss_of(engine(data(step, micro + 5))))
@@ -138,7 +146,7 @@ def coalesced(engine: Any, step: int) -> None:
     with engine.coalesce_grad_reduction():
         for part in range(3):
             engine.backward(loss_of(engine(data(step, part))))
-    engine.step()
+    _close(engine)
 
 
 def boundary_by_hand(engine: Any, step: int) -> None:
@@ -158,7 +166,7 @@ def closed_by_step(engine: Any, step: int) -> None:
     """`managed_gradient_accumulation: false`: backwards as many as the caller likes, a different number each step."""
     for part in range(1 + step % 3):
         engine.backward(loss_of(engine(data(step, part))))
-    engine.step()
+    _close(engine)
 
 
 def first_micro_step_dropped_backward(engine: Any, step: int) -> None:
