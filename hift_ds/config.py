@@ -14,6 +14,7 @@ KERNELS = ("triton", "torch")
 MASTERS = ("fp32", "split16", "none")
 MOMENTS = ("fp32", "bf16", "int8")
 RESIDENCIES = ("stream", "device")
+NO_GRADIENT = ("error", "skip")
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ class HiFTConfig:
             2048 at most.
         kernel: Which implementation updates the active block, `triton` or `torch`; `None` = choose (`hift_ds.rules`).
         state: How and where masters and moments are kept.
+        no_gradient: What a block without a gradient on any rank is at a step: an `error`, or a `skip`: no update, and
+            its turn passes (LayerDrop, batches without images, experts that are rarely routed to).
     """
 
     enabled: bool
@@ -78,6 +81,7 @@ class HiFTConfig:
     seq_len: int | None = None
     kernel: str | None = None
     state: StateConfig = StateConfig()
+    no_gradient: str = "error"
 
     @classmethod
     def from_ds_config(cls, ds_config: Mapping[str, Any]) -> HiFTConfig | None:
@@ -216,4 +220,5 @@ _CHECKS = {
     "seq_len": _positive_or_null,
     "kernel": _kernel,
     "state": _state,
+    "no_gradient": _one_of(*NO_GRADIENT),
 }
