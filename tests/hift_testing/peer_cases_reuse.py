@@ -167,7 +167,6 @@ BAD: dict[str, dict[str, Any]] = {
     "frozen matches nothing": {"hift": {"frozen": ["nowhere"]}},
     "everything frozen": {"hift": {"frozen": ["."]}},
     "blocks that leave parameters out": {"hift": {"blocks": [["head"], ["layers.0"]]}},
-    "ring too small": {"hift": {"state": {"ring_bytes": 1}}},
     "optimizer parameter": {"optimizer": {"type": "AdamW", "params": {"learning_rate": 1e-3}}},
     "optimizer type": {"optimizer": {"type": "Lamb", "params": {"lr": 1e-3}}},
     "optimizer value": {"optimizer": {"type": "AdamW", "params": {**HYPER, "lr": -1.0}}},
