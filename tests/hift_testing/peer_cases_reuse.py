@@ -209,7 +209,8 @@ def refused_beside_a_living_engine(stage: int, dtype: str) -> dict[str, Any]:
         far = distance(weights_of(engine), weights_of(other), start)
         if error or far > 0.1:
             return {"errors": found, "after": name, "error": error, "distance": far}
-    return {"errors": found, "after": "", "error": "", "distance": distance(weights_of(engine), weights_of(other), start)}
+    far = distance(weights_of(engine), weights_of(other), start)
+    return {"errors": found, "after": "", "error": "", "distance": far}
 
 
 def memory_after_destroy(stage: int, dtype: str, first: str = "hift") -> dict[str, Any]:
