@@ -2,70 +2,151 @@
 
 The files are DeepSpeed's (one optimizer file per rank at stages 1-3, inside the model file at stage 0); the content is
 one layout for every stage, by block and slot. Beside them lies `hift.json`, the manifest: it says what run wrote the
-checkpoint, so that one that does not fit is refused before anything is read or changed.
+checkpoint, so that one that does not fit is refused before anything is changed. Each save has a mark, which stands in
+every file: a save that was cut off while it wrote over an older one leaves files of two saves, and is refused too.
 """
 
 from __future__ import annotations
 
 import json
+import uuid
+import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hift_ds.schedule import CycleScheduler
+
 if TYPE_CHECKING:
     from hift_ds.optimizer import HiFTOptimizer
     from hift_ds.state import BlockState
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "hift.json"
+MARK = "hift_save"  # its key in the model files
 STAGE, RANKS = "zero_optimization.stage", "number of data-parallel ranks"
 BLOCKS = "hift.layers_per_block, hift.blocks, hift.frozen, hift.always_active and the param groups"
+
+
+def new_mark(optimizer: HiFTOptimizer) -> str:
+    """What tells this save from every other; draw it on one rank and give it to all."""
+    return f"step {optimizer.rotation.step}, {uuid.uuid4().hex[:12]}"
 
 
 def write_manifest(optimizer: HiFTOptimizer, folder: Path) -> None:
     """Writes `hift.json` into a checkpoint's folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"format": FORMAT, "identity": _identity(optimizer)}
+    content = {
+        "format": FORMAT,
+        "save": optimizer.save_mark,
+        "lr_scheduler": _name_of(optimizer.scheduler),
+        "identity": _identity(optimizer),
+    }
     (folder / MANIFEST).write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
 def latest_tag(load_dir: str | Path) -> str | None:
-    """The tag in DeepSpeed's file "latest", or `None`."""
+    """The tag in DeepSpeed's file "latest", or `None` without such a file.
+
+    Raises:
+        RuntimeError: The file is empty.
+    """
     latest = Path(load_dir, "latest")
-    return latest.read_text(encoding="utf-8").strip() if latest.is_file() else None
+    if not latest.is_file():
+        return None
+    tag = latest.read_text(encoding="utf-8").strip()
+    if not tag:
+        raise RuntimeError(f"checkpoint {str(latest)!r} is empty: a save was cut off; say which tag to load")
+    return tag
 
 
-def check_manifest(optimizer: HiFTOptimizer, folder: Path, whole: bool) -> bool:
-    """Whether HiFT wrote the checkpoint in `folder`; what does not fit this run is refused.
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a checkpoint; `None` if HiFT has not written it.
+
+    Raises:
+        ValueError: No such folder.
+        RuntimeError: A manifest that cannot be read.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"checkpoint {str(folder)!r}: no such folder; check load_dir and tag")
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        found = content["format"]
+    except (ValueError, TypeError, KeyError):
+        raise RuntimeError(f"checkpoint file {str(path)!r} cannot be read: {_DAMAGED}") from None
+    if found != FORMAT:
+        raise RuntimeError(f"the checkpoint has HiFT format {found!r}, this version reads {FORMAT}")
+    return content
+
+
+def check_manifest(optimizer: HiFTOptimizer, folder: Path, whole: bool, schedule: bool) -> dict[str, Any] | None:
+    """Reads the manifest and refuses what does not fit this run.
 
     Args:
         optimizer: This run's.
         folder: The checkpoint's, load_dir/tag.
         whole: Position and state are wanted too, not the weights alone.
+        schedule: The scheduler's state is wanted too.
+
+    Returns:
+        The manifest; `None` if HiFT has not written the checkpoint.
 
     Raises:
         ValueError: No such folder.
-        RuntimeError: Not HiFT's, or of a run with other blocks, order, stage, ranks, dtype or rule.
+        RuntimeError: Not HiFT's, or of a run with other blocks, order, stage, ranks, dtype, rule or schedule.
     """
-    if not folder.is_dir():
-        raise ValueError(f"checkpoint {str(folder)!r}: no such folder; check load_dir and tag")
-    present, manifest = _identity(optimizer), folder / MANIFEST
-    if not manifest.is_file():
+    manifest = read_manifest(folder)
+    if manifest is None:
         if whole:
             raise RuntimeError(f"checkpoint {str(folder)!r} was not written by HiFT: {_WEIGHTS_ALONE}")
-        return False
-    content = json.loads(manifest.read_text(encoding="utf-8"))
-    if content.get("format") != FORMAT:
-        raise RuntimeError(f"the checkpoint has HiFT format {content.get('format')!r}, this version reads {FORMAT}")
-    saved = content["identity"]
-    fits = _weights_fit(saved, present)
-    advice = f"resume with the same, or {_WEIGHTS_ALONE}" if fits else "resume with the same"
-    for key, value in present.items():
-        if saved.get(key) != value and (whole or not fits):
-            then, now = (repr(v) if len(repr(v)) < 60 else "others" for v in (saved.get(key), value))
-            raise RuntimeError(f"the checkpoint was written with another {key} ({then}; this run: {now}): {advice}")
-    return True
+        return None
+    _require_same(manifest["identity"], optimizer, whole)
+    then, now = manifest["lr_scheduler"], _name_of(optimizer.scheduler)
+    if schedule and now is not None and then != now:
+        raise RuntimeError(
+            f"the checkpoint was written with another lr_scheduler ({then}; this run: {now}): resume with the same, or "
+            "begin this one anew with load_checkpoint(..., load_lr_scheduler_states=False)"
+        )
+    return manifest
+
+
+def check_files(
+    manifest: Mapping[str, Any] | None,
+    files: Sequence[Path],
+    parts: Sequence[str],
+    module: torch.nn.Module | None,
+    strict: bool,
+) -> None:
+    """Refuses this rank's files of a checkpoint if a load would fail half way. Tensors are not read, only found.
+
+    Args:
+        manifest: The checkpoint's, whose save all files must be of; `None` if any will do.
+        files: The one of model weights, and this rank's of the optimizer if the load takes anything from it.
+        parts: Keys of the first file that DeepSpeed will read.
+        module: What takes the weights; `None` if the caller loads them in a way of its own.
+        strict: Every name must be in both.
+
+    Raises:
+        RuntimeError: A file is missing or cut off, is of another save, or has other weights than the model.
+    """
+    contents = [_opened(path) for path in files]
+    marks = [content["optimizer_state_dict"]["hift"]["save"] for content in contents[1:]]
+    for path, mark in zip(files, [contents[0].get(MARK), *marks], strict=True):
+        if manifest is not None and mark != manifest["save"]:
+            raise RuntimeError(
+                f"checkpoint file {str(path)!r} is of another save ({mark}) than {MANIFEST} beside it "
+                f"({manifest['save']}): a save was cut off while it wrote over an older one; load another tag"
+            )
+    for part in parts:
+        if contents[0].get(part) is None:
+            raise RuntimeError(f"the checkpoint has no {part}, and this run has one: {_WEIGHTS_ALONE}")
+    if module is not None:
+        _check_module(contents[0], module, strict)
 
 
 def optimizer_state(optimizer: HiFTOptimizer) -> dict[str, Any]:
@@ -75,6 +156,8 @@ def optimizer_state(optimizer: HiFTOptimizer) -> dict[str, Any]:
     in_shards = optimizer.settings.stage == 3
     return {
         "hift": {
+            "save": optimizer.save_mark,
+            "identity": _identity(optimizer),
             "step": rotation.step,
             "rates": rate.rates,
             "blocks": [_block_state(state, in_shards) for state in optimizer._all_states()],
@@ -91,10 +174,14 @@ def optimizer_state(optimizer: HiFTOptimizer) -> dict[str, Any]:
 def load_optimizer_state(optimizer: HiFTOptimizer, saved: Any, load_optimizer_states: bool) -> None:
     """Restores `optimizer_state`; at stage 3 the model weights too, which are nowhere else. Not collective.
 
-    `check_manifest` has passed. Below stage 3 DeepSpeed has loaded the model weights before.
+    Below stage 3 DeepSpeed has loaded the model weights before; `check_manifest` and `check_files` have passed.
+
+    Raises:
+        RuntimeError: It is of another run; nothing is changed.
     """
     if isinstance(saved, (list, tuple)):
         saved = saved[optimizer.states[0].shard.rank]
+    _require_same(saved["hift"]["identity"], optimizer, load_optimizer_states)
     blocks = saved["hift"]["blocks"]
     if optimizer.settings.stage == 3:
         _load_sharded_weights(optimizer, blocks)
@@ -120,6 +207,57 @@ def load_optimizer_state(optimizer: HiFTOptimizer, saved: Any, load_optimizer_st
 
 
 _WEIGHTS_ALONE = "load its weights alone with load_checkpoint(..., load_module_only=True)"
+_DAMAGED = "it was cut off or damaged; load another tag"
+
+
+def _require_same(saved: Mapping[str, Any], optimizer: HiFTOptimizer, whole: bool) -> None:
+    present = _identity(optimizer)
+    fits = _weights_fit(saved, present)
+    advice = f"resume with the same, or {_WEIGHTS_ALONE}" if fits else "resume with the same"
+    for key, value in present.items():
+        if saved.get(key) != value and (whole or not fits):
+            then, now = (repr(v) if len(repr(v)) < 60 else "others" for v in (saved.get(key), value))
+            raise RuntimeError(f"the checkpoint was written with another {key} ({then}; this run: {now}): {advice}")
+
+
+def _opened(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise RuntimeError(f"checkpoint file {str(path)!r} is missing: the save was cut off; load another tag")
+    try:
+        # Mapped, so that tensors stay on the disk; with checkpoint_serialization: false they cannot be.
+        return torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=False)
+    except Exception as error:  # of unpickling, any
+        raise RuntimeError(f"checkpoint file {str(path)!r} cannot be read ({error}): {_DAMAGED}") from error
+
+
+def _check_module(content: Mapping[str, Any], module: torch.nn.Module, strict: bool) -> None:
+    """torch copies whatever fits before it says what does not."""
+    if any(part._load_state_dict_pre_hooks for part in module.modules()):
+        return  # they may give keys other names
+    shapes = {name: value.shape for name, value in content["module"].items() if isinstance(value, torch.Tensor)}
+    for of_a_block in content.get("param_shapes") or []:  # at stage 3 the module's are placeholders
+        shapes.update(of_a_block)
+    shapes.update(content.get("frozen_param_shapes") or {})
+    present = module.state_dict(keep_vars=True)
+    differ = set(content["module"]) ^ set(present)
+    if strict and differ:
+        raise RuntimeError(
+            f"the checkpoint and the model differ in {len(differ)} names, first {min(differ)!r}: load into the same "
+            "model, or pass load_module_strict=False"
+        )
+    for name in shapes.keys() & present.keys():
+        now = tuple(getattr(present[name], "ds_shape", present[name].shape))
+        if shapes[name].numel() and tuple(shapes[name]) != now:
+            raise RuntimeError(
+                f"the checkpoint has {name!r} of shape {tuple(shapes[name])}, the model of shape {now}: load into the "
+                "same model"
+            )
+
+
+def _name_of(scheduler: Any) -> str | None:
+    if isinstance(scheduler, CycleScheduler):
+        return f"{type(scheduler.scheduler).__name__} with hift.lr_update 'paper'"
+    return None if scheduler is None else type(scheduler).__name__
 
 
 def _block_state(state: BlockState, in_shards: bool) -> dict[str, Any]:
@@ -148,11 +286,18 @@ def _load_sharded_weights(optimizer: HiFTOptimizer, blocks: list[dict[str, Any]]
 def _identity(optimizer: HiFTOptimizer) -> dict[str, Any]:
     """What must be the same for a state to fit, as JSON; the key is what a user would look for in the config."""
     states = optimizer._all_states()
+    groups: list[list[str]] = [[] for _ in optimizer.param_groups]
+    for state in states:
+        for run in state.shard.runs:
+            groups[run.group] += [segment.fqn for segment in run.segments]
     return {
         STAGE: optimizer.settings.stage,
         RANKS: optimizer.settings.world,
+        "number of param groups": len(groups),
         BLOCKS: [list(state.shard.fqns) for state in states],
+        "division into param groups": groups,
         "optimizer.type": optimizer.rule.name,
+        "state kept by the update rule, which optimizer.params (momentum) decide": [list(s.slots) for s in states],
         "hift.order and hift.seed": list(optimizer.rotation.order),
         "hift.steps_per_block": optimizer.rotation.steps_per_block,
         "hift.state.master and hift.state.moments": [optimizer.settings.form.master, optimizer.settings.form.moments],

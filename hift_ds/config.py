@@ -53,7 +53,8 @@ class HiFTConfig:
         order: Order in which blocks are visited; the paper's B2U, T2D and RAN.
         seed: Draws the `random` order, once, the same on every rank.
         steps_per_block: Optimizer steps before the rotation moves on (1 = HiFT).
-        lr_update: `cycle` = constant within a cycle, at the value of the schedule at the cycle's middle step;
+        lr_update: `cycle` = constant within a cycle, at the value of the schedule at its middle step (of the last
+            cycle: at the middle of what is left of the run);
             `paper` = the scheduler advances once per cycle; `step` = no delay.
         inactive_state: `keep` a block's optimizer state between its turns, or `reset` it at each turn (with
             `steps_per_block` > 1 that is block coordinate descent as in BAdam).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import threading
@@ -15,6 +16,7 @@ import deepspeed
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
 from deepspeed.runtime.zero import parameter_offload
@@ -28,8 +30,9 @@ from hift_ds.config import HiFTConfig
 from hift_ds.ds_keys import check_ds_config
 from hift_ds.forms import Form
 from hift_ds.gradients import GradientReducer, accumulation_dtype
-from hift_ds.launching import agree, init_distributed, load_ds_config, require_alike
+from hift_ds.launching import agree, init_distributed, load_ds_config, of_rank_0, require_alike
 from hift_ds.memory.choose import agreed_layers_per_block
+from hift_ds.memory.request import precision_of
 from hift_ds.optimizer import HiFTOptimizer
 from hift_ds.param_groups import HyperParameters, check_coverage, check_inside, freeze_left_out, trainable_groups
 from hift_ds.rotation import Rotation
@@ -322,15 +325,19 @@ class HiFTEngine(DeepSpeedEngine):
         tag = f"global_step{self.global_steps}" if tag is None else str(tag)
         if save_dir:  # DeepSpeed refuses an empty one
             writes = self.global_rank == 0 or (self.use_node_local_storage() and self.local_rank == 0)
+            self.optimizer.save_mark = of_rank_0(checkpoint.new_mark(self.optimizer))
             agree(lambda: checkpoint.write_manifest(self.optimizer, Path(save_dir, tag)) if writes else None)
         with self.optimizer.all_trainable():
             return super().save_checkpoint(
                 save_dir,
                 tag,
-                client_state=dict(client_state or {}),
+                client_state={**(client_state or {}), checkpoint.MARK: self.optimizer.save_mark},
                 save_latest=save_latest,
                 exclude_frozen_parameters=exclude_frozen_parameters,
             )
+
+    def _copy_recovery_script(self, save_path: str) -> None:
+        """Writes no zero_to_fp32.py beside the checkpoint: it cannot read the layout."""
 
     def save_16bit_model(self, *args: Any, **kwargs: Any) -> Any:
         """As DeepSpeedEngine.save_16bit_model. Collective."""
@@ -340,6 +347,23 @@ class HiFTEngine(DeepSpeedEngine):
     def _zero3_consolidated_16bit_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         with self.optimizer.all_trainable():  # Trainer asks for it without the frozen parameters
             return super()._zero3_consolidated_16bit_state_dict(*args, **kwargs)
+
+    def _check_checkpoint(
+        self, load_dir: str, tag: str, whole: bool, schedule: bool, module: torch.nn.Module | None, strict: bool
+    ) -> bool:
+        """Refuses what a load would fail on half way; returns whether it goes through the optimizer's files."""
+        stage, folder = self.zero_optimization_stage(), Path(load_dir, tag)
+        manifest = checkpoint.check_manifest(self.optimizer, folder, whole, schedule)
+        # At stage 3 the weights are in the optimizer's files: weights alone are a full load that takes nothing else.
+        through_optimizer = whole or (manifest is not None and stage == 3)
+        files = [self._get_ckpt_name(load_dir, tag)]
+        if through_optimizer and stage > 0:
+            files.append(self._get_zero_ckpt_name(load_dir, tag))
+        samples = self.training_dataloader is not None and self.curriculum_learning_enabled()
+        read = {"lr_scheduler": schedule and self.lr_scheduler is not None, "data_sampler": schedule and samples}
+        parts = [part for part, is_read in read.items() if is_read]
+        checkpoint.check_files(manifest if through_optimizer else None, [*map(Path, files)], parts, module, strict)
+        return through_optimizer
 
     def load_checkpoint(
         self,
@@ -366,11 +390,11 @@ class HiFTEngine(DeepSpeedEngine):
         counters = (self.global_steps, self.global_samples, self.skipped_steps)
         tag = checkpoint.latest_tag(load_dir) if tag is None else str(tag)
         require_alike("checkpoint tag", tag)
-        ours = False
-        if tag is not None:
-            ours = agree(lambda: checkpoint.check_manifest(self.optimizer, Path(load_dir, tag), whole))
-        # At stage 3 the weights are in the optimizer's files: weights alone are a full load that takes nothing else.
-        through_optimizer = whole or (ours and self.zero_optimization_stage() == 3)
+        schedule = load_lr_scheduler_states and not load_module_only
+        module = self.module if custom_load_fn is None else None
+        through_optimizer = tag is not None and agree(
+            lambda: self._check_checkpoint(load_dir, tag, whole, schedule, module, load_module_strict)
+        )
 
         def load() -> tuple[str | None, Any]:
             return super(HiFTEngine, self).load_checkpoint(
@@ -385,6 +409,7 @@ class HiFTEngine(DeepSpeedEngine):
 
         with self.optimizer.loading(not whole, self.module.parameters()):
             result = agree(load)
+        (result[1] or {}).pop(checkpoint.MARK, None)
         if result[0] is not None and not whole:
             self.optimizer.refresh_fp32_params()
             if load_module_only:
@@ -490,6 +515,7 @@ def _prepare(
         return None
     surface.require()
     notes = check_ds_config(dict(ds_config))
+    DeepSpeedConfig(copy.deepcopy(dict(ds_config)))  # what DeepSpeed refuses in it, before anything is touched
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model={type(model).__name__}: must be a torch.nn.Module")
     if mpu is not None:
@@ -500,9 +526,11 @@ def _prepare(
     if optimizer is None:
         if not section or "type" not in section:
             raise ValueError('optimizer: missing; HiFT needs one: pass it, or add "optimizer" to the DeepSpeed config')
-        rule_from_config(section["type"], section.get("params") or {})
+        rule, _ = rule_from_config(section["type"], section.get("params") or {})
+        check_form(config.state.master, config.state.moments, rule, _weight_dtype(ds_config))
     elif isinstance(optimizer, torch.optim.Optimizer):
-        rule_from_optimizer(optimizer)
+        rule = rule_from_optimizer(optimizer)
+        check_form(config.state.master, config.state.moments, rule, _weight_dtype(ds_config))
         check_inside(optimizer, model)
         freeze_left_out(model, optimizer)
     on_host = updates_on_host(ds_config)
@@ -517,6 +545,10 @@ def _prepare(
         if name in frozen:
             param.requires_grad_(False)
     return config, plan, notes
+
+
+def _weight_dtype(ds_config: Mapping[str, Any]) -> torch.dtype:
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision_of(ds_config)]
 
 
 def _plan_blocks(model: torch.nn.Module, config: HiFTConfig) -> BlockPlan:

@@ -142,6 +142,14 @@ def require_alike(what: str, value: Any) -> None:
         raise RuntimeError(f"{what}: ranks 0 and {other} differ; every rank must be given the same")
 
 
+def of_rank_0(value: T) -> T:
+    """Rank 0's `value`, on every rank. Collective."""
+    values = [value] * dist.get_world_size()
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values[0]
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -87,6 +87,7 @@ class HiFTOptimizer(ZeROOptimizer):
         self.overflow = False
         self._global_grad_norm = 0.0
         self.load_weights_only = self._loads = False
+        self.save_mark: str | None = None  # of the last save
         self.scheduler: Any = None  # the one that the engine steps; set when the engine has built it
         self.rate = DelayedRate(holder.param_groups, lr_update, rotation.steps_per_cycle)
         if settings.stage > 0:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -192,11 +194,10 @@ def refusals(folder: str) -> dict[str, str]:
         fresh = engine_of(ds_config(stage, dtype, hift or {}, **keys), small_llama(2))
         before = weights_by_block(fresh)
         error = error_of(lambda: fresh.load_checkpoint(root, tag=tag, load_module_only=only))
-        # What the manifest refuses has changed nothing, and the engine lives.
-        if tag != "broken" and changed(before, weights_by_block(fresh)):
+        # What is refused has changed nothing, and the engine lives.
+        if changed(before, weights_by_block(fresh)):
             error = f"changed weights; {error}"
-        if tag != "broken":
-            run_steps(fresh, 1)
+        run_steps(fresh, 1)
         return error
 
     found = {
@@ -226,6 +227,142 @@ def refusals(folder: str) -> dict[str, str]:
     fresh.load_checkpoint(root, tag="plain", load_module_only=True)
     found["plain, weights alone"] = repr(changed(weights_by_block_of(plain), weights_by_block_of(fresh)))
     return found
+
+
+def _everything(engine: Any) -> dict[str, str]:
+    """A fingerprint of each thing that a load changes."""
+    groups = [{k: value for k, value in group.items() if k != "params"} for group in engine.optimizer.param_groups]
+    counters = (engine.global_steps, engine.global_samples, engine.skipped_steps, engine.hift.active_block)
+    schedule = None if engine.lr_scheduler is None else engine.lr_scheduler.state_dict()
+    facts = {"groups": groups, "counters": counters, "rates": engine.optimizer.rates, "schedule": schedule}
+    facts["scale"] = vars(engine.optimizer.loss_scaler)
+    state = {f"state of {name}": value for name, value in state_by_block(engine).items()}
+    return {**weights_by_block_of(engine), **state, **{name: repr(value) for name, value in facts.items()}}
+
+
+def _refusal(engine: Any, folder: Path, **load: Any) -> str:
+    """The error of a load, and what it has changed nevertheless."""
+    before = _everything(engine)
+    error = error_of(lambda: engine.load_checkpoint(folder, **load))
+    differs = changed(before, _everything(engine))
+    return f"{error.replace(str(folder), '')}{f' CHANGED {differs}' if differs else ''}"
+
+
+def _mixed(root: Path, tag: str, wanted: str, base: str = "new", other: str = "old") -> None:
+    """A tag with the files of `base` but those that match `wanted`, which are `other`'s, as after a cut."""
+    shutil.copytree(root / base, root / tag)
+    for path in (root / other).glob(wanted):
+        shutil.copy(path, root / tag / path.name)
+
+
+def damaged(folder: str, stage: int) -> dict[str, str]:
+    """Loads of checkpoints with files that are missing, cut off or of another save; then of a good one."""
+    root = Path(folder)
+    engine = _engine(stage, "bf16", {}, seed=0, scheduler=True)
+    for tag in ("old", "new"):
+        run_steps(engine, 2)
+        engine.save_checkpoint(root, tag=tag)
+    state = "*rank_1_mp_rank_00_optim_states.pt" if stage else "mp_rank_00_model_states.pt"
+    weights = "*rank_1_*model_states.pt" if stage == 3 else "mp_rank_00_model_states.pt"
+    if dist.get_rank() == 0:
+        _mixed(root, "older state", state)
+        _mixed(root, "older weights", weights)
+        _mixed(root, "newer manifest", "hift.json", base="old", other="new")
+        for name in dict.fromkeys((state, weights, "hift.json")):  # at stage 0 one file has both
+            for kind, damage in (("no", Path.unlink), ("cut", _truncate)):
+                shutil.copytree(root / "new", root / f"{kind} {name}")
+                damage(next((root / f"{kind} {name}").glob(name)))
+        (root / "latest").write_text("")
+    dist.barrier()
+    fresh = _engine(stage, "bf16", {}, seed=1, scheduler=True)
+    run_steps(fresh, 3)
+    tags = {"older state": "", "older weights": "", "newer manifest": ""}
+    for kind in ("no", "cut"):
+        tags.update({f"{kind} {name}": f"{kind} {what}" for name, what in ((state, "state"), (weights, "weights"))})
+        tags[f"{kind} hift.json"] = f"{kind} manifest"
+    found = {name or tag: _refusal(fresh, root, tag=tag) for tag, name in tags.items()}
+    found["empty latest"] = _refusal(fresh, root)
+    only = error_of(lambda: fresh.load_checkpoint(root, tag="older weights", load_module_only=True))
+    found["weights alone"] = only.replace(str(root), "")
+    _, client_state = fresh.load_checkpoint(root, tag="new")
+    found["good"] = repr(changed(_everything(engine), _everything(fresh)))
+    found["client state"] = repr("hift_save" in client_state)
+    found["scripts"] = repr(sorted(path.name for path in root.glob("*.py")))
+    return found
+
+
+def _grouped(model: torch.nn.Module, decayed: str, split: bool = True) -> dict[str, Any]:
+    """`model_parameters` with the weights that match in a group of their own."""
+    inside = [param for name, param in model.named_parameters() if re.search(decayed, name)]
+    outside = [param for name, param in model.named_parameters() if not re.search(decayed, name)]
+    groups = [{"params": inside, "weight_decay": 0.1}, {"params": outside, "weight_decay": 0.0}]
+    return {"model_parameters": groups if split else [*inside, *outside]}
+
+
+def _sgd(momentum: float) -> dict[str, Any]:
+    return {"optimizer": {"type": "SGD", "params": {"lr": 1e-2, "momentum": momentum}}}
+
+
+def _larger(seed: int) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    model = small_llama(seed)
+    model.lm_head = torch.nn.Linear(40, 100, bias=False)
+    model.config.vocab_size = 100
+    return model
+
+
+def _with_buffer(seed: int) -> torch.nn.Module:
+    model = small_llama(seed)
+    model.register_buffer("extra", torch.ones(3))
+    return model
+
+
+# name -> stage, then (hift section, keys of the config, model, param groups) of the run that saves and of the other
+_PLAIN = ({}, {}, small_llama, lambda model: {})
+_SCHEDULED = ({}, {"scheduler": WARMUP}, small_llama, lambda model: {})
+MISFITS: dict[str, Any] = {
+    "another number of groups": (0, _PLAIN, ({}, {}, small_llama, lambda m: _grouped(m, "proj"))),
+    "other groups": (
+        3, ({}, {}, small_llama, lambda m: _grouped(m, "proj")), ({}, {}, small_llama, lambda m: _grouped(m, "norm")),
+    ),
+    "momentum on": (1, ({}, _sgd(0.0), small_llama, lambda m: {}), ({}, _sgd(0.9), small_llama, lambda m: {})),
+    "momentum off": (2, ({}, _sgd(0.9), small_llama, lambda m: {}), ({}, _sgd(0.0), small_llama, lambda m: {})),
+    "other blocks": (2, _PLAIN, ({"layers_per_block": 2}, {}, small_llama, lambda m: {})),
+    "another shape": (3, _PLAIN, ({}, {}, _larger, lambda m: {})),
+    "another shape below stage 3": (1, _PLAIN, ({}, {}, _larger, lambda m: {})),
+    "another name": (0, _PLAIN, ({}, {}, _with_buffer, lambda m: {})),
+    "no schedule": (0, _PLAIN, _SCHEDULED),
+    "another schedule": (
+        2, _SCHEDULED,
+        ({}, {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 4}}}, small_llama, lambda m: {}),
+    ),
+    "a schedule by cycles": (1, _SCHEDULED, ({"lr_update": "paper"}, *_SCHEDULED[1:])),
+}  # fmt: skip
+
+
+def misfits(folder: str, name: str) -> str:
+    """The refusal of a checkpoint of a run that differs in one thing."""
+    stage, *runs = MISFITS[name]
+    engines = []
+    for seed, (hift, keys, model_of, arguments) in enumerate(runs):
+        model = model_of(seed)
+        engines.append(engine_of(ds_config(stage, "bf16", hift, **copy.deepcopy(keys)), model, **arguments(model)))
+        run_steps(engines[-1], 2 + seed)
+    engines[0].save_checkpoint(folder)
+    refusal = _refusal(engines[1], Path(folder))
+    run_steps(engines[1], 1, start=3)
+    return refusal
+
+
+def foreign_state(stage: int) -> dict[str, str]:
+    """`optimizer.load_state_dict` by itself, with what an optimizer of other blocks has given."""
+    other = _engine(stage, "bf16", {"layers_per_block": 2}, seed=0)
+    engine = _engine(stage, "bf16", {}, seed=1)
+    state = other.optimizer.state_dict()
+    before = _everything(engine)
+    # as DeepSpeed gives it: all ranks' at stages 1 to 3
+    error = error_of(lambda: engine.optimizer.load_state_dict([state] * dist.get_world_size() if stage else state))
+    return {"error": error, "changed": repr(changed(before, _everything(engine)))}
 
 
 def weights_by_block_of(engine: Any) -> dict[str, str]:

@@ -90,7 +90,7 @@ def test_checkpoints_that_do_not_fit_are_refused_on_every_rank(two_ranks, tmp_pa
         other("from stage 3, weights alone", "zero_optimization.stage (3; this run: 2)", advice=False)
         sentence = "number of data-parallel ranks (4; this run: 2)"
         other("from stage 3 of other ranks, weights alone", sentence, advice=False)
-        assert found["format"] == "RuntimeError: the checkpoint has HiFT format 99, this version reads 1"
+        assert found["format"] == "RuntimeError: the checkpoint has HiFT format 99, this version reads 2"
         other("ranks", "number of data-parallel ranks (4; this run: 2)")
         other("blocks", "hift.layers_per_block")
         other("always active", "hift.always_active")
@@ -109,6 +109,62 @@ def test_checkpoints_that_do_not_fit_are_refused_on_every_rank(two_ranks, tmp_pa
         assert found["empty"] == "(None, None)"  # as DeepSpeed, which warns
         assert found["empty changed"] == "[]"
         assert found["broken on rank 1"].startswith("RuntimeError: rank 1 failed:" if rank == 0 else "RuntimeError: ")
+
+
+MISFITS = {
+    "another number of groups": "another number of param groups (1; this run: 2)",
+    "other groups": "another hift.layers_per_block, hift.blocks, hift.frozen, hift.always_active and the param groups",
+    "momentum on": "optimizer.params (momentum) decide",
+    "momentum off": "optimizer.params (momentum) decide",
+    "other blocks": "another hift.layers_per_block",
+    "another shape": "'lm_head.weight' of shape (96, 40), the model of shape (100, 40)",
+    "another shape below stage 3": "'lm_head.weight' of shape (96, 40), the model of shape (100, 40)",
+    "another name": "differ in 1 names, first 'extra'",
+    "no schedule": "another lr_scheduler (None; this run: WarmupDecayLR)",
+    "another schedule": "another lr_scheduler (WarmupDecayLR; this run: WarmupLR)",
+    "a schedule by cycles": "another lr_scheduler (WarmupDecayLR; this run: WarmupDecayLR with hift.lr_update 'paper')",
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_a_run_that_differs_in_one_thing_is_refused_before_anything_is_changed(two_ranks, tmp_path, name):
+    for sentence in two_ranks.run(cases.misfits, str(tmp_path), name):
+        assert sentence.startswith("RuntimeError: the checkpoint ")
+        assert MISFITS[name] in sentence
+        assert "CHANGED" not in sentence
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_files_that_are_missing_cut_off_or_of_another_save_are_refused_before_anything_is_changed(
+    two_ranks, tmp_path, stage
+):
+    model_file = "zero_pp_rank_1_mp_rank_00_model_states.pt" if stage == 3 else "mp_rank_00_model_states.pt"
+    optimizer_file = "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt" if stage else model_file
+    for found in two_ranks.run(cases.damaged, str(tmp_path), stage):
+        assert found.pop("good") == "[]"
+        assert found.pop("client state") == "False"
+        assert found.pop("scripts") == "[]"
+        assert "empty: a save was cut off" in found.pop("empty latest")
+        # At stages 0 to 2 one file has all weights, so they are whole, of whichever save.
+        alone = found.pop("weights alone")
+        assert (model_file in alone and "another save" in alone) if stage == 3 else alone == ""
+        assert "not written by HiFT" in found.pop("no manifest")
+        assert "hift.json' cannot be read: it was cut off" in found.pop("cut manifest")
+        another = "is of another save"
+        says = {"older": another, "newer": another, "no": "is missing", "cut": "cannot be read"}
+        named = {"state": optimizer_file, "weights": model_file, "manifest": "_states.pt"}
+        for name, sentence in found.items():
+            kind, what = name.split()
+            assert named[what] in sentence
+            assert says[kind] in sentence
+        assert not any("CHANGED" in sentence for sentence in found.values())
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_the_optimizers_state_of_other_blocks_is_refused_before_anything_is_changed(two_ranks, stage):
+    for found in two_ranks.run(cases.foreign_state, stage):
+        assert found["error"].startswith("RuntimeError: the checkpoint was written with another hift.layers_per_block")
+        assert found["changed"] == "[]"
 
 
 @pytest.mark.parametrize(("stage", "dtype"), [(3, "bf16"), (3, "fp32"), (1, "bf16")])

@@ -21,6 +21,7 @@ KNOW_DEEPSPEED = {
 # From the bottom up: a module imports from its own row and those before it.
 LAYERS = (
     ("rules",),
+    ("rewind",),
     ("config", "blocks", "rotation", "schedule", "ds_keys", "surface", "activations", "traces"),
     ("host_memory", "ring", "forms", "param_groups", "shards", "gradients", "launching"),
     ("state", "measure", "attachment", "guard", "reach"),
