@@ -32,9 +32,16 @@ from hift_ds.forms import Form
 from hift_ds.gradients import GradientReducer, accumulation_dtype
 from hift_ds.launching import agree, init_distributed, load_ds_config, of_rank_0, require_alike
 from hift_ds.memory.choose import agreed_layers_per_block
-from hift_ds.memory.request import precision_of
+from hift_ds.memory.request import precision_of, zero_section
 from hift_ds.optimizer import HiFTOptimizer
-from hift_ds.param_groups import HyperParameters, check_coverage, check_inside, freeze_left_out, trainable_groups
+from hift_ds.param_groups import (
+    HyperParameters,
+    check_coverage,
+    check_inside,
+    check_trainable,
+    freeze_left_out,
+    trainable_groups,
+)
 from hift_ds.rotation import Rotation
 from hift_ds.rules import KernelChoice, Rule, check_form, choose_kernel, rule_from_config, rule_from_optimizer
 from hift_ds.schedule import CycleScheduler
@@ -550,6 +557,7 @@ def _prepare(
         )
     choice = choose_kernel(config.kernel, get_accelerator().device_name(), config.state.compact, on_host)
     plan = _plan_blocks(model, config)
+    check_trainable(model, plan, int(zero_section(ds_config).get("stage", 0)))
     frozen = set(plan.frozen)
     for name, param in model.named_parameters():
         if name in frozen:

@@ -23,7 +23,7 @@ LAYERS = (
     ("rules",),
     ("rewind",),
     ("config", "blocks", "rotation", "schedule", "ds_keys", "surface", "activations", "traces"),
-    ("host_memory", "ring", "forms", "param_groups", "shards", "gradients", "launching"),
+    ("host_memory", "ring", "forms", "offload", "param_groups", "shards", "gradients", "launching"),
     ("state", "measure", "attachment", "guard", "reach"),
     ("settings",),
     ("memory",),
