@@ -226,7 +226,8 @@ def failed_reset(folder: str, stage: int, dtype: str) -> list[str]:
     """Fingerprints three steps after a checkpoint from the middle of a turn: gone on at once, and loaded after an
     update that failed at the start of the same block's next turn."""
     with separate_host():
-        engine = engine_of(ds_config(stage, dtype, {"inactive_state": "reset", "steps_per_block": 2}))
+        hift = {"inactive_state": "reset", "steps_per_block": 2, "layers_per_block": 3}
+        engine = engine_of(ds_config(stage, dtype, hift))
         run_steps(engine, 1)
         engine.save_checkpoint(folder)
         found = [_mark(engine, 1)]
@@ -238,6 +239,30 @@ def failed_reset(folder: str, stage: int, dtype: str) -> list[str]:
         assert failed.call_count == 1
         engine.load_checkpoint(folder)
         found.append(_mark(engine, 1))
+    return found
+
+
+def skipped_reset(stage: int, dtype: str) -> list[list[str]]:
+    """Fingerprints of weights and state, in one memory and in two, right after a step that would have begun a turn with
+    fresh state but had no gradient, and four steps later."""
+    found, cycle, half = [], 4, LAYERS // 2
+    for separate in (False, True):
+        model = Stack()
+        with separate_host(separate):
+            keys = {"inactive_state": "reset", "steps_per_block": 2, "no_gradient": "skip", "layers_per_block": half}
+            engine = engine_of(_config(stage, dtype, keys), model)
+            layers, marks = list(model.layers), []
+            for step in range(cycle + 5):
+                for index in range(half if step == cycle else 0):
+                    model.layers[index] = nn.Identity()
+                x = torch.randn(1, WIDTH, generator=torch.Generator().manual_seed(step)).to(DTYPES[dtype])
+                engine.backward(engine(x.requires_grad_()))
+                for index, layer in enumerate(layers):
+                    model.layers[index] = layer
+                engine.step()
+                if step >= cycle:
+                    marks.append(digest_of(weights_by_block(engine)) + digest_of(state_by_block(engine)))
+        found.append(marks)
     return found
 
 

@@ -110,6 +110,12 @@ def test_state_that_begins_anew_is_filled_in_the_ring_and_the_host_does_not_wait
         assert facts["filled"] == facts["tiles"] > 0
 
 
+def test_a_turn_that_begins_without_a_gradient_leaves_fresh_state_on_the_host_too(two_ranks):
+    for together, apart in two_ranks.run(cases.skipped_reset, 2, "bf16"):
+        assert together == apart
+        assert len(set(together)) == 5
+
+
 def test_moments_that_are_loaded_after_a_failed_update_of_fresh_state_stay(two_ranks, tmp_path):
     for gone_on, loaded in two_ranks.run(cases.failed_reset, str(tmp_path), 2, "bf16"):
         assert gone_on == loaded
