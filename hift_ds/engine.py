@@ -199,7 +199,8 @@ class HiFTEngine(DeepSpeedEngine):
         self._require_living()
         if torch.is_grad_enabled():
             self.optimizer.begin_forward()
-        return super().forward(*inputs, **kwargs)
+        with self.optimizer.guard.explaining():
+            return super().forward(*inputs, **kwargs)
 
     def _hook_outputs(self) -> None:
         # A function, no method: a deepcopy of the module copies its hooks, and would copy a method's engine.
@@ -241,7 +242,8 @@ class HiFTEngine(DeepSpeedEngine):
         if isinstance(loss, torch.Tensor) and loss.is_leaf:
             loss = loss.clone()  # DeepSpeed takes only what has a grad_fn for a loss
         try:
-            return super().backward(loss, *args, **kwargs)
+            with self.optimizer.guard.explaining():
+                return super().backward(loss, *args, **kwargs)
         except BaseException:
             if self.optimizer._backward_active_depth > 0:
                 self.optimizer.interrupt()
