@@ -16,7 +16,7 @@ from hift_testing import fused_oracle
 from hift_testing.parity_cases import RULES
 from hift_testing.training import batch_of, ds_config, engine_of, run_steps, whole_weights
 
-from hift_ds import engine as engine_module
+from hift_ds import start as start_module
 from hift_ds.rules import KernelChoice
 
 HIFT = {"layers_per_block": 3}
@@ -161,7 +161,7 @@ def agreed_kernels(choices: list[KernelChoice], refuses: bool = False) -> dict[s
             raise ValueError("hift.kernel='triton': no compiler")
         return choices[rank]
 
-    with mock.patch.object(engine_module, "choose_kernel", choose), watched(engine_module.logger, warnings):
+    with mock.patch.object(start_module, "choose_kernel", choose), watched(start_module.logger, warnings):
         try:
             engine = engine_of(ds_config(2, "bf16", HIFT))
         except (ValueError, RuntimeError) as error:

@@ -92,6 +92,11 @@ def _step(engine: Any, model: str, step: int) -> None:
     engine.step()
 
 
+def _held(param: nn.Parameter) -> torch.Tensor:
+    """What this rank keeps of it, gathered or not."""
+    return getattr(param, "ds_tensor", param).detach()
+
+
 def changed_module(name: str, stage: int, before: int = 2) -> dict[str, Any]:
     """A change after `before` steps, then steps until one raises, at most a cycle of them."""
     model, change, words = CHANGES[name]
@@ -100,13 +105,13 @@ def changed_module(name: str, stage: int, before: int = 2) -> dict[str, Any]:
     for step in range(before):
         _step(engine, model, step)
     change(module)
-    start = {key: tensor.detach().clone() for key, tensor in module.named_parameters()}
+    start = {key: _held(param).clone() for key, param in module.named_parameters()}
     error, steps = "", 0
     while not error and steps < len(engine.hift.blocks):
         error = error_of(lambda s=steps: _step(engine, model, before + s))
         steps += 1
     left = dict(module.named_parameters())
-    moved = [key for key in start if not torch.equal(start[key], left[key].detach())]
+    moved = [key for key in start if not torch.equal(start[key], _held(left[key]))]
     return {"error": error, "steps": steps, "moved": moved, "words": words}
 
 
