@@ -92,11 +92,6 @@ def _step(engine: Any, model: str, step: int) -> None:
     engine.step()
 
 
-def _held(param: nn.Parameter) -> torch.Tensor:
-    """What this rank keeps of it, gathered or not."""
-    return getattr(param, "ds_tensor", param).detach()
-
-
 def changed_module(name: str, stage: int, before: int = 2) -> dict[str, Any]:
     """A change after `before` steps, then steps until one raises, at most a cycle of them."""
     model, change, words = CHANGES[name]
@@ -105,14 +100,19 @@ def changed_module(name: str, stage: int, before: int = 2) -> dict[str, Any]:
     for step in range(before):
         _step(engine, model, step)
     change(module)
-    start = {key: _held(param).clone() for key, param in module.named_parameters()}
+    start = {key: _shard(tensor).clone() for key, tensor in module.named_parameters()}
     error, steps = "", 0
     while not error and steps < len(engine.hift.blocks):
         error = error_of(lambda s=steps: _step(engine, model, before + s))
         steps += 1
     left = dict(module.named_parameters())
-    moved = [key for key in start if not torch.equal(start[key], _held(left[key]))]
+    moved = [key for key in start if not torch.equal(start[key], _shard(left[key]))]
     return {"error": error, "steps": steps, "moved": moved, "words": words}
+
+
+def _shard(param: torch.Tensor) -> torch.Tensor:
+    """What this rank keeps of a parameter between steps."""
+    return getattr(param, "ds_tensor", param).detach()
 
 
 def new_memory(stage: int) -> dict[str, Any]:
@@ -200,14 +200,15 @@ def frozen_tied(stage: int, regex: str) -> dict[str, Any]:
 
 
 def switched_off(stage: int, name: str) -> dict[str, Any]:
-    """A user's `requires_grad_(False)` in the middle, for two cycles."""
+    """A user's `requires_grad_(False)` in the middle, in the parameter's turn (else it is off anyway)."""
     module = Stack()
     engine = hift_engine(module, stage)
-    run(train_step, engine, 3)
+    turn = [name in block for block in blocks_of(engine)].index(True)
+    run(train_step, engine, 3 + turn)
     start = weights_of(engine)
     with messages() as read:
         dict(module.named_parameters())[name].requires_grad_(False)
-        error = error_of(lambda: run(train_step, engine, 6, 3))
+        error = error_of(lambda: run(train_step, engine, 6, 3 + turn))
     warned = [text for text in read if name in text or "requires_grad" in text]
     return {"error": error, "unmoved": unmoved(weights_of(engine), start), "warnings": warned}
 
