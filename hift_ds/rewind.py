@@ -170,7 +170,7 @@ class Rewind:
         elif isinstance(part, (list, deque)):
             base = list if isinstance(part, list) else deque
             items = [self._hold(value) for value in part]
-            self._undo.append(lambda: (base.clear(part), base.extend(part, items)))
+            self._undo.append(functools.partial(_restore_items, part, base, items))
         elif isinstance(part, set):
             members = set(part)
             self._pending += members
@@ -296,6 +296,13 @@ def _names(code: types.CodeType) -> tuple[frozenset[str], frozenset[str], frozen
             for mine, inner in zip((found, mentioned, imports), _names(constant), strict=True):
                 mine |= inner
     return frozenset(found), frozenset(mentioned), frozenset(imports)
+
+
+def _restore_items(part: Any, base: type, items: list[Any]) -> None:
+    # An iterator over a deque does not go on after any change.
+    if len(part) != len(items) or any(present is not item for present, item in zip(part, items, strict=True)):
+        base.clear(part)
+        base.extend(part, items)
 
 
 def _restore_attributes(part: Any, saved: dict[str, Any]) -> None:

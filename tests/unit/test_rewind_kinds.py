@@ -207,11 +207,13 @@ class ManyIterators(Scheduler):
         self.cycle, self.sum = itertools.cycle([1.0, 0.7, 0.5]), itertools.accumulate(TABLE)
         self.one = iter(TABLE)
         self.two = map(float, self.one)
+        self.rates = deque(TABLE)
+        self.three = iter(self.rates)
         self.pairs, self.numbered = zip(*[iter(TABLE)] * 2), enumerate(TABLE)  # noqa: B905
 
     def rate(self):
         own = next(self.cycle) + next(self.sum) + next(self.one) + 2 * next(self.two)
-        return own + next(self.pairs)[1] + next(self.numbered)[0]
+        return own + 3 * next(self.three) + next(self.pairs)[1] + next(self.numbered)[0]
 
 
 COME_BACK = {
