@@ -93,7 +93,8 @@ def plan_blocks(
     Args:
         layers_per_block: Layer units in a block; the last block may have fewer. More than there are units: one block.
         blocks: Each inner list of regexes (`re.search` on fqns) is one block, in this order. None: grouped layer units.
-        frozen: Regexes of parameters never trained, beside those with `requires_grad=False`; wins over `blocks`.
+        frozen: Regexes of parameters never trained, beside those with `requires_grad=False`; wins over `blocks`. Any
+            name of a tied parameter counts.
         always_active: Regexes of parameters trained at every step.
 
     Raises:
@@ -113,9 +114,13 @@ def plan_blocks(
     if not trainable:
         raise ValueError("No parameter of the model has requires_grad=True: set it on what should be trained.")
 
-    hits = _matches("hift.frozen", frozen, names, module)
+    hits = _matches("hift.frozen", frozen, names, module, _aliases(module))
     trained = [fqn for fqn in trainable if fqn not in hits]
     active = _matches("hift.always_active", always_active, trainable, module)
+    for owner, names_of in _aliases(module).items():
+        other = next((n for n in names_of for pattern in always_active or () if re.search(pattern, n)), None)
+        if other and owner in trainable and owner not in active:
+            raise ValueError(f"hift.always_active={always_active!r}: {other!r} is tied to {owner!r}: use that name.")
     both = [fqn for fqn in active if fqn in hits]
     if both:
         raise ValueError(
@@ -355,8 +360,27 @@ def _explicit_groups(
     return groups
 
 
-def _matches(key: str, patterns: list[str] | None, fqns: list[str], module: nn.Module) -> dict[str, str]:
-    """Map each of `fqns` that a pattern matches, in definition order, to the first that does; each must match."""
+def _aliases(module: nn.Module) -> dict[str, list[str]]:
+    """The other names of tied parameters."""
+    owner = {id(p): fqn for fqn, p in module.named_parameters()}
+    aliases: dict[str, list[str]] = {}
+    for fqn, p in module.named_parameters(remove_duplicate=False):
+        if owner[id(p)] != fqn:
+            aliases.setdefault(owner[id(p)], []).append(fqn)
+    return aliases
+
+
+def _matches(
+    key: str,
+    patterns: list[str] | None,
+    fqns: list[str],
+    module: nn.Module,
+    aliases: dict[str, list[str]] | None = None,
+) -> dict[str, str]:
+    """Map each of `fqns` that a pattern matches, in definition order, to the first that does; each must match.
+
+    With `aliases` any name of a tied parameter counts.
+    """
     if isinstance(patterns, str):
         raise TypeError(f"{key}={patterns!r}: must be a list of regexes; write [{patterns!r}].")
     found: dict[str, str] = {}
@@ -365,7 +389,7 @@ def _matches(key: str, patterns: list[str] | None, fqns: list[str], module: nn.M
             regex = re.compile(pattern)
         except re.error as error:
             raise ValueError(f"{key}={pattern!r}: is not a regex ({error}); correct it (Python's re syntax).") from None
-        hits = [fqn for fqn in fqns if regex.search(fqn)]
+        hits = [fqn for fqn in fqns if any(map(regex.search, (fqn, *(aliases or {}).get(fqn, ()))))]
         if not hits:
             advice = _advice(pattern, regex, fqns, module)
             raise ValueError(f"{key}={pattern!r}: matches no trainable parameter; {advice}.")

@@ -14,6 +14,7 @@ KERNELS = ("triton", "torch")
 MASTERS = ("fp32", "split16", "none")
 MOMENTS = ("fp32", "bf16", "int8")
 RESIDENCIES = ("stream", "device")
+NO_GRADIENT = ("error", "skip")
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ class HiFTConfig:
         order: Order in which blocks are visited; the paper's B2U, T2D and RAN.
         seed: Draws the `random` order, once, the same on every rank.
         steps_per_block: Optimizer steps before the rotation moves on (1 = HiFT).
-        lr_update: `cycle` = constant within a cycle, at the value of the schedule at the cycle's middle step;
+        lr_update: `cycle` = constant within a cycle, at the value of the schedule at its middle step (of the last
+            cycle: at the middle of what is left of the run);
             `paper` = the scheduler advances once per cycle; `step` = no delay.
         inactive_state: `keep` a block's optimizer state between its turns, or `reset` it at each turn (with
             `steps_per_block` > 1 that is block coordinate descent as in BAdam).
@@ -63,6 +65,8 @@ class HiFTConfig:
             2048 at most.
         kernel: Which implementation updates the active block, `triton` or `torch`; `None` = choose (`hift_ds.rules`).
         state: How and where masters and moments are kept.
+        no_gradient: What a block without a gradient on any rank is at a step: an `error`, or a `skip`: no update, and
+            its turn passes (LayerDrop, batches without images, experts that are rarely routed to).
     """
 
     enabled: bool
@@ -78,6 +82,7 @@ class HiFTConfig:
     seq_len: int | None = None
     kernel: str | None = None
     state: StateConfig = StateConfig()
+    no_gradient: str = "error"
 
     @classmethod
     def from_ds_config(cls, ds_config: Mapping[str, Any]) -> HiFTConfig | None:
@@ -216,4 +221,5 @@ _CHECKS = {
     "seq_len": _positive_or_null,
     "kernel": _kernel,
     "state": _state,
+    "no_gradient": _one_of(*NO_GRADIENT),
 }

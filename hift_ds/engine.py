@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import threading
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,15 @@ import deepspeed
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
 from deepspeed.runtime.zero import parameter_offload
+from torch.utils import _pytree as pytree
 
 from hift_ds import checkpoint, surface
 from hift_ds.activations import use_non_reentrant_checkpointing
+from hift_ds.attachment import Flags, set_flags, unchanged_on_failure
 from hift_ds.blocks import BlockPlan, plan_blocks
 from hift_ds.config import HiFTConfig
 from hift_ds.ds_keys import check_ds_config
@@ -27,8 +32,9 @@ from hift_ds.forms import Form
 from hift_ds.gradients import GradientReducer, accumulation_dtype
 from hift_ds.launching import agree, init_distributed, load_ds_config, of_rank_0, require_alike
 from hift_ds.memory.choose import agreed_layers_per_block
+from hift_ds.memory.request import precision_of
 from hift_ds.optimizer import HiFTOptimizer
-from hift_ds.param_groups import HyperParameters, check_coverage, freeze_left_out, trainable_groups
+from hift_ds.param_groups import HyperParameters, check_coverage, check_inside, freeze_left_out, trainable_groups
 from hift_ds.rotation import Rotation
 from hift_ds.rules import Rule, check_form, choose_kernel, rule_from_config, rule_from_optimizer
 from hift_ds.schedule import CycleScheduler
@@ -38,6 +44,7 @@ from hift_ds.view import HiFT
 
 logger = logging.getLogger(__name__)
 _PATCH = threading.Lock()
+_LIVING: weakref.WeakSet[HiFTEngine] = weakref.WeakSet()
 
 
 class HiFTEngine(DeepSpeedEngine):
@@ -50,16 +57,21 @@ class HiFTEngine(DeepSpeedEngine):
     # Given by initialize() before __init__ runs, which calls _configure_optimizer.
     hift_config: HiFTConfig
     block_plan: BlockPlan
+    as_found: Flags
     separate_host: bool | None = None
+    _released = _destroyed = False
 
     def _configure_optimizer(self, client_optimizer: Any, model_parameters: Any) -> None:
         use_non_reentrant_checkpointing(self.module)
         trained = {fqn for block in self.block_plan.blocks for fqn in block.fqns} | set(self.block_plan.always_active)
         params = {name: param for name, param in self.module.named_parameters() if name in trained}
+        if any(param.grad is not None for param in params.values()) and self.global_rank == 0:
+            logger.warning("gradients were left on parameters before initialize: they are dropped")
         if "throughput" not in (self.config.get("timers") or {}):
             # By default this timer waits for the device at every micro step; no state would stream meanwhile.
             self.tput_timer.config.synchronized = False
         holder, rule = self._hyper_parameters(client_optimizer, model_parameters)
+        check_inside(holder, self.module)
         self._check_for_duplicates(holder)
         for group in holder.param_groups:
             rule.check_group(group)
@@ -73,7 +85,9 @@ class HiFTEngine(DeepSpeedEngine):
             holder=holder,
             rule=rule,
             plan=self.block_plan,
+            module=self.module,
             params=params,
+            as_found=self.as_found,
             rotation=rotation,
             reducer=self._make_reducer(),
             loss_scaler=CreateLossScaler(
@@ -102,9 +116,12 @@ class HiFTEngine(DeepSpeedEngine):
                 on_host=updates_on_host(self.config) and (self.device.type != "cpu" or bool(self.separate_host)),
                 separate_host=self.separate_host,
                 seed=config.seed,
+                no_gradient=config.no_gradient,
             ),
         )
         self.hift = HiFT(self)
+        self._hook_outputs()
+        _LIVING.add(self)
 
     def _pins_memory(self) -> bool:
         # Only a written `false` counts: DeepSpeed's own default of the key is false too.
@@ -117,6 +134,11 @@ class HiFTEngine(DeepSpeedEngine):
             return HyperParameters(trainable_groups(model_parameters), defaults), rule
         if not isinstance(client_optimizer, torch.optim.Optimizer):
             client_optimizer = client_optimizer(model_parameters)
+        if any(client_optimizer.state.values()) and self.global_rank == 0:
+            logger.warning(
+                "the optimizer has state (momentum) of earlier steps: HiFT does not take it over and begins with fresh "
+                "state"
+            )
         return client_optimizer, rule_from_optimizer(client_optimizer)
 
     def _make_reducer(self) -> GradientReducer:
@@ -166,18 +188,123 @@ class HiFTEngine(DeepSpeedEngine):
         self.optimizer.set_gradient_accumulation_boundary(boundary)
         self.optimizer.reducer.finish_backward(boundary)
 
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        """As DeepSpeedEngine.forward."""
+        self._require_living()
+        if torch.is_grad_enabled():
+            self.optimizer.begin_forward()
+        return super().forward(*inputs, **kwargs)
+
+    def _hook_outputs(self) -> None:
+        # A function, no method: a deepcopy of the module copies its hooks, and would copy a method's engine.
+        self._output_hook = self.module.register_forward_hook(lambda *call: self._let_any_loss_have_a_backward(*call))
+
+    def _let_any_loss_have_a_backward(self, module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        """A forward hook: where no output reaches the active block `loss.backward()` would raise, on this rank alone.
+
+        Other ranks' batches may reach it, and they would wait for this one's gradient for ever. So the outputs become
+        leaves that require one, and their backward is a backward of this engine.
+        """
+        if module is not self.module or not (module.training and torch.is_grad_enabled()):  # a deepcopy has this hook
+            return
+        tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, torch.Tensor) and t.is_floating_point()]
+        if any(tensor.requires_grad for tensor in tensors):
+            return
+        given = {id(leaf) for leaf in pytree.tree_leaves(inputs)}
+        for tensor in tensors:
+            if id(tensor) not in given and not isinstance(tensor, torch.nn.Parameter) and not tensor.is_inference():
+                self._as_leaf(tensor)
+
+    def _as_leaf(self, tensor: torch.Tensor) -> torch.Tensor:
+        # Nothing of the forward's graph leads to it, so DeepSpeed's own hooks will not begin its backward.
+        tensor.requires_grad_()
+        tensor.register_hook(lambda grad: self._backward_prologue())
+        tensor.register_post_accumulate_grad_hook(_drop)
+        return tensor
+
     def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As DeepSpeedEngine.backward.
 
         A loss that does not depend on the active block counts as a zero gradient on this rank, because other ranks'
         batches may reach the block; `step` raises if that is so on every rank.
         """
+        self._require_living()
+        self.optimizer.drop_interrupted()
         if isinstance(loss, torch.Tensor) and not loss.requires_grad:
-            leaf = loss.detach().requires_grad_()
-            # Nothing of the forward's output is in this graph, so DeepSpeed's own hook will not do it.
-            leaf.register_hook(lambda grad: self._backward_prologue())
-            loss = leaf.clone()  # DeepSpeed takes only what has a grad_fn for a loss
-        return super().backward(loss, *args, **kwargs)
+            loss = self._as_leaf(loss.detach())
+        if isinstance(loss, torch.Tensor) and loss.is_leaf:
+            loss = loss.clone()  # DeepSpeed takes only what has a grad_fn for a loss
+        try:
+            return super().backward(loss, *args, **kwargs)
+        except BaseException:
+            if self.optimizer._backward_active_depth > 0:
+                self.optimizer.interrupt()
+            raise
+
+    def _backward_post_hook(self) -> None:
+        # DeepSpeed takes a backward that began at two outputs for one after an interrupted one, and leaves its
+        # gradients where they are. An interrupted one is found at the next forward.
+        if self.optimizer._backward_active_depth > 1:
+            self.optimizer._backward_active_depth = 1
+        super()._backward_post_hook()
+
+    def step(self, lr_kwargs: Any = None) -> None:
+        """As DeepSpeedEngine.step."""
+        self._require_living()
+        reducer = self.optimizer.reducer
+        inside = self.managed_gradient_accumulation() and not self.is_gradient_accumulation_boundary()
+        if inside and not reducer.finished:
+            reducer.finish_backward(False)  # other ranks have reduced theirs
+        super().step(lr_kwargs)
+        reducer.finished = False
+
+    def _take_model_step(self, lr_kwargs: Any) -> None:
+        try:
+            super()._take_model_step(lr_kwargs)
+        except Exception:
+            # The window has ended, though without an update: the next one begins with the next batch.
+            self.optimizer.zero_grad()
+            self.micro_steps += 1
+            self._running_engine_step = False
+            raise
+
+    def zero_grad(self) -> None:
+        """Drops all gradients of the window, those that have been reduced too."""
+        super().zero_grad()
+        self.optimizer.zero_grad()
+
+    def destroy(self) -> None:
+        """Leaves the module as it was before `initialize`, with its present weights, and frees all else.
+
+        At stage 3 parameters stay partitioned. The engine cannot be used any more. May be called again.
+        """
+        if not self._destroyed:
+            self._destroyed = True
+            self._release()
+            super().destroy()
+
+    def _release(self) -> None:
+        if not self._released:
+            self._released = True
+            _LIVING.discard(self)
+            for handle in (self.module_forward_pre_hook, self.module_forward_post_hook, self._output_hook):
+                handle.remove()
+
+    def _take_back(self) -> None:
+        """The inverse of `_release`, and of the optimizer's `detach`."""
+        self._released = False
+        self.module_forward_pre_hook = self._create_module_forward_pre_hook()
+        self.module_forward_post_hook = self._create_module_forward_post_hook()
+        self._hook_outputs()
+        self.optimizer.attach()
+        _LIVING.add(self)
+
+    def _require_living(self) -> None:
+        if self._released:
+            raise RuntimeError(
+                "this engine has ended: destroy() was called, or a later hift_ds.initialize took its model over; use "
+                "the engine that it returned"
+            )
 
     def clip_fp32_gradients(self) -> None:
         """Stage 0 in fp32: DeepSpeed would clip `.grad` of the whole module; the optimizer clips the block's shard."""
@@ -216,6 +343,10 @@ class HiFTEngine(DeepSpeedEngine):
         """As DeepSpeedEngine.save_16bit_model. Collective."""
         with self.optimizer.all_trainable():
             return super().save_16bit_model(*args, **kwargs)
+
+    def _zero3_consolidated_16bit_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        with self.optimizer.all_trainable():  # Trainer asks for it without the frozen parameters
+            return super()._zero3_consolidated_16bit_state_dict(*args, **kwargs)
 
     def _check_checkpoint(
         self, load_dir: str, tag: str, whole: bool, schedule: bool, module: torch.nn.Module | None, strict: bool
@@ -304,7 +435,8 @@ def initialize(
     """`deepspeed.initialize` with the same arguments; a "hift" section in the config turns rotation on.
 
     Without that section, or with `"enabled": false` in it, this is exactly `deepspeed.initialize`. Collective: call it
-    on every rank with the same arguments.
+    on every rank with the same arguments. An engine that still trains the model ends (`destroy`) and the new one takes
+    the model over as it was before. What is refused leaves the model, and such an engine, as they are.
 
     Returns:
         engine, optimizer, training dataloader, lr scheduler, as from DeepSpeed. `engine.hift` shows the rotation.
@@ -326,24 +458,51 @@ def initialize(
         lr_scheduler=lr_scheduler, distributed_port=distributed_port, mpu=mpu, dist_init_required=dist_init_required,
         collate_fn=collate_fn, config=config, mesh_param=mesh_param, config_params=config_params,
     )  # fmt: skip
-    if not isinstance(ds_config, Mapping) or "hift" not in ds_config:
-        return deepspeed.initialize(**forwarded)
-    init_distributed(distributed_port, dist_init_required)
-    prepared = agree(lambda: _prepare(ds_config, model, optimizer, mpu, mesh_param))
-    require_alike("hift section or model", None if prepared is None else prepared[:2])
+    living = [engine for engine in list(_LIVING) if _share_parameters(engine.module, model)]
+    if isinstance(ds_config, Mapping) and "hift" in ds_config:
+        init_distributed(distributed_port, dist_init_required)
+        with _detached(living), unchanged_on_failure(model) as as_found:
+            prepared = agree(lambda: _prepare(ds_config, model, optimizer, mpu, mesh_param))
+            require_alike("hift section or model", None if prepared is None else prepared[:2])
+            if prepared is not None and prepared[0].layers_per_block is None and prepared[0].blocks is None:
+                layers_per_block = agreed_layers_per_block(model, ds_config, optimizer)
+                hift_config = dataclasses.replace(prepared[0], layers_per_block=layers_per_block)
+                prepared = hift_config, _plan_blocks(model, hift_config), prepared[2]
+    else:
+        prepared = None
+    for engine in living:
+        engine.destroy()
     if prepared is None:
         return deepspeed.initialize(**forwarded)
-    for note in prepared[2]:
+    hift_config, plan, notes = prepared
+    for note in notes:
         if dist.get_rank() == 0:
             logger.warning("DeepSpeed config: %s", note)
-    hift_config, plan, _ = prepared
-    if hift_config.layers_per_block is None and hift_config.blocks is None:
-        layers_per_block = agreed_layers_per_block(model, ds_config, optimizer)
-        hift_config = dataclasses.replace(hift_config, layers_per_block=layers_per_block)
-        plan = _plan_blocks(model, hift_config)
-    engine_class = type("HiFTEngine", (HiFTEngine,), {"hift_config": hift_config, "block_plan": plan})
-    with _engine_class(engine_class):
-        return deepspeed.initialize(**forwarded)
+    attributes = {"hift_config": hift_config, "block_plan": plan, "as_found": as_found}
+    with unchanged_on_failure(model), _engine_class(type("HiFTEngine", (HiFTEngine,), attributes)):
+        try:
+            return deepspeed.initialize(**forwarded)
+        except BaseException:
+            set_flags(as_found)
+            raise
+
+
+def _share_parameters(trained: torch.nn.Module, model: Any) -> bool:
+    return isinstance(model, torch.nn.Module) and not set(trained.parameters()).isdisjoint(model.parameters())
+
+
+@contextmanager
+def _detached(engines: list[HiFTEngine]) -> Iterator[None]:
+    """Inside, their modules are as they were before `initialize`; after a failure the engines have them again."""
+    for engine in engines:
+        engine.optimizer.detach()
+        engine._release()
+    try:
+        yield
+    except BaseException:
+        for engine in engines:
+            engine._take_back()
+        raise
 
 
 def _prepare(
@@ -355,6 +514,7 @@ def _prepare(
         return None
     surface.require()
     notes = check_ds_config(dict(ds_config))
+    DeepSpeedConfig(copy.deepcopy(dict(ds_config)))  # what DeepSpeed refuses in it, before anything is touched
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model={type(model).__name__}: must be a torch.nn.Module")
     if mpu is not None:
@@ -365,9 +525,12 @@ def _prepare(
     if optimizer is None:
         if not section or "type" not in section:
             raise ValueError('optimizer: missing; HiFT needs one: pass it, or add "optimizer" to the DeepSpeed config')
-        rule_from_config(section["type"], section.get("params") or {})
+        rule, _ = rule_from_config(section["type"], section.get("params") or {})
+        check_form(config.state.master, config.state.moments, rule, _weight_dtype(ds_config))
     elif isinstance(optimizer, torch.optim.Optimizer):
-        rule_from_optimizer(optimizer)
+        rule = rule_from_optimizer(optimizer)
+        check_form(config.state.master, config.state.moments, rule, _weight_dtype(ds_config))
+        check_inside(optimizer, model)
         freeze_left_out(model, optimizer)
     on_host = updates_on_host(ds_config)
     if on_host and config.state.residency == "device":
@@ -383,6 +546,10 @@ def _prepare(
     return config, plan, notes
 
 
+def _weight_dtype(ds_config: Mapping[str, Any]) -> torch.dtype:
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision_of(ds_config)]
+
+
 def _plan_blocks(model: torch.nn.Module, config: HiFTConfig) -> BlockPlan:
     return plan_blocks(
         model,
@@ -391,6 +558,10 @@ def _plan_blocks(model: torch.nn.Module, config: HiFTConfig) -> BlockPlan:
         frozen=config.frozen,
         always_active=config.always_active,
     )
+
+
+def _drop(tensor: torch.Tensor) -> None:
+    tensor.grad = None
 
 
 @contextmanager

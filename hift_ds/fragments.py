@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from hift_ds.optimizer import HiFTOptimizer
 
 
+_NAMES = (
+    "_z3_optimizer", "_hp_mapping", "get_full_hp_param", "set_full_hp_param", "get_full_hp_grad", "set_full_hp_grad",
+)  # fmt: skip
+
+
 class Fragments:
     """What `deepspeed.utils` calls. Whole tensors are collective: call on every rank, in the same order.
 
@@ -34,6 +39,9 @@ class Fragments:
     def __init__(self, optimizer: HiFTOptimizer) -> None:
         self._optimizer = optimizer
         self._place = {param: (s, i) for s in optimizer._all_states() for i, param in enumerate(s.shard.params)}
+
+    def attach(self) -> None:
+        """Puts on the parameters what DeepSpeed's functions look for."""
         for param in self._place:
             if is_partitioned(param):
                 param._z3_optimizer = self
@@ -43,6 +51,12 @@ class Fragments:
             param.set_full_hp_param = lambda value, key=None, param=param: self.set_full_hp_param(value, param, key)
             param.get_full_hp_grad = partial(self.get_fp32_grad_for_param, param)
             param.set_full_hp_grad = partial(self.set_fp32_grad_for_param, param=param)
+
+    def detach(self) -> None:
+        """Takes it off again."""
+        for param in self._place:
+            for name in _NAMES:
+                vars(param).pop(name, None)
 
     def get_full_hp_param(self, param: Parameter, optim_state_key: str | None = None) -> torch.Tensor:
         """The whole fp32 master weight, or one slot of the state, on the device. Collective."""

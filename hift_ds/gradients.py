@@ -62,6 +62,7 @@ class GradientReducer:
         self.averaging, self.accumulation_dtype = averaging, accumulation_dtype
         self.bucket_numel, self.max_in_flight = bucket_numel, MAX_IN_FLIGHT if overlap else 0
         self.at_once = stage >= 2
+        self.finished = False  # nothing has arrived since the last `finish_backward` of this micro step
         self._windows: dict[int, _Window] = {}
         self._window_of: dict[torch.nn.Parameter, _Window] = {}
 
@@ -82,6 +83,7 @@ class GradientReducer:
         window = self._window_of.get(param)
         if window is None:
             raise RuntimeError("a gradient arrived for a parameter whose block is not active; was requires_grad set?")
+        self.finished = False
         window.touched.add(param)
         if self.world == 1:
             self._add_alone(window, param)
@@ -89,8 +91,10 @@ class GradientReducer:
             if param in window.ready:
                 fqn = window.shard.fqns[window.shard.position[param]]
                 raise RuntimeError(
-                    f"{fqn}: a second gradient in one backward, after the first has been reduced (reentrant activation "
-                    "checkpointing of a shared parameter does this); call the checkpoint with use_reentrant=False"
+                    f"{fqn}: a second gradient in one backward, after the first was reduced: reentrant checkpointing "
+                    "of a shared parameter does this (call the checkpoint with use_reentrant=False), and so does a "
+                    "backward after one that ended with an error (call engine.zero_grad()), or a second one that did "
+                    "not begin at an output of the engine (call engine.backward(loss) for every loss)"
                 )
             window.ready.add(param)
             self._launch_ready(window)
@@ -103,6 +107,7 @@ class GradientReducer:
         """After each backward: reduces what is left. Collective at stages 2 and 3, else where `boundary` is true."""
         if not self.at_once and not boundary:
             return
+        self.finished = True
         for window in self._windows.values():
             while window.launched < len(window.buckets):
                 self._launch(window)
@@ -118,6 +123,7 @@ class GradientReducer:
             The averaged gradient shard (1-D, shard length, accumulation dtype; zeros if nothing was reduced), and the
             parameters that had a gradient on this rank.
         """
+        assert self.finished or self.world == 1, "a window is taken that has not been reduced"
         window = self._windows[id(shard)]
         result, touched = window.result, window.touched
         window.result, window.touched, window.reduced_once = None, set(), False
@@ -140,7 +146,8 @@ class GradientReducer:
                 yield from (packed, reduced)
 
     def discard(self) -> None:
-        """Drops everything gathered, whole gradients too."""
+        """Drops everything gathered, whole gradients too. Waits for what is on its way; sends nothing."""
+        self.finished = False
         for window in self._windows.values():
             self._drain(window, 0)
             for param in window.shard.params:
@@ -148,7 +155,7 @@ class GradientReducer:
             window.whole.clear()
             window.ready.clear()
             window.launched = 0
-            self.take(window.shard)
+            window.result, window.touched, window.reduced_once = None, set(), False
 
     def _launch_ready(self, window: _Window) -> None:
         params = window.shard.params

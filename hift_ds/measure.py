@@ -11,6 +11,7 @@ from deepspeed import comm as dist
 from hift_ds.gradients import sum_of_squares
 
 NORM_TILE = 1 << 23  # elements whose rows are summed at a time
+_NUM_FACTS = 7
 
 
 @dataclass(frozen=True)
@@ -22,17 +23,18 @@ class Verdict:
         finite: Every element on every rank is.
         reached: Parameters with a gradient, over all ranks; 0 = the update would be lost.
         agreed: All ranks train the same block.
+        silent: Parameters that seem never to get a gradient, over all ranks, each counted on its own.
+        faults: Ranks that cannot make the step.
+        good: Whether the kernels have made the update.
     """
 
     norm: float
     finite: bool
     reached: int
     agreed: bool
-
-    @property
-    def good(self) -> bool:
-        """Whether the update may be made."""
-        return self.finite and self.agreed and self.reached > 0
+    silent: int
+    faults: int
+    good: bool
 
 
 class Measurement:
@@ -41,6 +43,9 @@ class Measurement:
     Args:
         grads: Averaged gradient shards of everything that trains, scaled.
         reached: Parameters of the active block that had a gradient on this rank.
+        must_reach: Without any on any rank the update must be left out.
+        silent: Parameters that seem never to get one on this rank.
+        faults: 1 if this rank cannot make the step.
         block: The active block.
         stage: ZeRO stage.
         world: Ranks.
@@ -53,27 +58,31 @@ class Measurement:
     """
 
     def __init__(
-        self, grads: list[torch.Tensor], *, reached: int, block: int, stage: int, world: int, group: object, fused: bool
-    ) -> None:
+        self, grads: list[torch.Tensor], *, reached: int, must_reach: bool, silent: int, faults: int, block: int,
+        stage: int, world: int, group: object, fused: bool,
+    ) -> None:  # fmt: skip
         total = _fused_sum(grads) if fused else _eager_sum(grads)
-        facts = total.new_zeros(5)
+        facts = total.new_zeros(_NUM_FACTS)
         facts[0:1].copy_(total)
         facts[1:2].copy_(~torch.isfinite(total))
-        for place, value in enumerate((reached, block, block * block), start=2):
+        for place, value in enumerate((reached, block, block * block, silent, faults), start=2):
             facts[place].fill_(value)  # not torch.tensor(value), which waits for the device
         if world > 1:
             dist.all_reduce(facts, group=group)
         if stage == 0:
             facts[0].div_(world)  # every rank has measured the whole gradient
         self._facts, self._world = facts, world
-        good = (facts[1] == 0) & (facts[2] > 0) & (facts[4] * world == facts[3] * facts[3])
+        good = (facts[1] == 0) & (facts[4] * world == facts[3] * facts[3]) & (facts[6] == 0)
+        if must_reach:
+            good &= facts[2] > 0
+        self._must_reach = must_reach
         self.square = facts[0:1].masked_fill(~good, torch.nan)  # torch.where would bring its scalar there, and wait
         self._host, self._sent = facts, None
 
     def send(self) -> None:
         """Begins to copy the facts to the host, so that a later `verdict` finds them there."""
         if self._facts.device.type == "cuda":
-            self._host = torch.empty(5, dtype=torch.float64, pin_memory=True)
+            self._host = torch.empty(_NUM_FACTS, dtype=torch.float64, pin_memory=True)
             self._host.copy_(self._facts, non_blocking=True)
             self._sent = torch.cuda.current_stream(self._facts.device).record_event()
 
@@ -81,12 +90,16 @@ class Measurement:
         """Waits until the facts are on the host."""
         if self._sent is not None:
             self._sent.synchronize()
-        square, non_finite, reached, block_sum, block_square_sum = self._host.tolist()
+        square, non_finite, reached, block_sum, block_square_sum, silent, faults = self._host.tolist()
+        finite, agreed = non_finite == 0, block_square_sum * self._world == block_sum * block_sum
         return Verdict(
             norm=square**0.5,
-            finite=non_finite == 0,
+            finite=finite,
             reached=int(reached),
-            agreed=block_square_sum * self._world == block_sum * block_sum,
+            agreed=agreed,
+            silent=int(silent),
+            faults=int(faults),
+            good=finite and agreed and not faults and (reached > 0 or not self._must_reach),
         )
 
 

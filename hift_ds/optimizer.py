@@ -13,18 +13,22 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 
 from hift_ds import checkpoint
+from hift_ds.attachment import Attachment, Flags
 from hift_ds.blocks import BlockPlan
 from hift_ds.fragments import Fragments
 from hift_ds.gradients import GradientReducer
+from hift_ds.guard import ModuleGuard
 from hift_ds.host_update import HostUpdate
 from hift_ds.measure import Measurement, Verdict
 from hift_ds.param_groups import group_indices
+from hift_ds.reach import Reach
 from hift_ds.rotation import Rotation
 from hift_ds.rules import Rule
 from hift_ds.schedule import DelayedRate
 from hift_ds.settings import Settings
-from hift_ds.shards import BlockShard, is_partitioned
-from hift_ds.state import BlockState, Storage, make_states
+from hift_ds.shards import BlockShard
+from hift_ds.state import BlockState, Storage, layout_fault, make_states
+from hift_ds.traces import Traces
 from hift_ds.update import BlockUpdate, Scaling
 
 logger = logging.getLogger(__name__)
@@ -41,7 +45,9 @@ class HiFTOptimizer(ZeROOptimizer):
             stepped and has no state.
         rule: The update rule.
         plan: Blocks, always-active and frozen parameters.
+        module: The model.
         params: Every trainable parameter by name.
+        as_found: `requires_grad` of the model's parameters before `initialize`.
         rotation: The order of blocks and the position in it.
         reducer: Brings gradients to this rank's shard.
         loss_scaler: DeepSpeed's loss scaler (scale 1 outside fp16).
@@ -61,7 +67,9 @@ class HiFTOptimizer(ZeROOptimizer):
         holder: torch.optim.Optimizer,
         rule: Rule,
         plan: BlockPlan,
+        module: torch.nn.Module,
         params: dict[str, torch.nn.Parameter],
+        as_found: Flags,
         rotation: Rotation,
         reducer: GradientReducer,
         loss_scaler: Any,
@@ -105,14 +113,48 @@ class HiFTOptimizer(ZeROOptimizer):
         self.host_update = None
         if settings.on_host:
             self.host_update = HostUpdate(rule, holder.param_groups, device, self._sum_over_shards, self.states)
+        self.reach = Reach(plan, settings.no_gradient)
+        self.guard = ModuleGuard(module, params)
         # Where nothing needs to know on the host how a step's gradients are, it does not wait for the device.
-        self._waits = settings.kernel != "triton" or settings.on_host or bool(loss_scaler.dynamic)
+        self._waits = (
+            settings.kernel != "triton" or settings.on_host or bool(loss_scaler.dynamic) or self.reach.skips
+        )
         self._unread: tuple[Measurement, int, list[BlockState]] | None = None
-        self._coordinators: dict[int, Any] = {}
-        self._warned: set[str] = set()
-        self._register_hooks()
+        self._interrupted = False
+        self._traces = None if offload is None else Traces(offload)
+        self._attachment = Attachment(params.values(), self._on_gradient, as_found)
+        self._fragments = Fragments(self)  # deepspeed.utils.safe_get_full_fp32_param and its kin
+        self.attach()
+
+    def attach(self) -> None:
+        """Takes the module: hooks, flags, and what DeepSpeed's tools look for. Collective at stage 3."""
+        self._attachment.attach()
+        self._fragments.attach()
+        holder = self.optimizer
+        holder.zero_grad = self.zero_grad  # a client optimizer's own would leave what has been reduced
         self.activate()
-        Fragments(self)  # deepspeed.utils.safe_get_full_fp32_param and its kin
+
+    def detach(self) -> None:
+        """The module is as it was before `attach`; stage 3 leaves its parameters partitioned."""
+        self.reducer.discard()
+        self.reducer.open(())
+        self._fragments.detach()
+        self._attachment.detach()
+        vars(self.optimizer).pop("zero_grad", None)
+
+    def destroy(self) -> None:
+        """Detaches and frees masters and state. A last step that was not good is a warning."""
+        try:
+            self.settle()
+        except RuntimeError as error:
+            logger.warning("the last step before destroy(): %s", error)
+        self.detach()
+        if self.offload is not None:
+            self.offload.partition_all_parameters()
+            self.offload.destroy()
+        self.unregister_grad_acc_post_hooks()
+        self.states, self.always, self.ring, self._active = [], None, None, []
+        self.update = self.host_update = self._traces = self.offload = self._fragments = None
 
     # What DeepSpeed's engine, its checkpoint files and its schedulers read.
 
@@ -140,11 +182,50 @@ class HiFTOptimizer(ZeROOptimizer):
         """Learning rate in force, one per param group."""
         return list(self.rate.rates or [float(group["lr"]) for group in self.param_groups])
 
+    @property
+    def parameter_offload(self) -> Any:
+        """DeepSpeed's ZeRO-3 parameter manager, by the name that tools look for it.
+
+        Raises:
+            AttributeError: Below stage 3, where there is none.
+        """
+        if self.offload is None:
+            raise AttributeError("parameter_offload: there is none below ZeRO stage 3")
+        return self.offload
+
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drops gradients that are still on parameters; those already reduced stay until `step`."""
-        for state in self.active_states():
-            for param in state.shard.params:
-                param.grad = None
+        """Drops all gradients of the window, those that have been reduced too, and those of an interrupted backward."""
+        self.reducer.discard()
+        self.clear_backward_seen_flag()
+        interrupted, self._interrupted = self._interrupted or self._backward_active_depth > 0, False
+        self._backward_active_depth = 0
+        if interrupted and self.offload is not None:
+            self.offload.partition_all_parameters()
+            self._traces.forget()
+            self._traces.enter(self.rotation.active_block)
+
+    def begin_forward(self) -> None:
+        """Before a forward that may have a backward."""
+        if self._backward_active_depth > 0:  # entered and never left: it ended with an error
+            self.interrupt()
+        self.drop_interrupted()
+        self.guard.stop_inactive(self._active_params)
+        if self._traces is not None:
+            self._traces.enter(self.rotation.active_block)
+
+    def interrupt(self) -> None:
+        """A backward has ended with an error: what it has left is a part of a gradient."""
+        self._interrupted = True
+
+    def drop_interrupted(self) -> None:
+        """Before the next backward: what an interrupted one has left must not enter an update."""
+        if self._interrupted:
+            logger.warning("the last backward ended with an error: all gradients of its window are dropped")
+            self.zero_grad()
+
+    def exit_backward(self) -> None:
+        """Ends a backward, which begins once for every output of `forward` in its loss."""
+        self._backward_active_depth = 0
 
     def backward_epilogue(self, **kwargs: Any) -> None:
         """Stage 3: releases what a backward that stopped early has left gathered."""
@@ -164,16 +245,22 @@ class HiFTOptimizer(ZeROOptimizer):
         if self.offload is not None and self.offload.persistent_parameters and not self._loads:
             self.offload.persistent_parameters[0].all_gather(self.offload.persistent_parameters)
 
+    def empty_partition_cache(self) -> None:
+        """Stage 3: partitions everything; else nothing is gathered. Collective."""
+        self.checkpoint_event_prologue()
+
     def refresh_fp32_params(self) -> None:
         """Takes every master weight anew from the model weights (a load of weights alone)."""
         self.settle()
         for state in self._all_states():
             state.refresh_master()
+            self.guard.note(state.shard)
 
     _restore_from_bit16_weights = refresh_fp32_params
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's part of the optimizer: position, rates, masters and state of every block."""
+        self._adopt_writes(self._all_states())
         return checkpoint.optimizer_state(self)
 
     def load_state_dict(self, state_dict_list: Any, load_optimizer_states: bool = True, **_: Any) -> None:
@@ -190,13 +277,15 @@ class HiFTOptimizer(ZeROOptimizer):
         """Makes the rotation's active block, and no other, require gradients."""
         active = [self.states[self.rotation.active_block]]
         self._active = active = active if self.always is None else [*active, self.always]
-        wanted = {id(param) for state in active for param in state.shard.params}
+        self._active_params = {param for state in active for param in state.shard.params}
         for state in self._all_states():
             for param in state.shard.params:
-                param.requires_grad_(id(param) in wanted)
+                if param.is_inference():  # a forward under torch.inference_mode() gathered or released it
+                    param.data = param.data.clone()
+                param.requires_grad_(param in self._active_params)
         self.reducer.open(state.shard for state in active)
-        if self.offload is not None:
-            self._swap_coordinator()
+        if self._traces is not None:
+            self._traces.enter(self.rotation.active_block)
 
     @contextmanager
     def all_trainable(self, also: Iterable[torch.nn.Parameter] = ()) -> Iterator[None]:
@@ -227,32 +316,13 @@ class HiFTOptimizer(ZeROOptimizer):
                 yield
         finally:
             self.load_weights_only = self._loads = False
+            for state in self._all_states():
+                self.guard.note(state.shard)
             self.activate()
         self.checkpoint_event_epilogue()
 
     def _all_states(self) -> list[BlockState]:
         return self.states if self.always is None else [*self.states, self.always]
-
-    def _swap_coordinator(self) -> None:
-        # ZeRO-3 records which modules run in which order and prefetches by it. Each block has its own trace (its
-        # backward stops elsewhere); one coordinator for all would throw its trace away again and again top-down.
-        block = self.rotation.active_block
-        if block not in self._coordinators:
-            first = not self._coordinators
-            self._coordinators[block] = self.offload.param_coordinator if first else self.offload.new_coordinator()
-        self.offload.param_coordinator = self._coordinators[block]
-
-    def _register_hooks(self) -> None:
-        for state in self._all_states():
-            for param in state.shard.params:
-                # A partitioned parameter has shape 0, and so would the gradient that autograd expects for it.
-                gathered = is_partitioned(param)
-                if gathered:
-                    param.all_gather()
-                param.requires_grad_(True)
-                param.register_post_accumulate_grad_hook(self._on_gradient)
-                if gathered:
-                    param.partition()
 
     def _on_gradient(self, param: torch.nn.Parameter) -> None:
         self.reducer.on_gradient(param)
@@ -270,39 +340,73 @@ class HiFTOptimizer(ZeROOptimizer):
         of it at the next step.
         """
         self._hear()
-        states = self.active_states()
+        if self._interrupted:
+            raise RuntimeError(
+                "the last backward ended with an error, so there is no whole gradient to step with: its window is "
+                "dropped; go on with the next batch"
+            )
+        if not self.reducer.finished:  # a direct call, a loss that no engine's output led to, `no_sync` everywhere
+            self.reducer.finish_backward(True)
+        states, block = self.active_states(), self.rotation.active_block
+        fault = self.guard.fault() or layout_fault(self.rule, self.param_groups, states)
+        self.guard.warn_of_stopped(self._active_params)
         grads, touched = map(list, zip(*(self.reducer.take(state.shard) for state in states), strict=True))
         if self.offload is not None:
             self.offload.partition_all_parameters()
+        ends = (self.rotation.at_turn_end, self.rotation.at_cycle_end)  # of a block, and of what is always active
+        silent = sum(map(self.reach.note, (state.shard for state in states), touched, ends))
         measured = Measurement(
-            grads, reached=len(touched[0]), block=self.rotation.active_block, stage=self.settings.stage,
-            world=self.settings.world, group=self.group, fused=self.settings.kernel == "triton",
+            grads, reached=len(touched[0]), must_reach=not self.reach.skips, silent=silent, faults=int(bool(fault)),
+            block=block, stage=self.settings.stage, world=self.settings.world, group=self.group,
+            fused=self.settings.kernel == "triton",
         )  # fmt: skip
-        self.overflow = False
-        norm = None
+        if fault:
+            raise RuntimeError(fault)
+        self.overflow, reached, norm = False, True, None
         if self._waits:
             verdict = measured.verdict()
-            self._refuse(verdict, self.rotation.active_block)
-            self.overflow = not verdict.finite
+            self._refuse(verdict, block, states)
+            self.overflow, reached = not verdict.finite, verdict.reached > 0
             norm = verdict.norm / self.loss_scale
-        self._warn_partial(states[0], touched[0])
+        self.reach.warn_partial(block, states[0].shard, touched[0])
         if not self.overflow:
             self._global_grad_norm = measured.square.sqrt().squeeze() / self.loss_scale if norm is None else norm
-            self._apply(states, grads, Scaling(self.loss_scale, self.settings.clip, norm, measured.square))
+            self._adopt_writes(states)
+            self._run_hooks("_optimizer_step_pre_hooks")
+            self._apply(states, grads, Scaling(self.loss_scale, self.settings.clip, norm, measured.square), reached)
+            self._run_hooks("_optimizer_step_post_hooks")
         if not self._waits:
             measured.send()
-            self._unread = (measured, self.rotation.active_block, states)
+            self._unread = (measured, block, states)
         self.loss_scaler.update_scale(self.overflow)
         if self.offload is not None and self.offload.allgather_stream is not None:
             # DeepSpeed gathers there what has just been written here.
             self.offload.allgather_stream.wait_stream(get_accelerator().current_stream())
-        self.checkpoint_event_epilogue()
         if not self.overflow:
-            self.optimizer._opt_called = True  # torch's schedulers warn when they see no step of "their" optimizer
-            if self.rotation.advance():
-                self.activate()
-            if self.ring is not None:
-                self.ring.prefetch(self.active_states()[0].tiles)  # during the coming forward and backward
+            self._advance(block, reached)
+
+    def _advance(self, block: int, reached: bool) -> None:
+        if not reached:
+            self.reach.skip(block, self.rotation.at_cycle_end)
+        self.optimizer._opt_called = True  # torch's schedulers warn when they see no step of "their" optimizer
+        if self.rotation.advance():
+            self.activate()
+        if self.ring is not None:
+            self.ring.prefetch(self.active_states()[0].tiles)  # during the coming forward and backward
+
+    def _run_hooks(self, name: str) -> None:
+        """Step hooks of a client optimizer (EMA, projections), as its own `step` would call them."""
+        for hook in list(getattr(self.optimizer, name).values()):
+            hook(self.optimizer, (), {})
+
+    def _adopt_writes(self, states: list[BlockState]) -> None:
+        """Weights that the user has written since the last update become the masters; only those elements change."""
+        for state in states:
+            written = self.guard.written(state.shard)
+            if written:
+                self.settle()
+            for index in written:
+                state.adopt(index)
 
     def settle(self) -> None:
         """Before the host reads or changes state: all updates have landed there and have been checked."""
@@ -321,26 +425,32 @@ class HiFTOptimizer(ZeROOptimizer):
         if not verdict.good:
             for state in states:
                 state.step -= 1  # nothing was stored
-        self._refuse(verdict, block)
+        self._refuse(verdict, block, states)
         if not verdict.finite:
             logger.warning(
                 "the gradient of block %d (%s) was not finite; its update was left out", block,
                 self.plan.blocks[block].name,
             )  # fmt: skip
 
-    def _refuse(self, verdict: Verdict, block: int) -> None:
+    def _refuse(self, verdict: Verdict, block: int, states: list[BlockState]) -> None:
         """Raises RuntimeError, on every rank, if an update would be lost."""
+        if verdict.faults:
+            raise RuntimeError("another rank cannot make this step; its own error says why")
         if not verdict.agreed:
             raise RuntimeError(f"ranks disagree on the active block (here {block}); was a rank restarted alone?")
-        if not verdict.reached:
-            raise RuntimeError(self.no_gradient_message(block))
+        if not verdict.reached and not self.reach.skips:
+            raise RuntimeError(self.reach.message(block))
+        if verdict.silent:
+            self.reach.check([state.shard for state in states])
 
-    def _apply(self, states: list[BlockState], grads: list[torch.Tensor], scaling: Scaling) -> None:
+    def _apply(self, states: list[BlockState], grads: list[torch.Tensor], scaling: Scaling, reached: bool) -> None:
         if self.settings.reset_state and self.rotation.at_turn_start:
             self.settle()
             states[0].reset()
         rates = self.rate.update(self.rotation.at_cycle_start, self.scheduler)
         for index, state in enumerate(states):
+            if state is states[0] and not reached:
+                continue
             block = self.rotation.active_block if state is states[0] else len(self.states)
             update = self.host_update if self.host_update is not None and state.streams else self.update
             weights = update.run(state, grads[index], scaling, rates, block)
@@ -351,22 +461,3 @@ class HiFTOptimizer(ZeROOptimizer):
         if self._shard_world > 1:
             dist.all_reduce(tensor, group=self.group)
         return tensor
-
-    def no_gradient_message(self, block: int) -> str:
-        """Why a step of a block cannot be made, and what to do."""
-        return (
-            f"block {block} ({self.plan.blocks[block].name}) received no gradient on any rank, so its update would be "
-            "lost: either the loss does not depend on it (add it to hift.frozen), or reentrant activation "
-            "checkpointing cut it off (pass use_reentrant=False)"
-        )
-
-    def _warn_partial(self, state: BlockState, touched: set[torch.nn.Parameter]) -> None:
-        block = self.rotation.active_block
-        missing = [fqn for fqn, param in zip(state.shard.fqns, state.shard.params, strict=True) if param not in touched]
-        key = f"partial {block}"
-        if missing and key not in self._warned:
-            self._warned.add(key)
-            logger.warning(
-                "block %d (%s): no gradient for %s on this rank; counted as zero, as DeepSpeed does",
-                block, self.plan.blocks[block].name, ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else ""),
-            )  # fmt: skip

@@ -36,6 +36,19 @@ def check_coverage(holder: torch.optim.Optimizer, params: dict[str, torch.nn.Par
         )
 
 
+def check_inside(holder: torch.optim.Optimizer, module: torch.nn.Module) -> None:
+    """Raises ValueError if an optimizer has a parameter that the module has not: no block would hold it."""
+    inside = set(module.parameters())
+    for index, group in enumerate(holder.param_groups):
+        for place, param in enumerate(group["params"]):
+            if param not in inside:
+                raise ValueError(
+                    f"optimizer.param_groups[{index}]['params'][{place}]: a parameter of shape {list(param.shape)} "
+                    "that is not in the model, and HiFT trains the model's blocks alone: make it an nn.Parameter of "
+                    "the module and name it in hift.always_active, or train it with an optimizer of its own"
+                )
+
+
 def freeze_left_out(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Parameters that a client optimizer does not have stop requiring gradients; one warning names them.
 

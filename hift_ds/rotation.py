@@ -61,6 +61,16 @@ class Rotation:
         """True when the coming step is the first of a cycle."""
         return self.step % self.steps_per_cycle == 0
 
+    @property
+    def at_turn_end(self) -> bool:
+        """True when the coming step is the last of its block's turn."""
+        return (self.step + 1) % self.steps_per_block == 0
+
+    @property
+    def at_cycle_end(self) -> bool:
+        """True when the coming step is the last of a cycle."""
+        return (self.step + 1) % self.steps_per_cycle == 0
+
     def advance(self) -> bool:
         """Counts one optimizer step that was applied (never a skipped one, never a micro step).
 

@@ -7,8 +7,15 @@ What the update uses is the *rate in force*, latched from it.
 from __future__ import annotations
 
 import copy
+import logging
+import os
 import warnings
+from collections.abc import Sequence
 from typing import Any
+
+from hift_ds.rewind import CannotRewind, Rewind
+
+logger = logging.getLogger(__name__)
 
 
 class DelayedRate:
@@ -16,7 +23,7 @@ class DelayedRate:
 
     Args:
         param_groups: The holder's param groups, whose "lr" the user's scheduler drives. Kept by reference.
-        lr_update: `cycle`, `paper` or `step` (design.md, section 4; README, "Learning rate").
+        lr_update: `cycle`, `paper` or `step` (README, "Learning rate").
         steps_per_cycle: Optimizer steps per cycle.
     """
 
@@ -25,51 +32,77 @@ class DelayedRate:
         self.lr_update = lr_update
         self.steps_per_cycle = steps_per_cycle
         self.rates: list[float] | None = None
+        self._looks_ahead = lr_update == "cycle"
 
     def update(self, at_cycle_start: bool, scheduler: Any | None) -> list[float]:
         """Returns the rates in force at the coming step, one per param group; call once, just before the update.
 
         Args:
             at_cycle_start: Whether the coming step is the first of a cycle.
-            scheduler: The scheduler that the engine steps, or `None`. Without one the caller may drive the rate; it is
-                then latched as found at the cycle's start, and again while it is still 0 (a caller's warm-up that
-                begins at 0 would otherwise make the whole first cycle a no-op).
+            scheduler: The scheduler that the engine steps, or `None`. Without one (or with one that cannot be asked
+                what it will do) the caller may drive the rate: it is then latched as found at the cycle's start, and
+                again while it is still 0 (a warm-up that begins at 0 would otherwise make the first cycle a no-op).
         """
         if self.lr_update == "step":
             self.rates = _present(self.param_groups)
         elif at_cycle_start or self.rates is None:
-            ahead = self.lr_update == "cycle" and scheduler is not None
-            steps = self.steps_per_cycle // 2
-            self.rates = look_ahead(scheduler, self.param_groups, steps) if ahead else _present(self.param_groups)
-        elif scheduler is None and not any(self.rates):
-            self.rates = _present(self.param_groups)
+            self.rates = self._of_cycle(scheduler)
+        elif scheduler is None or (self.lr_update == "cycle" and not self._looks_ahead):
+            self.rates = [old or new for old, new in zip(self.rates, _present(self.param_groups), strict=True)]
         return self.rates
 
+    def _of_cycle(self, scheduler: Any | None) -> list[float]:
+        if scheduler is not None and self._looks_ahead:
+            try:
+                rows = look_ahead(scheduler, self.param_groups, self.steps_per_cycle)
+                return [_inside(series) for series in zip(*rows, strict=True)]
+            except CannotRewind as reason:
+                self._looks_ahead = False
+                if os.environ.get("RANK", "0") == "0":
+                    logger.warning(
+                        "lr_update 'cycle': the scheduler %s cannot be asked for the rates of a cycle (%s), so each "
+                        "cycle has the rate at its start", type(scheduler).__name__, reason,
+                    )  # fmt: skip
+        return _present(self.param_groups)
 
-def look_ahead(scheduler: Any, param_groups: list[dict[str, Any]], steps: int) -> list[float]:
-    """The rates that `scheduler` will set `steps` steps from now; scheduler and groups are left as they were.
 
-    Works for any scheduler with `step()` whose state is in its attributes and in `param_groups` (all of torch's and
-    DeepSpeed's): it is stepped and put back. A scheduler that refuses to go on (OneCycleLR or a table past its end) or
-    that needs an argument (ReduceLROnPlateau) gives the last rates that it reached.
+def _inside(series: Sequence[float]) -> float:
+    """A cycle's rate, of those that the schedule has at its steps: the middle one of the run, or the nearest that is
+    not 0. Zeros at the end are beyond the run, where a decay has ended."""
+    alive = [index for index, rate in enumerate(series) if rate != 0]
+    if not alive:
+        return 0.0
+    middle = (alive[-1] + 1) // 2
+    return series[min(alive, key=lambda index: abs(index - middle))]
+
+
+def look_ahead(scheduler: Any, param_groups: list[dict[str, Any]], steps: int) -> list[list[float]]:
+    """The rates at the coming `steps` steps, this one first; scheduler and groups are left as they were.
+
+    Works for any scheduler with `step()` whose state can be put back (`hift_ds.rewind`; all of torch's, DeepSpeed's and
+    transformers'). One that refuses to go on (OneCycleLR or a table past its end) or that needs an argument
+    (ReduceLROnPlateau) gives the rates that it reached.
+
+    Raises:
+        CannotRewind: Its state cannot be put back; nothing has been changed.
     """
-    attributes = _snapshot(scheduler, keep=param_groups)
+    rewind = Rewind(scheduler)
     groups = [
         {key: (value, _copied(value)) for key, value in group.items() if key != "params"} for group in param_groups
     ]
-    rates = _present(param_groups)
+    rows = [_present(param_groups)]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            for _ in range(steps):
+            for _ in range(steps - 1):
                 try:
                     scheduler.step()
                 except Exception:  # whatever it is, the user's own step() meets it when the run gets there
                     break
-                rates = _present(param_groups)
-        return rates
+                rows.append(_present(param_groups))
+        return rows
     finally:
-        _restore(attributes)
+        rewind.back()
         for group, saved in zip(param_groups, groups, strict=True):
             for key in [key for key in group if key != "params" and key not in saved]:
                 del group[key]
@@ -82,41 +115,12 @@ def _present(param_groups: list[dict[str, Any]]) -> list[float]:
 
 
 def _copied(value: Any) -> Any:
-    return value.clone() if hasattr(value, "clone") else copy.copy(value)
+    return value.clone() if hasattr(value, "clone") else copy.deepcopy(value)
 
 
 def _put_back(value: Any, copied: Any) -> Any:
     # torch's schedulers write a tensor rate in place; whoever else holds that tensor must find the old value in it.
     return value.copy_(copied) if hasattr(value, "clone") else copied
-
-
-def _snapshot(scheduler: Any, keep: list[dict[str, Any]]) -> list[tuple[Any, dict[str, Any]]]:
-    """The attributes of a scheduler and of the schedulers inside it, containers copied, optimizers left alone."""
-    seen: set[int] = set()
-    found: list[tuple[Any, dict[str, Any]]] = []
-
-    def visit(part: Any) -> None:
-        if id(part) in seen or not hasattr(part, "__dict__") or hasattr(part, "param_groups"):
-            return
-        seen.add(id(part))
-        saved = {}
-        for name, value in vars(part).items():
-            holds_groups = isinstance(value, list) and any(item is group for item in value for group in keep)
-            saved[name] = copy.copy(value) if isinstance(value, (list, dict, set)) and not holds_groups else value
-            for inner in value if isinstance(value, (list, tuple)) else [value]:
-                if hasattr(inner, "step") and not hasattr(inner, "param_groups"):
-                    visit(inner)
-        found.append((part, saved))
-
-    visit(scheduler)
-    return found
-
-
-def _restore(attributes: list[tuple[Any, dict[str, Any]]]) -> None:
-    for part, saved in attributes:
-        for name in [name for name in vars(part) if name not in saved]:
-            delattr(part, name)
-        vars(part).update(saved)
 
 
 class CycleScheduler:

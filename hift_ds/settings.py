@@ -31,6 +31,7 @@ class Settings:
         on_host: Update on the host (`offload_optimizer.device: cpu` on a machine with an accelerator).
         separate_host: Treat host and device as separate memories; `None` = unless the device is the CPU.
         seed: `hift.seed`.
+        no_gradient: `hift.no_gradient`.
     """
 
     stage: int
@@ -46,6 +47,7 @@ class Settings:
     on_host: bool = False
     separate_host: bool | None = None
     seed: int = 0
+    no_gradient: str = "error"
 
     def storage(self, device: torch.device) -> Storage:
         """Of the blocks' state."""

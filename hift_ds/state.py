@@ -178,6 +178,14 @@ class BlockState:
         """fp32 master weights as the model's, where copying them there would round otherwise than the update does."""
         return split_master(master)[0] if self.master is not None and self.master.dtype == torch.int16 else master
 
+    @torch.no_grad()
+    def adopt(self, index: int) -> None:
+        """Takes over what has been written into a parameter's model weights: masters that do not round to them."""
+        if self.master is None or self.master.dtype != torch.float32:
+            return  # the weights are the masters, or a part of them
+        weight, master = self.shard.weight_slice(index).to(self.master.device), self.master[self._slice(index)]
+        torch.where(master.to(weight.dtype) == weight, master, weight.float(), out=master)
+
     @property
     def host_bytes(self) -> int:
         """Bytes that this state keeps on the host (0 for one that lives on an accelerator)."""
@@ -207,6 +215,24 @@ class BlockState:
             for start in range(run.start, run.stop, tile_numel):
                 span = slice(start, min(start + tile_numel, run.stop))
                 yield Tile(index, span, self.tile_of(index, span))
+
+
+def layout_fault(rule: Rule, param_groups: list[dict], states: Iterable[BlockState]) -> str | None:
+    """What has been changed in the param groups during a run that the rule or the state's layout cannot follow."""
+    try:
+        for group in param_groups:
+            rule.check_group(group)
+    except (TypeError, ValueError) as error:
+        return f"a param group was changed during the run: {error}"
+    for state in states:
+        for run in state.shard.runs:
+            for slot in rule.slots(param_groups[run.group]):
+                if slot not in state.slots:
+                    return (
+                        f"param group {run.group} was changed during the run and {rule.name} would need {slot!r} now, "
+                        "which its state was laid out without: set it before hift_ds.initialize"
+                    )
+    return None
 
 
 def initial_extra(shard: BlockShard, rule: Rule, param_groups: list[dict]) -> dict[str, torch.Tensor]:

@@ -25,10 +25,13 @@ SURFACE: dict[str, dict[str, tuple[str, ...]]] = {
     "deepspeed.runtime.engine": {
         "DeepSpeedEngine": (
             # overridden
-            "_configure_optimizer", "_configure_lr_scheduler", "allreduce_gradients", "backward", "clip_fp32_gradients",
-            "get_lr", "load_checkpoint", "save_checkpoint", "save_16bit_model", "_copy_recovery_script",
+            "_backward_post_hook", "_configure_optimizer", "_configure_lr_scheduler", "_copy_recovery_script",
+            "_take_model_step", "_zero3_consolidated_16bit_state_dict", "allreduce_gradients", "backward",
+            "clip_fp32_gradients", "destroy", "forward", "get_lr", "load_checkpoint", "save_checkpoint",
+            "save_16bit_model", "step", "zero_grad",
             # called
-            "_backward_prologue", "_check_for_duplicates", "_configure_zero_optimizer", "_get_ckpt_name",
+            "_backward_prologue", "_check_for_duplicates", "_configure_zero_optimizer",
+            "_create_module_forward_post_hook", "_create_module_forward_pre_hook", "_get_ckpt_name",
             "_get_zero_ckpt_name", "bfloat16_enabled", "communication_data_type", "curriculum_learning_enabled",
             "dynamic_loss_scale", "dynamic_loss_scale_args", "fp16_enabled", "get_data_types",
             "gradient_accumulation_steps", "gradient_clipping", "gradient_predivide_factor",
@@ -42,7 +45,7 @@ SURFACE: dict[str, dict[str, tuple[str, ...]]] = {
         "ZeROOptimizer": (
             "backward_prologue", "clear_backward_seen_flag", "enter_backward", "exit_backward",
             "queue_post_backward_callback", "register_grad_acc_post_hook", "scale_if_loss",
-            "set_gradient_accumulation_boundary",
+            "set_gradient_accumulation_boundary", "unregister_grad_acc_post_hooks",
         ),
     },
     "deepspeed.runtime.fp16.loss_scaler": {
@@ -53,7 +56,7 @@ SURFACE: dict[str, dict[str, tuple[str, ...]]] = {
     "deepspeed.runtime.zero.parameter_offload": {
         "": ("PartitionedParameterCoordinator",),
         "DeepSpeedZeRoOffload": (
-            "mark_persistent_parameters", "partition_all_parameters", "release_backward_leftovers",
+            "destroy", "mark_persistent_parameters", "partition_all_parameters", "release_backward_leftovers",
         ),
     },
 }  # fmt: skip

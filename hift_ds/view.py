@@ -65,6 +65,8 @@ class HiFT:
         console.print(table)
         largest = max(blocks, key=lambda block: block.numel)
         console.print(f"largest block: {largest.name}, {largest.numel:,} of {total:,} parameters", highlight=False)
+        if skipped := self._engine.optimizer.reach.summary():
+            console.print(f"steps without a gradient, skipped: {skipped}", highlight=False)
         for label, names in (("trained at every step", plan.always_active), ("frozen", plan.frozen)):
             if names:
                 console.print(f"{label}: {len(names)} parameter tensors", highlight=False)

@@ -7,8 +7,9 @@
     deepspeed --hostfile hosts launch/benchmark_memory.py --hift --deepspeed_config ds_configs/zero3_bf16.json
     mpirun -np 8 python launch/benchmark_memory.py --hift
 
-Takes the options of launch/train.py. Every block trains at least twice. Writes a dated JSON file into launch/results/,
-with every rank's peaks by block, phase and role, step times and losses. Exit code 3: out of memory.
+Takes the options of launch/train.py. Every block trains at least twice; step times are of the whole cycles after that.
+Writes a dated JSON file into launch/results/, with every rank's peaks by block, phase and role, step times and losses.
+Exit code 3: out of memory.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "kernels")]  # a checkout need not be installed
 
 
 def main() -> int:
@@ -73,7 +75,10 @@ def show(row: dict[str, Any], display: Any) -> None:
     else:
         display.print(f"no forecast: {forecast}", markup=False)
     if row["step_ms"] is not None:
-        display.print(f"step {row['step_ms']['p50']:,.0f} ms, {row['tokens_per_s']:,.0f} tokens/s")
+        step = f"step {row['step_ms']['p50']:,.0f} ms, {row['tokens_per_s']:,.0f} tokens/s"
+        display.print(f"{step} (whole cycles, {row['timed_steps']} steps)")
+    else:
+        display.print(f"no time of a step: {row['steps']} steps are not three cycles; more --max_steps")
 
 
 def name_of(row: dict[str, Any]) -> str:

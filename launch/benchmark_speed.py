@@ -5,7 +5,8 @@
     deepspeed launch/benchmark_speed.py --stage 3 --layers_per_block 4 --cycles 3
 
 Full fine-tuning is DeepSpeed's own engine and optimizer. Each HiFT step is followed by a full step on the same batch,
-so that a drift of the machine's speed falls on both. Writes a dated folder into launch/results/.
+so that a drift of the machine's speed falls on both; on CUDA each cycle by a cycle, because copies of HiFT's state go
+on after a step and would be hidden by the other's. Writes a dated file into launch/results/.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "kernels")]  # a checkout need not be installed
 
 
 def main() -> int:
@@ -74,23 +76,29 @@ def measure(args: argparse.Namespace, hift: Any, full: Any, counter: Traffic) ->
     """One row per step; the first cycle warms up and is left out. Collective."""
     import torch
     from deepspeed import comm as dist
+    from deepspeed.accelerator import get_accelerator
 
     vocabulary, rows = hift.module.config.vocab_size, []
     cycle = len(hift.hift.blocks)
-    for step in range(cycle * (args.cycles + 1)):
-        generator = torch.Generator().manual_seed(1000 * step + dist.get_rank())
-        ids = torch.randint(0, vocabulary, (args.micro_batch, args.seq_len), generator=generator).to(hift.device)
-        row = {"step": step, "block": hift.hift.active_block}
+    turn = cycle if hift.device.type == "cuda" else 1
+    for first in range(0, cycle * (args.cycles + 1), turn):
+        steps = [{"step": step} for step in range(first, first + turn)]
         for name, engine in (("hift", hift), ("full", full)):
-            dist.barrier()
-            counter.bytes, start = 0, time.perf_counter()
-            engine.backward(engine(input_ids=ids, labels=ids).loss)
-            engine.step()
-            dist.barrier()
-            row[f"{name}_s"] = time.perf_counter() - start
-            row[f"{name}_bytes"] = counter.bytes
-        if step >= cycle:
-            rows.append(row)
+            get_accelerator().synchronize()  # once a turn: the copies that the other has left
+            for row in steps:
+                generator = torch.Generator().manual_seed(1000 * row["step"] + dist.get_rank())
+                ids = torch.randint(0, vocabulary, (args.micro_batch, args.seq_len), generator=generator)
+                ids = ids.to(hift.device)
+                if engine is hift:
+                    row["block"] = hift.hift.active_block
+                dist.barrier()
+                counter.bytes, start = 0, time.perf_counter()
+                engine.backward(engine(input_ids=ids, labels=ids).loss)
+                engine.step()
+                dist.barrier()  # of NCCL it waits for the current stream alone
+                row[f"{name}_s"] = time.perf_counter() - start
+                row[f"{name}_bytes"] = counter.bytes
+        rows += steps if first >= cycle else []
     return rows
 
 

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "kernels")]  # a checkout need not be installed
 EXPERIMENTS: dict[str, dict[str, Any]] = {
     "memory": {"stages": [0, 2, 3], "precisions": ["fp32", "bf16"]},
     "blocks": {"methods": ["full", "hift"], "stages": [2], "precisions": ["bf16"], "layers_per_block": [1, 2, 4, 8]},

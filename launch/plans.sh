@@ -4,9 +4,10 @@ set -euo pipefail
 here="$(dirname "$0")"
 folder="${1:-$here/results/$(date +%F)_plans}"
 mkdir -p "$folder"
+export PYTHONPATH="$here/..:$here/../kernels${PYTHONPATH:+:$PYTHONPATH}" # a checkout need not be installed
 plan() { # name, options
     echo "== $1"
-    hift-ds plan --model "$here/llama2_7b.json" --json "$folder/llama2_7b_$1.json" "${@:2}"
+    python -m hift_ds.cli plan --model "$here/llama2_7b.json" --json "$folder/llama2_7b_$1.json" "${@:2}"
 }
 plan bf16_1x1024_checkpointing --precision bf16 --micro_batch 1 --seq 1024 --activation_checkpointing
 plan bf16_1x1024 --precision bf16 --micro_batch 1 --seq 1024

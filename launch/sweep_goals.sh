@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # LLaMA-2-7B shapes with random weights on one card: HiFT in bf16 and fp32, 6 x 512 and 1 x 1024 tokens, with and without
-# activation checkpointing, held to 48, 24 and 16 GiB; then full fine-tuning without a limit. For a card of 140 GB (full
-# fine-tuning takes 126 GiB) and a host with 96 GB free.   launch/sweep_goals.sh [options of compare.py]
+# activation checkpointing, held to 46, 22 and 14 GiB for cards of 48, 24 and 16 GB (why: sweep_24gb.sh); then full
+# fine-tuning without a limit. For a card of 140 GB (full fine-tuning takes 126 GiB) and a host with 96 GB free.
+#   launch/sweep_goals.sh [options of compare.py]
 set -euo pipefail
 here="$(dirname "$0")"
 model="${MODEL:-$here/llama2_7b.json}"
@@ -11,7 +12,7 @@ sweep() { # name, micro batch, tokens, precision, limit or none, methods
     python "$here/compare.py" --gpus "${GPUS:-1}" --stages 0 --methods $6 --precisions "$4" --checkpointing no yes --seq_lens "$3" \
         --output_dir "${OUTPUT:-outputs/goals}/$1" "${@:7}" -- --random --model_name_or_path "$model" --micro_batch "$2" "${cap[@]}"
 }
-limits=(48GiB 24GiB 16GiB none)
+limits=(46GiB 22GiB 14GiB none)
 [ "${LIMITS:-yes}" = yes ] || limits=(none) # a CPU has no allocator to cap
 for limit in "${limits[@]}"; do
     methods=hift

@@ -30,6 +30,12 @@ def one_rank():
     yield from _pool(1)
 
 
+@pytest.fixture
+def fresh_rank():
+    """One rank in a process of this test alone: what DeepSpeed keeps of other tests' engines is not in its memory."""
+    yield from _pool(1)
+
+
 @pytest.fixture(scope="module")
 def four_ranks():
     """Four gloo ranks."""

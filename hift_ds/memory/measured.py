@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -15,6 +17,7 @@ ON_CUDA = "torch's CUDA allocator"
 ON_CPU = "tensors counted on a CPU: not GPU memory"
 ROLES = ("weights", "gradients", "state", "activations", "other")
 PHASES = ("forward", "backward", "update")
+OF_ALLOCATOR = ("active", "reserved", "requested")  # what only CUDA's allocator knows
 
 
 @dataclass(frozen=True)
@@ -23,19 +26,29 @@ class Sample:
 
     Attributes:
         block: Its index; -1 in full fine-tuning.
-        allocated: Most bytes of tensors.
-        reserved: Most bytes that the allocator held (on a CPU: the same as allocated).
+        allocated: Most bytes of tensors, and the roles that make them up.
+        active: Most bytes of tensors and of freed ones that a stream still uses; None where there is no such allocator.
+        reserved: Most bytes that the allocator held; likewise.
+        requested: Most bytes that were asked for, before the allocator rounds them up; likewise.
     """
 
     block: int
     phase: str
     allocated: int
-    reserved: int
     weights: int
     gradients: int
     state: int
     activations: int
     other: int
+    active: int | None = None
+    reserved: int | None = None
+    requested: int | None = None
+
+    def joined(self, other: Sample) -> Sample:
+        """The higher of the two; of what only the allocator knows the highest of each."""
+        highest = max(self, other, key=lambda sample: sample.allocated)
+        most = {name: _most(getattr(sample, name) for sample in (self, other)) for name in OF_ALLOCATOR}
+        return replace(highest, **most)
 
 
 @dataclass(frozen=True)
@@ -71,22 +84,22 @@ class Report:
         """Most bytes of tensors on any rank."""
         return max((record.peak.allocated for record in self.ranks if record.peak is not None), default=0)
 
-    @property
-    def reserved(self) -> int:
-        """Most bytes that any rank's allocator held."""
-        return max((sample.reserved for record in self.ranks for sample in record.samples), default=0)
+    def of_allocator(self) -> dict[str, int | None]:
+        """The most of each of `OF_ALLOCATOR` on any rank; None where there is no such allocator."""
+        samples = [sample for record in self.ranks for sample in record.samples]
+        return {name: _most(getattr(sample, name) for sample in samples) for name in OF_ALLOCATOR}
 
     @property
     def kind(self) -> str:
         """How it was measured."""
         return self.ranks[0].kind
 
-    def block_peaks(self) -> dict[int, int]:
-        """Most bytes of tensors on any rank, by block."""
+    def block_peaks(self, of: str = "allocated") -> dict[int, int]:
+        """Most bytes of tensors on any rank, by block; with `of` another figure of a sample."""
         peaks: dict[int, int] = {}
         for record in self.ranks:
             for sample in record.samples:
-                peaks[sample.block] = max(peaks.get(sample.block, 0), sample.allocated)
+                peaks[sample.block] = max(peaks.get(sample.block, 0), getattr(sample, of))
         return peaks
 
     def table(self) -> Table:
@@ -108,14 +121,16 @@ class Report:
             self._row(table, f"{label} at the peak", highest, role)
         table.add_section()
         self._row(table, "allocated", highest, "allocated")
-        reserved = [max(r.samples, key=lambda s: s.reserved, default=None) for r in self.ranks]
-        self._row(table, "reserved", reserved, "reserved")
+        for name in ("active", "reserved"):
+            known = [[s for s in record.samples if getattr(s, name) is not None] for record in self.ranks]
+            self._row(table, name, [max(samples, key=attrgetter(name), default=None) for samples in known], name)
         return table
 
     def to_json(self) -> dict[str, Any]:
         """Everything in bytes."""
         return {
-            "kind": self.kind, "peak_allocated": self.peak, "peak_reserved": self.reserved,
+            "kind": self.kind, "peak_allocated": self.peak,
+            **{f"peak_{name}": most for name, most in self.of_allocator().items()},
             "blocks": list(self.blocks),
             "ranks": [{**asdict(record), "samples": [asdict(s) for s in record.samples]} for record in self.ranks],
         }  # fmt: skip
@@ -146,3 +161,7 @@ class Report:
         name = self.blocks[block] if 0 <= block < len(self.blocks) else "all"
         numbers = (min(values)[0], mean(value for value, _ in values), most)
         table.add_row(label, *(f"{n / 2**20:,.1f}" for n in numbers), str(self.ranks[index].rank), name)
+
+
+def _most(values: Iterable[int | None]) -> int | None:
+    return max((value for value in values if value is not None), default=None)

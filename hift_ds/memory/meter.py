@@ -13,7 +13,7 @@ import torch
 from deepspeed import comm as dist
 
 from hift_ds.launching import MPI_VARIABLES
-from hift_ds.memory.measured import ON_CPU, ON_CUDA, RankRecord, Report, Sample
+from hift_ds.memory.measured import OF_ALLOCATOR, ON_CPU, ON_CUDA, RankRecord, Report, Sample
 from hift_ds.memory.storages import StorageMeter
 
 PHASES = {"forward": "forward", "backward": "backward", "step": "update"}  # the engine's method -> the phase
@@ -22,11 +22,14 @@ PHASES = {"forward": "forward", "backward": "backward", "step": "update"}  # the
 class _Probe(Protocol):
     """What an allocator, or a count of tensors, can be asked."""
 
-    def restart(self) -> None: ...
+    def restart(self) -> None:
+        """Begins new peaks."""
 
-    def read(self) -> tuple[int, int]: ...
+    def read(self) -> dict[str, int]:
+        """The peaks since `restart`, by the names of a sample's fields."""
 
-    def allocated(self) -> int: ...
+    def allocated(self) -> int:
+        """Bytes of tensors now."""
 
 
 class _CudaProbe:
@@ -40,8 +43,9 @@ class _CudaProbe:
     def restart(self) -> None:
         torch.cuda.reset_peak_memory_stats(self._device)
 
-    def read(self) -> tuple[int, int]:
-        return torch.cuda.max_memory_allocated(self._device), torch.cuda.max_memory_reserved(self._device)
+    def read(self) -> dict[str, int]:
+        statistics = torch.cuda.memory_stats(self._device)
+        return {name: statistics[f"{name}_bytes.all.peak"] for name in ("allocated", *OF_ALLOCATOR)}
 
     def allocated(self) -> int:
         return torch.cuda.memory_allocated(self._device)
@@ -58,8 +62,8 @@ class _TensorProbe:
     def restart(self) -> None:
         self._meter.restart()
 
-    def read(self) -> tuple[int, int]:
-        return self._meter.peak, self._meter.peak
+    def read(self) -> dict[str, int]:
+        return {"allocated": self._meter.peak}
 
     def allocated(self) -> int:
         return self._meter.current
@@ -146,18 +150,17 @@ class MemoryMeter:
         engine = self.engine
         if not getattr(engine.module, "training", True):
             return  # an evaluation is not a step
-        allocated, reserved = self._probe.read()
+        peaks = self._probe.read()
         weights, state = _bytes(_weights(engine), engine.device), _bytes(_state(engine), engine.device)
         gradients = max(self._before, _bytes(_gradients(engine), engine.device))
-        rest = allocated - weights - state - self._other
+        rest = peaks["allocated"] - weights - state - self._other
         gradients = max(0, min(gradients, rest))
         sample = Sample(
-            block=self._block, phase=phase, allocated=allocated, reserved=reserved, weights=weights, state=state,
-            gradients=gradients, activations=max(0, rest - gradients), other=self._other,
+            block=self._block, phase=phase, weights=weights, state=state, gradients=gradients,
+            activations=max(0, rest - gradients), other=self._other, **peaks,
         )  # fmt: skip
         key = (self._block, phase)
-        if key not in self._samples or self._samples[key].allocated < allocated:
-            self._samples[key] = sample
+        self._samples[key] = self._samples.get(key, sample).joined(sample)
         if phase == "update" and engine.monitor.enabled:
             peak = max(s.allocated for s in self._samples.values() if s.block == self._block)
             events = [("Memory/peak_allocated_bytes", peak, engine.global_samples)]

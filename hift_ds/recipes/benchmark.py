@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from statistics import median
+from statistics import mean
 from typing import Any
 
 import torch
@@ -29,7 +29,8 @@ def add_benchmark_arguments(parser: argparse.ArgumentParser) -> None:
     """What a measurement has beside the options of a training run."""
     add = parser.add_argument
     add("--random", action="store_true", help="random weights from the model's config.json, and random tokens")
-    add("--gpu_memory_limit", metavar="SIZE", help="cap the allocator, as 24GiB: a bigger card shows what fits on less")
+    add("--gpu_memory_limit", metavar="SIZE",
+        help="cap the allocator: a bigger card shows what fits on less; 22GiB for a card of 24 GB")  # fmt: skip
     add("--skip_evaluation", action="store_true", help="no held-out loss before and after")
     add("--results", metavar="FILE", help="where the result goes (default: a dated file in launch/results)")
 
@@ -56,19 +57,19 @@ def limit_memory(text: str | None) -> int | None:
 
 
 def measure(args: argparse.Namespace, display: Display) -> dict[str, Any]:
-    """Trains `args.max_steps` steps (default: four turns of every block) and says what they took. Collective.
+    """Trains `args.max_steps` steps (default: four cycles) and says what they took. Collective.
 
-    The first two turns of every block run inside the meter (at stage 3 DeepSpeed prefetches from the second on); step
-    times are of the steps after these, or on CUDA of the second half.
+    The first two cycles run inside the meter (at stage 3 DeepSpeed prefetches from the second on). Times are of the
+    whole cycles after these, because blocks differ and copies overlap from step to step; fewer steps have no time. Of
+    full fine-tuning, which has no cycle, two steps are taken for one.
     """
     import hift_ds
     from hift_ds.recipes.setup import load_run
 
     run = _random_run(args) if args.random else load_run(args)
     engine, _, _, _ = hift_ds.initialize(model=run.model, model_parameters=run.model.parameters(), config=run.ds_config)
-    blocks = len(engine.hift.blocks) if args.hift else 1
-    metered = 2 * max(blocks, 2)
-    steps = args.max_steps or 2 * metered
+    cycle = max(2, engine.optimizer.rotation.steps_per_cycle) if args.hift else 2
+    steps = args.max_steps or 4 * cycle
     stream = _Watched(
         _random_batches(run, args, engine) if args.random
         else loop.batches(run.data, run.micro_batch, args.seed, 0, engine.device)
@@ -76,52 +77,69 @@ def measure(args: argparse.Namespace, display: Display) -> dict[str, Any]:
     engine.train()  # from_pretrained leaves a model in evaluation
     evaluates = not (args.random or args.skip_evaluation)
     held_out = [_held_out(engine, run)] if evaluates else []
-    losses, seconds = [], []
     tokens = _tokens(run, args, engine)
     with display.progress(steps, 0) as progress:
         with MemoryMeter(engine) as meter:
-            _steps(engine, stream, min(steps, metered), losses, seconds, progress, tokens)
-        _steps(engine, stream, steps - len(losses), losses, seconds, progress, tokens)
+            losses, _ = _train(engine, stream, min(steps, 2 * cycle), 1, progress, tokens)
+        more, seconds = _train(engine, stream, steps - len(losses), cycle, progress, tokens)
     if evaluates:
         held_out.append(_held_out(engine, run))
     report = meter.gather()
     plan = _forecast(args, run, engine, stream.padded) if dist.get_rank() == 0 else None
-    cuda = engine.device.type == "cuda"
-    timed = seconds[len(seconds) // 2 :] if cuda else seconds[metered:]  # on a CPU the meter slows steps down
     return _row(args, run, engine, report, plan) | {
         "steps": steps,
-        "step_ms": _quantiles(timed),
-        "tokens_per_s": tokens / median(timed) if timed else None,
-        "loss": [round(loss, 5) for loss in losses],
+        "step_ms": _quantiles(seconds),
+        "timed_steps": cycle * len(seconds),
+        "tokens_per_s": tokens / mean(seconds) if seconds else None,
+        "loss": [round(loss, 5) for loss in losses + more],
         "held_out_loss": held_out,
     }
 
 
-def _steps(
-    engine: Any, stream: Iterator[dict[str, torch.Tensor]], count: int, losses: list[float], seconds: list[float],
-    progress: Any, tokens: int,
-) -> None:  # fmt: skip
+def _train(
+    engine: Any, stream: Iterator[dict[str, torch.Tensor]], steps: int, cycle: int, progress: Any, tokens: int
+) -> tuple[list[float], list[float]]:
+    """Losses of `steps` steps, and the seconds of one in the mean over each whole cycle. Collective.
+
+    The host waits once a cycle, else it could not run ahead of the device as it does in training. What happens between
+    two cycles is in the time of the second.
+    """
+    losses: list[float] = []
+    seconds: list[float] = []
+    _wait(engine)
+    began = time.perf_counter()
+    while len(losses) < steps:
+        count = min(cycle, steps - len(losses))
+        totals = torch.stack([_step(engine, stream) for _ in range(count)])
+        _wait(engine)
+        now = time.perf_counter()
+        each, began = (now - began) / count, now
+        if count == cycle:
+            seconds.append(each)
+        dist.all_reduce(totals)
+        for total in totals.tolist():
+            losses.append(total / dist.get_world_size())
+            progress.update(losses[-1], engine.get_lr()[0], "", tokens / each)
+    return losses, seconds
+
+
+def _step(engine: Any, stream: Iterator[dict[str, torch.Tensor]]) -> torch.Tensor:
+    """One optimizer step; this rank's loss, on the device."""
     accumulation = engine.gradient_accumulation_steps()
-    for _ in range(count):
-        _synchronize(engine)
-        began = time.perf_counter()
-        total = torch.zeros((), dtype=torch.float64, device=engine.device)
-        for _ in range(accumulation):
-            loss = engine(**next(stream)).loss
-            engine.backward(loss)
-            engine.step()
-            total += loss.detach().double() / accumulation
-            del loss  # with it goes its graph: the forecast has none left over from the step before
-        _synchronize(engine)
-        seconds.append(time.perf_counter() - began)
-        dist.all_reduce(total)
-        losses.append(total.item() / dist.get_world_size())
-        progress.update(losses[-1], engine.get_lr()[0], "", tokens / seconds[-1])
+    total = torch.zeros((), dtype=torch.float64, device=engine.device)
+    for _ in range(accumulation):
+        loss = engine(**next(stream)).loss
+        engine.backward(loss)
+        engine.step()
+        total += loss.detach().double() / accumulation
+        del loss  # with it goes its graph: the forecast has none left over from the step before
+    return total
 
 
-def _synchronize(engine: Any) -> None:
+def _wait(engine: Any) -> None:
+    """Until forward, backward and update are done; copies of state may go on, for the next step waits for none."""
     if engine.device.type == "cuda":
-        torch.cuda.synchronize(engine.device)
+        torch.cuda.current_stream(engine.device).synchronize()
     else:
         dist.barrier()
 
@@ -193,7 +211,9 @@ def _forecast(args: argparse.Namespace, run: Any, engine: Any, padded: bool) -> 
     ds_config = copy.deepcopy(run.ds_config)
     ds_config["hift"] = {**(ds_config.get("hift") or {}), "enabled": True}
     if engine.device.type == "cpu":  # one memory: nothing streams
-        ds_config["hift"]["state"] = {"residency": "device"}
+        state = {**(ds_config["hift"].get("state") or {}), "residency": "device"}
+        state.pop("ring_bytes", None)
+        ds_config["hift"]["state"] = state
         ds_config["zero_optimization"] = zero_section(ds_config)
         ds_config["zero_optimization"].pop("offload_optimizer", None)
     if args.hift:
@@ -202,7 +222,7 @@ def _forecast(args: argparse.Namespace, run: Any, engine: Any, padded: bool) -> 
     nodes = max(1, dist.get_world_size() // int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())))
     request = Request(
         ds_config, args.seq_len, attention, args.gradient_checkpointing, padded, dist.get_world_size() // nodes, nodes,
-        limit_of(args), on_cpu=engine.device.type == "cpu",
+        _card_bytes(args, engine), on_cpu=engine.device.type == "cpu",
     )  # fmt: skip
     try:
         return Planner(config, type(run.model)).plan(request)
@@ -213,6 +233,13 @@ def _forecast(args: argparse.Namespace, run: Any, engine: Any, padded: bool) -> 
 def limit_of(args: argparse.Namespace) -> int | None:
     """The cap on the card's memory, in bytes."""
     return None if args.gpu_memory_limit is None else parse_bytes(args.gpu_memory_limit)
+
+
+def _card_bytes(args: argparse.Namespace, engine: Any) -> int | None:
+    """Of the memory that the run could take: the cap, or the card's; None on a CPU."""
+    if args.gpu_memory_limit is None and engine.device.type == "cuda":
+        return torch.cuda.get_device_properties(engine.device).total_memory
+    return limit_of(args)
 
 
 def _row(args: argparse.Namespace, run: Any, engine: Any, report: Report, plan: Plan | str | None) -> dict[str, Any]:
@@ -234,7 +261,7 @@ def _row(args: argparse.Namespace, run: Any, engine: Any, report: Report, plan: 
         "activation_checkpointing": args.gradient_checkpointing,
         "blocks": len(engine.hift.blocks) if args.hift else None,
         "gpu_memory_limit": limit_of(args),
-        "measured": {**asdict(peak), "how": report.kind, "reserved": report.reserved},
+        "measured": {**asdict(peak), **report.of_allocator(), "how": report.kind},
         "config": {key: value for key, value in run.ds_config.items() if key != "tensorboard"},
         "report": report.to_json(),
     }

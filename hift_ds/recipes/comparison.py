@@ -16,17 +16,18 @@ from hift_ds.memory.request import zero_section
 
 COLUMNS = (
     "status", "method", "stage", "ranks", "nodes", "dtype", "optimizer", "layers_per_block", "order", "steps_per_block",
-    "blocks", "activation_checkpointing", "micro_batch", "accumulation", "sequence", "peak_mib", "reserved_mib",
-    "forecast_mib", "weights_mib", "gradients_mib", "state_mib", "activations_mib", "other_mib", "step_ms_p20",
-    "step_ms_p50", "step_ms_p80", "tokens_per_s", "first_loss", "last_loss", "held_out_loss", "steps", "model",
-    "parameters", "gpu_memory_limit", "how_measured", "device", "driver", "python", "torch", "deepspeed",
-    "transformers", "commit", "date",
+    "blocks", "activation_checkpointing", "micro_batch", "accumulation", "sequence", "peak_mib", "active_mib",
+    "reserved_mib", "forecast_mib", "weights_mib", "gradients_mib", "state_mib", "activations_mib", "other_mib",
+    "step_ms_p20", "step_ms_p50", "step_ms_p80", "timed_steps", "tokens_per_s", "first_loss", "last_loss",
+    "held_out_loss", "steps", "model", "parameters", "gpu_memory_limit", "how_measured", "device", "driver", "python",
+    "torch", "deepspeed", "transformers", "commit", "date",
 )  # fmt: skip
 SHOWN = {
     "method": "method", "stage": "ZeRO", "dtype": "dtype", "ranks": "ranks", "optimizer": "optimizer",
     "blocks": "blocks", "order": "order", "steps_per_block": "K", "activation_checkpointing": "ckpt",
-    "sequence": "tokens a row", "peak_mib": "peak MiB", "forecast_mib": "forecast MiB", "step_ms_p50": "step ms",
-    "last_loss": "last loss", "held_out_loss": "held-out loss", "status": "status",
+    "sequence": "tokens a row", "peak_mib": "peak MiB", "active_mib": "active MiB", "reserved_mib": "reserved MiB",
+    "forecast_mib": "forecast MiB", "step_ms_p50": "step ms", "last_loss": "last loss",
+    "held_out_loss": "held-out loss", "status": "status",
 }  # fmt: skip
 
 
@@ -137,9 +138,9 @@ def flat_row(cell: Cell, result: dict[str, Any]) -> dict[str, Any]:
     row.update(result.get("versions") or {})
     measured = result.get("measured")
     if measured:
-        row |= {"peak_mib": _mib(measured["allocated"]), "reserved_mib": _mib(measured["reserved"])}
-        row |= {f"{role}_mib": _mib(measured[role])
-                for role in ("weights", "gradients", "state", "activations", "other")}  # fmt: skip
+        row["peak_mib"] = _mib(measured["allocated"])
+        row |= {f"{name}_mib": _mib(measured.get(name)) for name in
+                ("active", "reserved", "weights", "gradients", "state", "activations", "other")}  # fmt: skip
         row["how_measured"] = measured["how"]
     if isinstance(result.get("forecast"), dict):
         row["forecast_mib"] = _mib(result["forecast"]["peak"])
@@ -197,8 +198,8 @@ def _cell(value: Any) -> str:
     return str(value).replace("|", "\\|")
 
 
-def _mib(count: int) -> float:
-    return round(count / 2**20, 1)
+def _mib(count: int | None) -> float | None:
+    return None if count is None else round(count / 2**20, 1)
 
 
 def dimensions() -> Iterable[str]:

@@ -231,7 +231,7 @@ def refusals(folder: str) -> dict[str, str]:
 
 def _everything(engine: Any) -> dict[str, str]:
     """A fingerprint of each thing that a load changes."""
-    groups = [{key: value for key, value in group.items() if key != "params"} for group in engine.optimizer.param_groups]
+    groups = [{key: group[key] for key in group.keys() - {"params"}} for group in engine.optimizer.param_groups]
     counters = (engine.global_steps, engine.global_samples, engine.skipped_steps, engine.hift.active_block)
     schedule = None if engine.lr_scheduler is None else engine.lr_scheduler.state_dict()
     facts = {"groups": groups, "counters": counters, "rates": engine.optimizer.rates, "schedule": schedule}
@@ -284,7 +284,7 @@ def damaged(folder: str, stage: int) -> dict[str, str]:
     found["empty latest"] = _refusal(fresh, root)
     only = error_of(lambda: fresh.load_checkpoint(root, tag="older weights", load_module_only=True))
     found["weights alone"] = only.replace(str(root), "")
-    path, client_state = fresh.load_checkpoint(root, tag="new")
+    _, client_state = fresh.load_checkpoint(root, tag="new")
     found["good"] = repr(changed(_everything(engine), _everything(fresh)))
     found["client state"] = repr("hift_save" in client_state)
     found["scripts"] = repr(sorted(path.name for path in root.glob("*.py")))
@@ -304,9 +304,8 @@ def _sgd(momentum: float) -> dict[str, Any]:
 
 
 def _larger(seed: int) -> torch.nn.Module:
-    torch.manual_seed(seed)
     model = small_llama(seed)
-    model.lm_head = torch.nn.Linear(40, 100, bias=False)
+    model.resize_token_embeddings(100)
     return model
 
 

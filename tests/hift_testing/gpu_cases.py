@@ -19,6 +19,7 @@ from hift_ds.update import BlockUpdate, Scaling
 
 DEVICE = torch.device(os.environ.get("HIFT_TEST_DEVICE", "cpu"))
 BLOCKS, NUMEL, STEPS = 3, 100_003, 12
+_made: list[Any] = []  # the engine whose peaks were measured in this process
 
 
 def states_of(form: Form, streams: bool, ring_bytes: int | None = None) -> tuple[list[BlockState], BlockUpdate]:
@@ -106,7 +107,13 @@ def device_bytes_of_state(ring_bytes: int) -> dict[str, int]:
 def peaks(
     stage: int, precision: str, checkpointing: bool, llama: dict[str, Any], rows: int, seq: int
 ) -> tuple[dict[int, int], list[int]]:
-    """Each block's peak, measured in its second turn at the latest by the memory meter, and forecast by the planner."""
+    """Each block's peak, measured in its second turn at the latest by the memory meter, and forecast by the planner.
+
+    On CUDA in bytes requested, beyond those before there is an engine; on a CPU in bytes of tensors.
+
+    Raises:
+        RuntimeError: This process has measured before. Engines are never freed: the earlier one would be in the peaks.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from hift_ds.memory import MemoryMeter
@@ -114,11 +121,15 @@ def peaks(
     from hift_ds.memory.request import Request
     from hift_ds.recipes.planning import complete_config
 
+    if _made:
+        raise RuntimeError("peaks() is measured once in a process; give each case a `fresh_rank`")
+    before = bytes_before(DTYPES[precision])
     config = {**complete_config(None, precision, stage, rows, 1), "steps_per_print": None}
     model = LlamaForCausalLM(LlamaConfig(**llama, use_cache=False)).to(DTYPES[precision])
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     engine = engine_of(copy.deepcopy(config), model)
+    _made.append(engine)
     with MemoryMeter(engine) as meter:
         for step in range(2 * len(engine.hift.blocks)):
             ids = torch.randint(0, llama["vocab_size"], (rows, seq), generator=torch.Generator().manual_seed(step))
@@ -130,4 +141,20 @@ def peaks(
     if engine.device.type == "cpu":  # one memory: nothing streams
         request = request.changed("hift", "state", value={"residency": "device"})
     plan = Planner(LlamaConfig(**llama)).plan(request)
-    return meter.gather().block_peaks(), [block.peak for block in plan.blocks]
+    measured = meter.gather().block_peaks("requested" if engine.device.type == "cuda" else "allocated")
+    return {block: peak - before for block, peak in measured.items()}, [block.peak for block in plan.blocks]
+
+
+def bytes_before(dtype: torch.dtype) -> int:
+    """Bytes requested of the device after a first matrix product forward and backward; 0 on a CPU.
+
+    From then on cuBLAS keeps a workspace for the forward's thread and one for autograd's (32 MiB each on sm_90), which
+    torch's allocator counts and the forecast leaves to its reserve.
+    """
+    matrix = torch.ones(256, 256, dtype=dtype, device=DEVICE, requires_grad=True)
+    torch.mm(matrix, matrix).sum().backward()
+    del matrix
+    if DEVICE.type != "cuda":
+        return 0
+    torch.cuda.synchronize()
+    return torch.cuda.memory_stats()["requested_bytes.all.current"]

@@ -235,7 +235,8 @@ def rates(
 
     Args:
         scheduler: `config` (linear warm-up and decay), `object` (LambdaLR: (step + 1) * lr), `callable` (StepLR: halved
-            every 5 steps) or `outside` (LambdaLR: step * lr, stepped by the caller after each engine.step()).
+            every 5 steps), `decay` (LambdaLR: linear to 0 at the run's end) or `outside` (LambdaLR: step * lr, stepped
+            by the caller after each engine.step()).
         poisoned: Steps whose gradient has a nan on the last rank.
     """
     model, config, given = small_llama(), ds_config(stage, "fp32", {"lr_update": lr_update}), {}
@@ -246,6 +247,9 @@ def rates(
         config["scheduler"] = {"type": "WarmupDecayLR", "params": params}
     elif scheduler == "object":
         given = {"optimizer": optimizer, "lr_scheduler": LambdaLR(optimizer, lambda step: step + 1)}
+    elif scheduler == "decay":
+        schedule = LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps))
+        given = {"optimizer": optimizer, "lr_scheduler": schedule}
     elif scheduler == "callable":
         given = {"lr_scheduler": lambda holder: StepLR(holder, 5, 0.5)}
     with warnings.catch_warnings(record=True) as caught:

@@ -150,11 +150,12 @@ def test_files_that_are_missing_cut_off_or_of_another_save_are_refused_before_an
         assert (model_file in alone and "another save" in alone) if stage == 3 else alone == ""
         assert "not written by HiFT" in found.pop("no manifest")
         assert "hift.json' cannot be read: it was cut off" in found.pop("cut manifest")
-        says = {"older": "is of another save", "newer": "is of another save", "no": "is missing", "cut": "cannot be read"}
+        other = "is of another save"
+        says = {"older": other, "newer": other, "no": "is missing", "cut": "cannot be read"}
+        named = {"state": optimizer_file, "weights": model_file, "manifest": "_states.pt"}
         for name, sentence in found.items():
             kind, what = name.split()
-            assert (optimizer_file if what == "state" else "_states.pt" if what == "manifest" else model_file) in sentence
-            assert says[kind] in sentence
+            assert named[what] in sentence and says[kind] in sentence
         assert not any("CHANGED" in sentence for sentence in found.values())
 
 

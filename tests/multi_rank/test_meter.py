@@ -32,8 +32,7 @@ def test_roles_add_up_to_the_peak_and_weights_and_state_are_the_tensors(metered,
             assert sample["activations"] > 0 and sample["gradients"] >= 0
         assert all(sample["gradients"] > 0 for sample in facts["samples"] if sample["phase"] == "backward")
         beside = {s["weights"] - facts["weights"] for s in facts["samples"] if s["phase"] == "update"}
-        # At stage 3 the small parameters, nine norms of 128, stay gathered beside their slices.
-        assert beside == ({9 * 128 * 4} if stage == 3 else {0})
+        assert beside == {0}  # at stage 3 the next forward, not the update, gathers the small parameters
 
 
 @pytest.mark.parametrize(("stage", "dtype"), [(2, "bf16"), (3, "fp32")])

@@ -40,6 +40,18 @@ def test_rates_in_force_equal_those_computed_by_hand(two_ranks, scheduler, lr_up
         assert found["warnings"] == []
 
 
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        (2, [0.0005] * 2),  # a run shorter than half a cycle: its own middle, step 1
+        (8, [0.001 * 5 / 8] * 6 + [0.001 * 1 / 8] * 2),  # of the last cycle two steps are left: the second of them
+    ],
+)
+def test_a_decay_to_0_trains_to_the_run_s_last_step(two_ranks, steps, expected):
+    for found in two_ranks.run(cases.rates, 1, "cycle", "decay", steps):
+        assert found["rates"] == pytest.approx(expected, abs=1e-12)
+
+
 def test_look_ahead_leaves_the_users_scheduler_where_it_was(two_ranks):
     for found in two_ranks.run(cases.rates, 1, "cycle", "object", STEPS):
         assert found["scheduled"] == pytest.approx([(step + 2) / 1000 for step in range(18)], abs=1e-12)

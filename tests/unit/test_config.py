@@ -42,6 +42,7 @@ GOOD = {
     "frozen": [(None, None), (["embed"], ("embed",)), ([], None)],
     "always_active": [(None, None), (["norm", "bias$"], ("norm", "bias$"))],
     "kernel": [(None, None), ("torch", "torch"), ("triton", "triton")],
+    "no_gradient": [("error", "error"), ("skip", "skip")],
     "state": [
         (None, StateConfig()), ({}, StateConfig()),
         *(({"master": m}, StateConfig(master=m)) for m in ("fp32", "split16", "none")),
@@ -104,6 +105,8 @@ BAD = [
     ("kernel", "cuda", ValueError, "'torch'"),
     ("kernel", "auto", ValueError, "'triton', 'torch'"),
     ("kernel", 1, ValueError, "'torch'"),
+    ("no_gradient", "pass", ValueError, "'error', 'skip'"),
+    ("no_gradient", None, ValueError, "'error', 'skip'"),
     ("state", "split16", TypeError, "null or an object"),
     ("state", ["split16"], TypeError, "null or an object"),
 ]

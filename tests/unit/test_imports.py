@@ -15,15 +15,16 @@ ROOT = PACKAGE.parent
 
 # Of the core, only these know DeepSpeed.
 KNOW_DEEPSPEED = {
-    "engine", "optimizer", "shards", "gradients", "measure", "host_update", "launching", "fragments", "surface",
-    "memory",
+    "engine", "optimizer", "shards", "gradients", "measure", "reach", "host_update", "launching", "fragments",
+    "surface", "memory",
 }  # fmt: skip
 # From the bottom up: a module imports from its own row and those before it.
 LAYERS = (
     ("rules",),
-    ("config", "blocks", "rotation", "schedule", "ds_keys", "surface", "activations"),
+    ("rewind",),
+    ("config", "blocks", "rotation", "schedule", "ds_keys", "surface", "activations", "traces"),
     ("host_memory", "ring", "forms", "param_groups", "shards", "gradients", "launching"),
-    ("state", "measure"),
+    ("state", "measure", "attachment", "guard", "reach"),
     ("settings",),
     ("memory",),
     ("checkpoint", "update", "host_update", "optimizer", "fragments"),

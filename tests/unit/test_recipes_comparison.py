@@ -23,8 +23,10 @@ FULL = Cell("full", 2, "bf16", 2, "AdamW", False, 64)
 HIFT = Cell("hift", 3, "fp32", 2, "AdamW", True, 64, 4, "random", 8)
 
 
-def result(**more):
-    measured = {"allocated": 3 << 20, "reserved": 4 << 20, "weights": 1 << 20, "gradients": 0, "state": 1 << 20,
+def result(of_allocator=None, **more):
+    """Of a CPU; `of_allocator` is what a CUDA device measures besides."""
+    nothing = dict.fromkeys(("active", "reserved", "requested"))
+    measured = {"allocated": 3 << 20, **(of_allocator or nothing), "weights": 1 << 20, "gradients": 0, "state": 1 << 20,
                 "activations": 1 << 20, "other": 0, "how": "tensors counted on a CPU: not GPU memory"}  # fmt: skip
     return {
         "status": "ok", "ranks": 2, "measured": measured, "forecast": {"peak": 3 << 20}, "loss": [4.0, 3.0, 2.0],
@@ -83,6 +85,16 @@ def test_a_row_has_every_column_and_a_failed_cell_s_says_why():
     assert (row["first_loss"], row["last_loss"], row["tokens_per_s"]) == (4.0, 3.0, 123.5)
     failed = flat_row(FULL, {"status": "out of memory"})
     assert failed["status"] == "out of memory" and failed["peak_mib"] is None and failed["ranks"] == 2
+
+
+def test_active_and_reserved_bytes_stand_beside_allocated_ones_and_not_on_a_cpu():
+    on_cuda = result({"active": 4 << 20, "reserved": 6 << 20, "requested": 2 << 20})
+    rows = [flat_row(FULL, on_cuda), flat_row(HIFT, result())]
+    found = [(row["peak_mib"], row["active_mib"], row["reserved_mib"]) for row in rows]
+    assert found == [(3.0, 4.0, 6.0), (3.0, None, None)]
+    before = result()
+    del before["measured"]["active"]  # a cell that an earlier version has kept
+    assert flat_row(HIFT, before)["active_mib"] is None
 
 
 def test_tables_show_what_differs_and_say_once_what_is_shared(tmp_path):

@@ -76,7 +76,7 @@ def test_look_ahead_predicts_what_comes_and_leaves_no_trace(name, taken, ahead):
         step(scheduler)
     before_state, before_entries = state_of(scheduler), entries_of(optimizer)
 
-    predicted = look_ahead(scheduler, optimizer.param_groups, ahead)
+    predicted = look_ahead(scheduler, optimizer.param_groups, ahead + 1)[-1]
 
     assert state_of(scheduler) == before_state
     assert entries_of(optimizer) == before_entries
@@ -97,7 +97,7 @@ def test_looking_ahead_at_every_step_does_not_change_the_schedule(name):
         seen = []
         for _ in range(20):
             if looks:
-                look_ahead(scheduler, optimizer.param_groups, 3)
+                look_ahead(scheduler, optimizer.param_groups, 4)
             step(scheduler)
             seen.append([group["lr"] for group in optimizer.param_groups])
         rates.append(seen)
@@ -108,7 +108,7 @@ def test_looking_ahead_at_every_step_does_not_change_the_schedule(name):
 def test_look_ahead_past_a_schedule_s_end_gives_its_last_rate():
     optimizer = holder(groups=1)
     scheduler = LR.OneCycleLR(optimizer, max_lr=0.1, total_steps=6)
-    predicted = look_ahead(scheduler, optimizer.param_groups, 50)
+    predicted = look_ahead(scheduler, optimizer.param_groups, 50)[-1]
     assert scheduler.last_epoch == 0
     with pytest.raises(ValueError, match="Tried to step"):
         for _ in range(50):
@@ -118,7 +118,7 @@ def test_look_ahead_past_a_schedule_s_end_gives_its_last_rate():
     table = [1.0, 0.5, 0.25]
     optimizer = holder(groups=2)
     scheduler = LR.LambdaLR(optimizer, lambda s: table[s])
-    assert look_ahead(scheduler, optimizer.param_groups, 50) == [1e-2 * 0.25, 2e-2 * 0.25]
+    assert look_ahead(scheduler, optimizer.param_groups, 50)[-1] == [1e-2 * 0.25, 2e-2 * 0.25]
     assert scheduler.last_epoch == 0
     assert [group["lr"] for group in optimizer.param_groups] == [1e-2, 2e-2]
 
@@ -128,7 +128,7 @@ def test_a_tensor_rate_is_the_same_tensor_with_the_same_value_afterwards():
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))], lr=rate, foreach=False)
     scheduler = LR.LambdaLR(optimizer, lambda s: 1 / (1 + s))
     held = optimizer.param_groups[0]["lr"]
-    predicted = look_ahead(scheduler, optimizer.param_groups, 3)
+    predicted = look_ahead(scheduler, optimizer.param_groups, 4)[-1]
     assert optimizer.param_groups[0]["lr"] is held
     assert float(held) == 1e-2
     assert predicted == [pytest.approx(1e-2 / 4)]
@@ -150,7 +150,7 @@ def test_entries_that_a_scheduler_adds_are_gone_afterwards():
 
     optimizer = holder(groups=1)
     scheduler = Adds(optimizer)
-    assert look_ahead(scheduler, optimizer.param_groups, 2) == [0.5]
+    assert look_ahead(scheduler, optimizer.param_groups, 3)[-1] == [0.5]
     assert "note" not in optimizer.param_groups[0]
     assert optimizer.param_groups[0]["lr"] == 1e-2
     assert vars(scheduler) == {"optimizer": optimizer, "log": []}
@@ -244,14 +244,16 @@ def test_a_rate_that_the_caller_drives_is_latched_again_while_it_is_0():
     assert rates == [0.0, 0.0, 0.1, 0.1, 0.3, 0.3, 0.3, 0.3]
 
 
-def test_a_group_with_rate_0_does_not_unlatch_the_others():
+def test_a_caller_s_rate_of_0_is_read_again_in_its_group_alone():
     optimizer = holder(groups=2)
-    frozen, trained = optimizer.param_groups
+    warming, trained = optimizer.param_groups
     rate = DelayedRate(optimizer.param_groups, "cycle", 4)
-    frozen["lr"], trained["lr"] = 0.0, 1.0
+    warming["lr"], trained["lr"] = 0.0, 1.0
     assert rate.update(True, None) == [0.0, 1.0]
-    frozen["lr"], trained["lr"] = 5.0, 6.0
-    assert rate.update(False, None) == [0.0, 1.0]
+    warming["lr"], trained["lr"] = 5.0, 6.0
+    assert rate.update(False, None) == [5.0, 1.0]
+    warming["lr"] = 7.0
+    assert rate.update(False, None) == [5.0, 1.0]
 
 
 def test_a_tensor_rate_is_latched_as_a_number():

@@ -1,0 +1,98 @@
+"""What HiFT puts on a user's module, and how it comes off again: gradient hooks and `requires_grad`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+
+from hift_ds.shards import is_partitioned
+
+Flags = dict[torch.nn.Parameter, bool]
+# where torch keeps the hooks of a module
+_HOOKS = (
+    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called", "_backward_pre_hooks", "_backward_hooks",
+)  # fmt: skip
+
+
+class Attachment:
+    """On `params` from `attach` to `detach`.
+
+    Args:
+        params: Every trained parameter.
+        on_gradient: Called when `.grad` of one of them has been accumulated.
+        as_found: `requires_grad` of all of the module's parameters before `initialize`.
+    """
+
+    def __init__(
+        self, params: Iterable[torch.nn.Parameter], on_gradient: Callable[[torch.nn.Parameter], None], as_found: Flags
+    ) -> None:
+        self._params, self._on_gradient, self._as_found = list(params), on_gradient, as_found
+        self._handles: list[Any] = []
+
+    def attach(self) -> None:
+        """Collective at stage 3."""
+        for param in self._params:
+            # A partitioned parameter has shape 0, and so would the gradient that autograd expects for it.
+            gathered = is_partitioned(param)
+            if gathered:
+                param.all_gather()
+            param.requires_grad_(True)
+            param.grad = None
+            self._handles.append(param.register_post_accumulate_grad_hook(self._on_gradient))
+            if gathered:
+                param.partition()
+            else:
+                # A copy trains on its own: it has the user's flag, not that of the present turn.
+                param.__deepcopy__ = partial(_copied, param, self._as_found[param])
+
+    def detach(self) -> None:
+        """The parameters are as the user had them. May be called again."""
+        if not self._handles:
+            return
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for param in self._params:
+            vars(param).pop("__deepcopy__", None)
+            param.grad = None
+        for param, flag in self._as_found.items():
+            param.requires_grad_(flag)
+
+
+def flags_of(module: torch.nn.Module) -> Flags:
+    """`requires_grad` of each of a module's parameters."""
+    return {param: param.requires_grad for param in module.parameters()}
+
+
+def set_flags(flags: Flags) -> None:
+    """The inverse of `flags_of`."""
+    for param, flag in flags.items():
+        param.requires_grad_(flag)
+
+
+@contextmanager
+def unchanged_on_failure(module: torch.nn.Module) -> Iterator[Flags]:
+    """Takes off again what a failed `initialize` has put on a module: hooks and flags; yields the flags as found."""
+    is_module = isinstance(module, torch.nn.Module)  # what is none is refused inside
+    flags = flags_of(module) if is_module else {}
+    parts = module.modules() if is_module else ()
+    hooks = {part: {name: set(getattr(part, name)) for name in _HOOKS} for part in parts}
+    try:
+        yield flags
+    except BaseException:
+        for part, before in hooks.items():
+            for name, keys in before.items():
+                registered = getattr(part, name)
+                for key in [key for key in registered if key not in keys]:
+                    del registered[key]
+        set_flags(flags)
+        raise
+
+
+def _copied(param: torch.nn.Parameter, flag: bool, memo: dict[int, Any]) -> torch.nn.Parameter:
+    return type(param).__deepcopy__(param, memo).requires_grad_(flag)
