@@ -4,8 +4,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hift_ds.config import HiFTConfig
-    from hift_ds.engine import HiFTEngine, initialize
+    from hift_ds.engine import HiFTEngine
     from hift_ds.launching import init_distributed
+    from hift_ds.start import initialize
 
 __version__ = "0.1.0"
 __all__ = ["HiFTConfig", "HiFTEngine", "init_distributed", "initialize"]
@@ -13,7 +14,7 @@ __all__ = ["HiFTConfig", "HiFTEngine", "init_distributed", "initialize"]
 _HOMES = {
     "HiFTConfig": "hift_ds.config",
     "HiFTEngine": "hift_ds.engine",
-    "initialize": "hift_ds.engine",
+    "initialize": "hift_ds.start",
     "init_distributed": "hift_ds.launching",
 }
 

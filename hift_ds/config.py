@@ -26,7 +26,7 @@ class StateConfig:
             alone, rounded stochastically.
         moments: `fp32`; `bf16`, rounded stochastically; `int8`, a scale for 256 (not Adagrad, Adafactor).
         residency: `stream` = at home on the host, through a ring on the device; `device` = always on the device.
-        ring_bytes: Most device bytes for state while it streams; `None` = choose (`hift_ds.state.RING_BYTES`).
+        ring_bytes: Most device bytes for state while it streams; `None` = choose (`hift_ds.state.ring_limit`).
         pin_memory: Page-lock the host's copies on a CUDA machine.
     """
 
@@ -63,7 +63,8 @@ class HiFTConfig:
         always_active: Regexes of parameters that train at every step beside the active block.
         seq_len: Tokens of a row, where `layers_per_block` is to be chosen; `None` = as many as the model has positions,
             2048 at most.
-        kernel: Which implementation updates the active block, `triton` or `torch`; `None` = choose (`hift_ds.rules`).
+        kernel: Which implementation updates the active block, `triton` or `torch`; `None` = choose
+            (`hift_ds.rules.kernels`).
         state: How and where masters and moments are kept.
         no_gradient: What a block without a gradient on any rank is at a step: an `error`, or a `skip`: no update, and
             its turn passes (LayerDrop, batches without images, experts that are rarely routed to).

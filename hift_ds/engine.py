@@ -1,50 +1,43 @@
-"""The engine hook: a DeepSpeedEngine whose optimizer rotates blocks, and `initialize()`."""
+"""The engine hook: a DeepSpeedEngine whose optimizer rotates blocks."""
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import logging
-import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
-from deepspeed import comm as dist
-from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
 from deepspeed.runtime.zero import parameter_offload
 from torch.utils import _pytree as pytree
 
-from hift_ds import checkpoint, surface
+from hift_ds import checkpoint
 from hift_ds.activations import use_non_reentrant_checkpointing
-from hift_ds.attachment import Flags, set_flags, unchanged_on_failure
-from hift_ds.blocks import BlockPlan, plan_blocks
+from hift_ds.attachment import Flags
+from hift_ds.blocks import BlockPlan
 from hift_ds.config import HiFTConfig
-from hift_ds.ds_keys import check_ds_config
 from hift_ds.forms import Form
 from hift_ds.gradients import GradientReducer, accumulation_dtype
-from hift_ds.launching import agree, init_distributed, load_ds_config, of_rank_0, require_alike
-from hift_ds.memory.choose import agreed_layers_per_block
-from hift_ds.memory.request import precision_of
+from hift_ds.launching import agree, of_rank_0, require_alike
 from hift_ds.optimizer import HiFTOptimizer
-from hift_ds.param_groups import HyperParameters, check_coverage, check_inside, freeze_left_out, trainable_groups
+from hift_ds.param_groups import (
+    HyperParameters,
+    check_coverage,
+    check_inside,
+    trainable_groups,
+)
 from hift_ds.rotation import Rotation
-from hift_ds.rules import Rule, check_form, choose_kernel, rule_from_config, rule_from_optimizer
+from hift_ds.rules import Rule, check_form, rule_from_config, rule_from_optimizer
 from hift_ds.schedule import CycleScheduler
-from hift_ds.settings import Settings, offload_optimizer, updates_on_host
+from hift_ds.settings import Settings, card_bytes, offload_optimizer, updates_on_host
 from hift_ds.shards import Averaging
 from hift_ds.view import HiFT
 
 logger = logging.getLogger(__name__)
-_PATCH = threading.Lock()
-_LIVING: weakref.WeakSet[HiFTEngine] = weakref.WeakSet()
+LIVING: weakref.WeakSet[HiFTEngine] = weakref.WeakSet()  # from initialize to destroy
 
 
 class HiFTEngine(DeepSpeedEngine):
@@ -106,9 +99,7 @@ class HiFTEngine(DeepSpeedEngine):
                 clip=self.gradient_clipping(),
                 publish_numel=self.zero_allgather_bucket_size(),
                 reset_state=config.inactive_state == "reset",
-                kernel=choose_kernel(
-                    config.kernel, self.device.type, config.state.compact, updates_on_host(self.config)
-                ),
+                kernel=config.kernel,  # resolved by initialize()
                 form=Form(config.state.master, config.state.moments),
                 resident=config.state.residency == "device",
                 ring_bytes=config.state.ring_bytes,
@@ -117,11 +108,12 @@ class HiFTEngine(DeepSpeedEngine):
                 separate_host=self.separate_host,
                 seed=config.seed,
                 no_gradient=config.no_gradient,
+                card_bytes=card_bytes(self.device),
             ),
         )
         self.hift = HiFT(self)
         self._hook_outputs()
-        _LIVING.add(self)
+        LIVING.add(self)
 
     def _pins_memory(self) -> bool:
         # Only a written `false` counts: DeepSpeed's own default of the key is false too.
@@ -193,7 +185,8 @@ class HiFTEngine(DeepSpeedEngine):
         self._require_living()
         if torch.is_grad_enabled():
             self.optimizer.begin_forward()
-        return super().forward(*inputs, **kwargs)
+        with self.optimizer.guard.explaining():
+            return super().forward(*inputs, **kwargs)
 
     def _hook_outputs(self) -> None:
         # A function, no method: a deepcopy of the module copies its hooks, and would copy a method's engine.
@@ -235,7 +228,8 @@ class HiFTEngine(DeepSpeedEngine):
         if isinstance(loss, torch.Tensor) and loss.is_leaf:
             loss = loss.clone()  # DeepSpeed takes only what has a grad_fn for a loss
         try:
-            return super().backward(loss, *args, **kwargs)
+            with self.optimizer.guard.explaining():
+                return super().backward(loss, *args, **kwargs)
         except BaseException:
             if self.optimizer._backward_active_depth > 0:
                 self.optimizer.interrupt()
@@ -286,7 +280,7 @@ class HiFTEngine(DeepSpeedEngine):
     def _release(self) -> None:
         if not self._released:
             self._released = True
-            _LIVING.discard(self)
+            LIVING.discard(self)
             for handle in (self.module_forward_pre_hook, self.module_forward_post_hook, self._output_hook):
                 handle.remove()
 
@@ -297,7 +291,7 @@ class HiFTEngine(DeepSpeedEngine):
         self.module_forward_post_hook = self._create_module_forward_post_hook()
         self._hook_outputs()
         self.optimizer.attach()
-        _LIVING.add(self)
+        LIVING.add(self)
 
     def _require_living(self) -> None:
         if self._released:
@@ -409,6 +403,7 @@ class HiFTEngine(DeepSpeedEngine):
 
         with self.optimizer.loading(not whole, self.module.parameters()):
             result = agree(load)
+        (result[1] or {}).pop(checkpoint.MARK, None)
         if result[0] is not None and not whole:
             self.optimizer.refresh_fp32_params()
             if load_module_only:
@@ -417,160 +412,5 @@ class HiFTEngine(DeepSpeedEngine):
         return result
 
 
-def initialize(
-    args: Any = None,
-    model: torch.nn.Module | None = None,
-    optimizer: Any = None,
-    model_parameters: Any = None,
-    training_data: Any = None,
-    lr_scheduler: Any = None,
-    distributed_port: int = 29500,
-    mpu: Any = None,
-    dist_init_required: bool | None = None,
-    collate_fn: Callable | None = None,
-    config: str | Mapping[str, Any] | None = None,
-    mesh_param: Any = None,
-    config_params: str | Mapping[str, Any] | None = None,
-) -> tuple[DeepSpeedEngine, Any, Any, Any]:
-    """`deepspeed.initialize` with the same arguments; a "hift" section in the config turns rotation on.
-
-    Without that section, or with `"enabled": false` in it, this is exactly `deepspeed.initialize`. Collective: call it
-    on every rank with the same arguments. An engine that still trains the model ends (`destroy`) and the new one takes
-    the model over as it was before. What is refused leaves the model, and such an engine, as they are.
-
-    Returns:
-        engine, optimizer, training dataloader, lr scheduler, as from DeepSpeed. `engine.hift` shows the rotation.
-
-    Raises:
-        ValueError, TypeError: A bad "hift" section, a DeepSpeed key that HiFT cannot honour, an unsupported optimizer,
-            a model without trainable parameters; the same on every rank.
-        RuntimeError: The installed DeepSpeed is not one that hift_ds knows.
-
-    Example:
-        >>> engine, _, loader, _ = hift_ds.initialize(model=model, config="ds_configs/zero2_bf16.json")
-    """
-    source = config if config is not None else config_params
-    if source is None:
-        source = getattr(args, "deepspeed_config", None)
-    ds_config = load_ds_config(source)
-    forwarded = dict(
-        args=args, model=model, optimizer=optimizer, model_parameters=model_parameters, training_data=training_data,
-        lr_scheduler=lr_scheduler, distributed_port=distributed_port, mpu=mpu, dist_init_required=dist_init_required,
-        collate_fn=collate_fn, config=config, mesh_param=mesh_param, config_params=config_params,
-    )  # fmt: skip
-    living = [engine for engine in list(_LIVING) if _share_parameters(engine.module, model)]
-    if isinstance(ds_config, Mapping) and "hift" in ds_config:
-        init_distributed(distributed_port, dist_init_required)
-        with _detached(living), unchanged_on_failure(model) as as_found:
-            prepared = agree(lambda: _prepare(ds_config, model, optimizer, mpu, mesh_param))
-            require_alike("hift section or model", None if prepared is None else prepared[:2])
-            if prepared is not None and prepared[0].layers_per_block is None and prepared[0].blocks is None:
-                layers_per_block = agreed_layers_per_block(model, ds_config, optimizer)
-                hift_config = dataclasses.replace(prepared[0], layers_per_block=layers_per_block)
-                prepared = hift_config, _plan_blocks(model, hift_config), prepared[2]
-    else:
-        prepared = None
-    for engine in living:
-        engine.destroy()
-    if prepared is None:
-        return deepspeed.initialize(**forwarded)
-    hift_config, plan, notes = prepared
-    for note in notes:
-        if dist.get_rank() == 0:
-            logger.warning("DeepSpeed config: %s", note)
-    attributes = {"hift_config": hift_config, "block_plan": plan, "as_found": as_found}
-    with unchanged_on_failure(model), _engine_class(type("HiFTEngine", (HiFTEngine,), attributes)):
-        try:
-            return deepspeed.initialize(**forwarded)
-        except BaseException:
-            set_flags(as_found)
-            raise
-
-
-def _share_parameters(trained: torch.nn.Module, model: Any) -> bool:
-    return isinstance(model, torch.nn.Module) and not set(trained.parameters()).isdisjoint(model.parameters())
-
-
-@contextmanager
-def _detached(engines: list[HiFTEngine]) -> Iterator[None]:
-    """Inside, their modules are as they were before `initialize`; after a failure the engines have them again."""
-    for engine in engines:
-        engine.optimizer.detach()
-        engine._release()
-    try:
-        yield
-    except BaseException:
-        for engine in engines:
-            engine._take_back()
-        raise
-
-
-def _prepare(
-    ds_config: Mapping[str, Any], model: Any, optimizer: Any, mpu: Any, mesh_param: Any
-) -> tuple[HiFTConfig, BlockPlan, list[str]] | None:
-    """Every check that needs no engine, so that what is not supported is refused before anything is built."""
-    config = HiFTConfig.from_ds_config(ds_config)
-    if config is None:
-        return None
-    surface.require()
-    notes = check_ds_config(dict(ds_config))
-    DeepSpeedConfig(copy.deepcopy(dict(ds_config)))  # what DeepSpeed refuses in it, before anything is touched
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"model={type(model).__name__}: must be a torch.nn.Module")
-    if mpu is not None:
-        raise ValueError(f"mpu={type(mpu).__name__}: HiFT has no model parallelism; leave mpu out")
-    if mesh_param is not None:
-        raise ValueError(f"mesh_param={mesh_param!r}: HiFT has no sequence parallelism; leave mesh_param out")
-    section = ds_config.get("optimizer")
-    if optimizer is None:
-        if not section or "type" not in section:
-            raise ValueError('optimizer: missing; HiFT needs one: pass it, or add "optimizer" to the DeepSpeed config')
-        rule, _ = rule_from_config(section["type"], section.get("params") or {})
-        check_form(config.state.master, config.state.moments, rule, _weight_dtype(ds_config))
-    elif isinstance(optimizer, torch.optim.Optimizer):
-        rule = rule_from_optimizer(optimizer)
-        check_form(config.state.master, config.state.moments, rule, _weight_dtype(ds_config))
-        check_inside(optimizer, model)
-        freeze_left_out(model, optimizer)
-    on_host = updates_on_host(ds_config)
-    if on_host and config.state.residency == "device":
-        raise ValueError(
-            "hift.state.residency='device': offload_optimizer.device 'cpu' updates on the host; remove one of the two"
-        )
-    choose_kernel(config.kernel, get_accelerator().device_name(), config.state.compact, on_host)
-    plan = _plan_blocks(model, config)
-    frozen = set(plan.frozen)
-    for name, param in model.named_parameters():
-        if name in frozen:
-            param.requires_grad_(False)
-    return config, plan, notes
-
-
-def _weight_dtype(ds_config: Mapping[str, Any]) -> torch.dtype:
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision_of(ds_config)]
-
-
-def _plan_blocks(model: torch.nn.Module, config: HiFTConfig) -> BlockPlan:
-    return plan_blocks(
-        model,
-        layers_per_block=config.layers_per_block or 1,
-        blocks=config.blocks,
-        frozen=config.frozen,
-        always_active=config.always_active,
-    )
-
-
 def _drop(tensor: torch.Tensor) -> None:
     tensor.grad = None
-
-
-@contextmanager
-def _engine_class(replacement: type[DeepSpeedEngine]):
-    """deepspeed.initialize looks its engine class up by this name; there is no other seam."""
-    with _PATCH:
-        original = deepspeed.DeepSpeedEngine
-        deepspeed.DeepSpeedEngine = replacement
-        try:
-            yield
-        finally:
-            deepspeed.DeepSpeedEngine = original

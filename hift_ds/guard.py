@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -38,6 +40,17 @@ class ModuleGuard:
         for added in present.keys() - self._known:
             return f"{present[added]} was added to the module after initialize and would never train: {_ANEW}"
         return None
+
+    @contextmanager
+    def explaining(self) -> Iterator[None]:
+        """An error of torch or ZeRO-3 inside is that of a changed parameter where there is one."""
+        try:
+            yield
+        except Exception as error:
+            fault = self.fault()
+            if fault is None:
+                raise
+            raise RuntimeError(fault) from error
 
     def written(self, shard: BlockShard) -> list[int]:
         """Indices of parameters of a block whose weights the user has written since `note`; notes them."""
@@ -86,6 +99,9 @@ def _described(facts: tuple[tuple[int, ...], torch.dtype, torch.device]) -> str:
 
 
 def _writes(param: torch.nn.Parameter) -> tuple[int, int]:
-    """Changes when weights are written in place under torch's eyes (HiFT writes through `.data`), or replaced."""
+    """Changes when weights are written in place under torch's eyes (HiFT writes through `.data`), or replaced.
+
+    At stage 3 `deepspeed.zero.GatheredParameters` writes what its modifier rank has changed into `ds_tensor`.
+    """
     held = param.ds_tensor if is_partitioned(param) else param
-    return param._version, held.data_ptr() if full_numel(param) else 0
+    return param._version + held._version, held.data_ptr() if full_numel(param) else 0

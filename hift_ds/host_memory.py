@@ -56,14 +56,17 @@ class HostMemory:
 
     def _allocate(self, nbytes: int) -> mmap.mmap:
         memory = _Memory(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):  # before a page is touched: fewer to fault in and to lock
+            with suppress(OSError):  # a kernel without them
+                memory.madvise(mmap.MADV_HUGEPAGE)
         if self._register is not None:
             try:
                 memory.lock(self._register, self._unregister)
             except RuntimeError as error:
                 self._register = None
                 logger.warning(
-                    "page-locking %.1f MiB of host memory failed (%s): optimizer state stays pageable and its "
-                    "transfers slow; raise `ulimit -l`, or say so with hift.state.pin_memory: false",
+                    "page-locking %.1f MiB of host memory failed (%s): optimizer state stays pageable, its transfers "
+                    "are slow, and steps wait for them; raise `ulimit -l`, or say so with hift.state.pin_memory: false",
                     nbytes / 2**20, error,
                 )  # fmt: skip
         return memory

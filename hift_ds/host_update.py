@@ -16,14 +16,14 @@ from hift_ds.ring import Tile
 from hift_ds.rules import Rule
 from hift_ds.rules.adam import Adam
 from hift_ds.state import BlockState
-from hift_ds.update import Scaling
+from hift_ds.update import Scaling, unscaled
 
 
 class HostUpdate:
     """Takes `BlockUpdate`'s place for states on the host: DeepSpeedCPUAdam for Adam and AdamW, else the eager rule.
 
     The host waits for the gradient and works while the device rests; copies of one tile overlap with the update of
-    another, through four buffers of a tile in fp32 beside the states.
+    another, through five buffers of a tile in fp32 beside the states.
 
     Args:
         rule: The update rule.
@@ -60,7 +60,7 @@ class HostUpdate:
             return weights
         for tile, gradient in self._staging.visit(state.tiles, grad, weights):
             run = state.shard.runs[tile.run]
-            gradient.mul_(1.0 / scaling.divisor)
+            gradient = unscaled(gradient, scaling)
             group, lr = self.param_groups[run.group], rates[run.group]
             if self._adam is not None:
                 self._step_adam(tile.home, gradient, group, lr, state.step)
@@ -91,7 +91,7 @@ class HostUpdate:
             def visit(write: bool, master: torch.Tensor = master) -> Iterator[tuple[int, torch.Tensor]]:
                 yield 0, master
 
-            gradient = grad[run.start : run.stop].cpu().float().mul_(1.0 / scaling.divisor)
+            gradient = unscaled(grad[run.start : run.stop].cpu(), scaling)
             self.rule.update_run(
                 visit, gradient, self.param_groups[run.group], lr=rates[run.group], step=state.step,
                 segments=run.segments, extra=state.extra, all_reduce=all_reduce,
@@ -100,6 +100,8 @@ class HostUpdate:
 
 class _Staging:
     """Two buffers each in the states' host memory, for gradients on their way in and new weights on their way out.
+
+    One more holds a gradient in fp32: a new tensor of 32 MiB a tile would cost more than the update (page faults).
 
     Args:
         states: Every state that is updated on the host; their longest tile in fp32 is a buffer.
@@ -112,13 +114,14 @@ class _Staging:
         names = ("in0", "in1", "out0", "out1")
         arena = states[0].storage.memory.arena(dict.fromkeys(names, (longest, torch.float32)))
         self._in, self._out = [arena[name] for name in names[:2]], [arena[name] for name in names[2:]]
+        self._fp32 = torch.empty(longest)
         self._fetched: list[Any] = [None, None]
         self._sent: list[Any] = [None, None]
 
     def visit(
         self, tiles: list[Tile], grad: torch.Tensor, weights: torch.Tensor
     ) -> Iterator[tuple[Tile, torch.Tensor]]:
-        """Each tile with its gradient in fp32 on the host, a new tensor; meanwhile the next one's comes.
+        """Each tile with its gradient in fp32 on the host, to be used up; meanwhile the next one's comes.
 
         When the next tile is asked for, this one's masters start their way to `weights` as the new model weights.
         """
@@ -127,7 +130,10 @@ class _Staging:
             if index + 1 < len(tiles):
                 self._fetch(index + 1, tiles[index + 1], grad)
             _wait(self._fetched[index % 2])
-            yield tile, _part(self._in[index % 2], tile, grad.dtype).to(torch.float32, copy=True)
+            gradient = _part(self._in[index % 2], tile, grad.dtype)
+            if grad.dtype != torch.float32:
+                gradient = _part(self._fp32, tile, torch.float32).copy_(gradient)
+            yield tile, gradient
             _wait(self._sent[index % 2])  # of two tiles ago, or of an earlier block
             out = _part(self._out[index % 2], tile, weights.dtype).copy_(tile.home["master"])
             weights[tile.span].copy_(out, non_blocking=True)

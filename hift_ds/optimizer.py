@@ -20,6 +20,7 @@ from hift_ds.gradients import GradientReducer
 from hift_ds.guard import ModuleGuard
 from hift_ds.host_update import HostUpdate
 from hift_ds.measure import Measurement, Verdict
+from hift_ds.offload import Offloaded
 from hift_ds.param_groups import group_indices
 from hift_ds.reach import Reach
 from hift_ds.rotation import Rotation
@@ -101,8 +102,9 @@ class HiFTOptimizer(ZeROOptimizer):
 
         storage = settings.storage(device)
         self.states, self.ring = make_states(
-            [shard(block.fqns) for block in plan.blocks], rule, holder.param_groups, storage, settings.ring_bytes
-        )
+            [shard(block.fqns) for block in plan.blocks], rule, holder.param_groups, storage, settings.ring_bytes,
+            settings.card_bytes,
+        )  # fmt: skip
         self.always = None
         if plan.always_active:
             on_device = Storage(device, settings.form)
@@ -121,6 +123,7 @@ class HiFTOptimizer(ZeROOptimizer):
         )
         self._unread: tuple[Measurement, int, list[BlockState]] | None = None
         self._interrupted = False
+        self._offloaded: Offloaded | None = None
         self._traces = None if offload is None else Traces(offload)
         self._attachment = Attachment(params.values(), self._on_gradient, as_found)
         self._fragments = Fragments(self)  # deepspeed.utils.safe_get_full_fp32_param and its kin
@@ -206,6 +209,7 @@ class HiFTOptimizer(ZeROOptimizer):
 
     def begin_forward(self) -> None:
         """Before a forward that may have a backward."""
+        self.require_states()
         if self._backward_active_depth > 0:  # entered and never left: it ended with an error
             self.interrupt()
         self.drop_interrupted()
@@ -244,6 +248,49 @@ class HiFTOptimizer(ZeROOptimizer):
         """Stage 3: gathers the small persistent parameters again. Collective."""
         if self.offload is not None and self.offload.persistent_parameters and not self._loads:
             self.offload.persistent_parameters[0].all_gather(self.offload.persistent_parameters)
+
+    def offload_states(
+        self, include: Any = None, device: Any = None, pin_memory: bool = True, non_blocking: bool = False
+    ) -> None:
+        """What of weights, masters and moments is on the device goes to the host; `reload_states` brings it back.
+
+        Args:
+            include: DeepSpeed's OffloadStateTypeEnum members; `None` = all. Gradients go with the window: none is kept.
+        """
+        if self._offloaded is not None:
+            return
+        self.checkpoint_event_prologue()
+        self.settle()
+        on_device: dict[str, list[torch.Tensor]] = {"lp_params": [], "hp_params": [], "optim_states": []}
+        for state in self._all_states():
+            on_device["lp_params"] += [getattr(param, "ds_tensor", param).data for param in state.shard.params]
+            if not state.streams:
+                on_device["hp_params"] += [] if state.master is None else [state.master]
+                on_device["optim_states"] += [*state.slots.values(), *state.extra.values()]
+        if self.ring is not None:
+            on_device["optim_states"].append(self.ring.buffer)
+        names = on_device if include is None else {getattr(kind, "value", kind) for kind in include}
+        tensors = [tensor for name, held in on_device.items() if name in names for tensor in held]
+        self._offloaded = Offloaded(tensors, pin_memory)
+
+    def reload_states(self, non_blocking: bool = False) -> None:
+        """The inverse of `offload_states`."""
+        if self._offloaded is not None:
+            self._offloaded.reload()
+            self._offloaded = None
+            for state in self._all_states():
+                self.guard.note(state.shard)
+            self.checkpoint_event_epilogue()
+
+    def require_states(self) -> None:
+        """Raises RuntimeError while states are offloaded."""
+        if self._offloaded is not None:
+            raise RuntimeError("states are offloaded (engine.offload_states): call engine.reload_states() first")
+
+    @property
+    def state(self) -> Any:
+        """The holder's, which is empty: HiFT's masters and moments are read with deepspeed.utils.safe_get_*."""
+        return self.optimizer.state
 
     def empty_partition_cache(self) -> None:
         """Stage 3: partitions everything; else nothing is gathered. Collective."""
@@ -340,6 +387,7 @@ class HiFTOptimizer(ZeROOptimizer):
         of it at the next step.
         """
         self._hear()
+        self.require_states()
         if self._interrupted:
             raise RuntimeError(
                 "the last backward ended with an error, so there is no whole gradient to step with: its window is "
@@ -370,7 +418,7 @@ class HiFTOptimizer(ZeROOptimizer):
             norm = verdict.norm / self.loss_scale
         self.reach.warn_partial(block, states[0].shard, touched[0])
         if not self.overflow:
-            self._global_grad_norm = measured.square.sqrt().squeeze() / self.loss_scale if norm is None else norm
+            self._global_grad_norm = measured.square.sqrt().squeeze() / self.loss_scale  # a tensor, as DeepSpeed's
             self._adopt_writes(states)
             self._run_hooks("_optimizer_step_pre_hooks")
             self._apply(states, grads, Scaling(self.loss_scale, self.settings.clip, norm, measured.square), reached)
@@ -392,7 +440,8 @@ class HiFTOptimizer(ZeROOptimizer):
         if self.rotation.advance():
             self.activate()
         if self.ring is not None:
-            self.ring.prefetch(self.active_states()[0].tiles)  # during the coming forward and backward
+            # During the coming forward and backward.
+            self.ring.prefetch(self.active_states()[0].tiles, self._begins_anew())
 
     def _run_hooks(self, name: str) -> None:
         """Step hooks of a client optimizer (EMA, projections), as its own `step` would call them."""
@@ -444,10 +493,13 @@ class HiFTOptimizer(ZeROOptimizer):
             self.reach.check([state.shard for state in states])
 
     def _apply(self, states: list[BlockState], grads: list[torch.Tensor], scaling: Scaling, reached: bool) -> None:
-        if self.settings.reset_state and self.rotation.at_turn_start:
-            self.settle()
-            states[0].reset()
         rates = self.rate.update(self.rotation.at_cycle_start, self.scheduler)
+        if self._begins_anew():
+            if reached and self.ring is not None and not states[0].extra:  # which is not in the ring
+                states[0].forget()
+            else:
+                self.settle()
+                states[0].reset()
         for index, state in enumerate(states):
             if state is states[0] and not reached:
                 continue
@@ -456,6 +508,9 @@ class HiFTOptimizer(ZeROOptimizer):
             weights = update.run(state, grads[index], scaling, rates, block)
             grads[index] = torch.empty(0)  # free before the next allocation
             state.shard.write_weights(weights, self.group, self.settings.publish_numel)
+
+    def _begins_anew(self) -> bool:
+        return self.settings.reset_state and self.rotation.at_turn_start
 
     def _sum_over_shards(self, tensor: torch.Tensor) -> torch.Tensor:
         if self._shard_world > 1:

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from hift_ds.blocks import BlockPlan
+
 logger = logging.getLogger(__name__)
 
 
@@ -47,6 +49,29 @@ def check_inside(holder: torch.optim.Optimizer, module: torch.nn.Module) -> None
                     "that is not in the model, and HiFT trains the model's blocks alone: make it an nn.Parameter of "
                     "the module and name it in hift.always_active, or train it with an optimizer of its own"
                 )
+
+
+def check_trainable(model: torch.nn.Module, plan: BlockPlan, stage: int) -> None:
+    """Raises ValueError if the model has trained parameters that HiFT cannot train at this ZeRO stage."""
+    names = {fqn for block in plan.blocks for fqn in block.fqns} | set(plan.always_active)
+    trained = {name: param for name, param in model.named_parameters() if name in names}
+    for name, param in trained.items():
+        if stage < 3 and hasattr(param, "ds_id"):
+            raise ValueError(
+                f"zero_optimization.stage={stage}: {name} is a ZeRO-3 parameter (the model was made under "
+                "deepspeed.zero.Init, or a stage-3 engine has trained it); use stage 3, or make the model without it"
+            )
+        if param.is_complex():
+            raise ValueError(
+                f"{name}: a complex parameter ({param.dtype}), of which shards would lose the imaginary part; store it "
+                "as torch.view_as_real, or name it in hift.frozen"
+            )
+    for path, module in model.named_modules():
+        if getattr(module, "sparse", False) and any(param is module.weight for param in trained.values()):
+            raise ValueError(
+                f"{path}: an embedding with sparse=True, whose gradients are not implemented; make it with "
+                "sparse=False, or name it in hift.frozen"
+            )
 
 
 def freeze_left_out(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -32,6 +32,9 @@ class Lane(Protocol):
     def synchronize(self) -> None:
         """The host waits for all work so far."""
 
+    def uses(self, tensor: torch.Tensor) -> None:
+        """The tensor's memory is handed to nobody else before this lane's work is done, even if the tensor goes."""
+
 
 class CudaLane:
     """A CUDA stream; without one, whatever stream is current."""
@@ -53,6 +56,9 @@ class CudaLane:
     def synchronize(self) -> None:
         self._now().synchronize()
 
+    def uses(self, tensor: torch.Tensor) -> None:
+        tensor.record_stream(self._now())
+
     def _now(self) -> torch.cuda.Stream:
         return self._stream or torch.cuda.current_stream(self._device)
 
@@ -70,6 +76,9 @@ class DirectLane:
         pass
 
     def synchronize(self) -> None:
+        pass
+
+    def uses(self, tensor: torch.Tensor) -> None:
         pass
 
 
@@ -96,12 +105,14 @@ class Tile:
         run: Index of the run of the block's shard that it belongs to.
         span: The elements of the shard.
         home: Its part of every state tensor, views.
+        initial: What fills the tensors of a fresh state, by name; the others (masters) are loaded then, too.
         written: The event of its last copy out; `None` if there has been none.
     """
 
     run: int
     span: slice
     home: dict[str, torch.Tensor]
+    initial: dict[str, float] = field(default_factory=dict)
     written: Any = None
 
 
@@ -126,31 +137,43 @@ class Ring:
         self.lanes = Lanes.of(device) if lanes is None else lanes
         self.buffer = torch.empty(num_slots * slot_bytes, dtype=torch.uint8, device=device)
         # What the allocator gave may still be in use by earlier work of the update's lane.
-        fresh = self.lanes.update.record()
-        self._slots = [_Slot(part, free=fresh) for part in self.buffer.split(slot_bytes)] if num_slots else []
+        since = self.lanes.update.record()
+        self.lanes.copy_in.uses(self.buffer)
+        self.lanes.copy_out.uses(self.buffer)
+        self._slots = [_Slot(part, free=since) for part in self.buffer.split(slot_bytes)] if num_slots else []
         self._turn = 0
         self._ahead: deque[tuple[Tile, _Slot]] = deque()
+        self._fresh = False  # how those were loaded
 
     @property
     def nbytes(self) -> int:
         """Device bytes, all that there ever are."""
         return self.buffer.nbytes
 
-    def prefetch(self, tiles: Sequence[Tile]) -> None:
-        """Begins to load the first of `tiles`, as many as there are slots, for the coming `visit` of the same."""
+    def prefetch(self, tiles: Sequence[Tile], fresh: bool = False) -> None:
+        """Begins to load the first of `tiles`, as many as there are slots, for the coming `visit` of the same.
+
+        Args:
+            fresh: As of `visit`.
+        """
         self._ahead.clear()
+        self._fresh = fresh
         for tile in tiles[: len(self._slots)]:
             self._load(tile)
 
-    def visit(self, tiles: Sequence[Tile], write: bool = True) -> Iterator[tuple[Tile, dict[str, torch.Tensor]]]:
+    def visit(
+        self, tiles: Sequence[Tile], write: bool = True, fresh: bool = False
+    ) -> Iterator[tuple[Tile, dict[str, torch.Tensor]]]:
         """Each tile with its tensors on the device, in order; consume it to the end.
 
         Args:
             write: What the caller has changed in place goes back to the host.
+            fresh: State begins anew: what `Tile.initial` names is filled on the device and not loaded.
         """
         lanes = self.lanes
-        if [tile for tile, _ in self._ahead] != list(tiles[: len(self._ahead)]) or not self._ahead:
-            self.prefetch(tiles)
+        ahead = [tile for tile, _ in self._ahead]
+        if not ahead or ahead != list(tiles[: len(ahead)]) or self._fresh != fresh:
+            self.prefetch(tiles, fresh)
         for index, tile in enumerate(tiles):
             slot = self._ahead.popleft()[1]
             on_device = _views(slot.buffer, tile)
@@ -177,7 +200,8 @@ class Ring:
         copy_in.wait(slot.free)
         if tile.written is not None:
             copy_in.wait(tile.written)
-        copy_in.run(lambda: _copy(tile.home, _views(slot.buffer, tile)))
+        initial = tile.initial if self._fresh else {}
+        copy_in.run(lambda: _load(tile.home, _views(slot.buffer, tile), initial))
         slot.loaded = copy_in.record()
         self._ahead.append((tile, slot))
 
@@ -193,6 +217,12 @@ def _views(buffer: torch.Tensor, tile: Tile) -> dict[str, torch.Tensor]:
         views[name] = buffer[offset : offset + tensor.nbytes].view(tensor.dtype)
         offset += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
     return views
+
+
+def _load(sources: dict[str, torch.Tensor], targets: dict[str, torch.Tensor], initial: dict[str, float]) -> None:
+    _copy({name: source for name, source in sources.items() if name not in initial}, targets)
+    for name, value in initial.items():
+        targets[name].fill_(value)
 
 
 def _copy(sources: dict[str, torch.Tensor], targets: dict[str, torch.Tensor]) -> None:

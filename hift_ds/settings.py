@@ -32,6 +32,7 @@ class Settings:
         separate_host: Treat host and device as separate memories; `None` = unless the device is the CPU.
         seed: `hift.seed`.
         no_gradient: `hift.no_gradient`.
+        card_bytes: Of the card's memory, by which null chooses the ring; `None` on a CPU.
     """
 
     stage: int
@@ -48,6 +49,7 @@ class Settings:
     separate_host: bool | None = None
     seed: int = 0
     no_gradient: str = "error"
+    card_bytes: int | None = None
 
     def storage(self, device: torch.device) -> Storage:
         """Of the blocks' state."""
@@ -56,6 +58,14 @@ class Settings:
             return Storage(device, self.form)
         pinned = self.pin_memory and device.type == "cuda"
         return Storage(device, self.form, HostMemory.pinned() if pinned else HostMemory(), own_master=self.on_host)
+
+
+def card_bytes(device: torch.device) -> int | None:
+    """Bytes of the card's memory, or of its part where `set_per_process_memory_fraction` sets one; `None` on a CPU."""
+    if device.type != "cuda":
+        return None
+    total = torch.cuda.get_device_properties(device).total_memory
+    return int(total * torch.cuda.get_per_process_memory_fraction(device))
 
 
 def offload_optimizer(ds_config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -14,8 +14,9 @@ from hift_ds.rules import Rule
 from hift_ds.shards import BlockShard
 
 TILE_NUMEL = 1 << 23  # elements of an update in one memory: bounds the fp32 copy of the gradient that eager rules make
-TILE_BYTES = 32 << 20  # of a tile in the ring: long enough for the bus, small beside a block
-RING_BYTES = 128 << 20  # where hift.state.ring_bytes is null
+TILE_BYTES = 32 << 20  # of a tile in a small ring: long enough for the bus
+LARGEST_TILE_BYTES = 128 << 20  # where the ring has room for several: each costs the host some 0.1 ms of Python
+RING_BYTES = 128 << 20  # the least that null allows for
 TILE_MULTIPLE = 1024  # elements: whole groups of int8 moments, aligned for every dtype
 MIN_SLOTS = 3  # one on its way in, one being updated, one on its way out
 EXTRA_COPIES = 3  # of a block's factored moments on the device: this gradient's sums, those kept, those that result
@@ -80,6 +81,7 @@ class BlockState:
             self.tensors = {n: torch.empty(s, dtype=dtype, device=storage.device) for n, (s, dtype) in shapes.items()}
         self.extra = self._allocated(initial_extra(shard, rule, param_groups))
         self.step = 0
+        self.forgotten = False
         self.tiles = list(self._cut(TILE_NUMEL if tile_numel is None else tile_numel))
         self.refresh_master()
         self.reset()
@@ -104,13 +106,19 @@ class BlockState:
         self.step = 0
         for name, tensor in initial_extra(self.shard, self.rule, self._groups).items():
             self.extra[name].copy_(tensor)
-        for run in self.shard.runs:
-            group = self._groups[run.group]
-            for name in self.rule.slots(group):
-                self.tensors[name][run.start : run.stop].fill_(self.rule.initial_value(name, group))
         for name, tensor in self.tensors.items():
             if name.endswith(SCALE_SUFFIX):
                 tensor.zero_()
+        for tile in self.tiles:
+            for name, value in tile.initial.items():
+                tile.home[name].fill_(value)
+
+    def forget(self) -> None:
+        """`reset` by the next update, which finds fresh moments in the ring; until then the host has the old ones.
+
+        For a rule that visits each tile once: a second visit would find them fresh again.
+        """
+        self.step, self.forgotten = 0, True
 
     def refresh_master(self) -> None:
         """Takes the master weights anew from the model weights."""
@@ -212,9 +220,12 @@ class BlockState:
 
     def _cut(self, tile_numel: int) -> Iterator[Tile]:
         for index, run in enumerate(self.shard.runs):
+            group = self._groups[run.group]
+            initial = {name: 0.0 for name in self.tensors if name.endswith(SCALE_SUFFIX)}
+            initial |= {name: self.rule.initial_value(name, group) for name in self.rule.slots(group)}
             for start in range(run.start, run.stop, tile_numel):
                 span = slice(start, min(start + tile_numel, run.stop))
-                yield Tile(index, span, self.tile_of(index, span))
+                yield Tile(index, span, self.tile_of(index, span), initial)
 
 
 def layout_fault(rule: Rule, param_groups: list[dict], states: Iterable[BlockState]) -> str | None:
@@ -257,37 +268,61 @@ class RingPlan:
     num_slots: int
 
 
-def plan_ring(all_shapes: list[tuple[BlockShard, Shapes]], ring_bytes: int | None, beside: int = 0) -> RingPlan:
+def ring_limit(card_bytes: int | None) -> int:
+    """Most bytes of the ring where `hift.state.ring_bytes` is null: a tenth of the card, never under 128 MiB.
+
+    Args:
+        card_bytes: Of the card's memory; `None` = not known, or there is none.
+    """
+    return max(RING_BYTES, (card_bytes or 0) // 10)
+
+
+def plan_ring(
+    all_shapes: list[tuple[BlockShard, Shapes]], ring_bytes: int | None, beside: int = 0, card_bytes: int | None = None
+) -> RingPlan:
     """As large as the largest block at most: its slots serve the next block's tiles, too, and more would hide nothing.
 
     Args:
         all_shapes: Every streaming block, and its state tensors.
-        ring_bytes: `hift.state.ring_bytes`.
+        ring_bytes: `hift.state.ring_bytes`; `None` = `ring_limit`.
         beside: Bytes of it that state takes outside the ring (`extra_bytes`).
+        card_bytes: As of `ring_limit`.
 
     Raises:
         ValueError: `ring_bytes` cannot hold three of the smallest tiles and what is beside them.
     """
     smallest = max((_slot_bytes(shapes, TILE_MULTIPLE) for _, shapes in all_shapes), default=0)
     least = MIN_SLOTS * smallest
-    limit = max(RING_BYTES - beside, least) if ring_bytes is None else ring_bytes - beside
+    limit = max(ring_limit(card_bytes) - beside, least) if ring_bytes is None else ring_bytes - beside
     if limit < least:
         raise ValueError(
             f"hift.state.ring_bytes={ring_bytes}: must be {least + beside} or more, three tiles of "
             f"{TILE_MULTIPLE} elements{f' and {beside} bytes of factored moments' if beside else ''}; null chooses "
-            f"{RING_BYTES}"
+            f"{ring_limit(card_bytes)} at most"
         )
     if smallest == 0:  # no state that streams: a rule without any, or Adafactor, on fp32 weights
         return RingPlan(TILE_NUMEL, 0, 0)
-    tile_numel = max(min(TILE_BYTES, limit // MIN_SLOTS) // smallest, 1) * TILE_MULTIPLE
-    longest = max(min(tile_numel, run.stop - run.start) for shard, _ in all_shapes for run in shard.runs)
-    slot_bytes = max(_slot_bytes(shapes, longest) for _, shapes in all_shapes)
-    most_tiles = max(sum(-(-(r.stop - r.start) // tile_numel) for r in shard.runs) for shard, _ in all_shapes)
-    return RingPlan(tile_numel, slot_bytes, min(limit // slot_bytes, most_tiles))
+    block = max(_slot_bytes(shapes, shard.numel) for shard, shapes in all_shapes)
+    tile_bytes = max(min(TILE_BYTES, limit // MIN_SLOTS), min(LARGEST_TILE_BYTES, min(limit, block) // 4))
+    tile_numel = max(tile_bytes // smallest, 1) * TILE_MULTIPLE
+    longest = max(run.stop - run.start for shard, _ in all_shapes for run in shard.runs)
+    # Where all tiles of a block have a slot, they are of one length: a last one half empty would take a whole slot.
+    even = -(-longest // (-(-longest // tile_numel) * TILE_MULTIPLE)) * TILE_MULTIPLE
+    for numel in (even, tile_numel):
+        slot_bytes = max(_slot_bytes(shapes, min(numel, longest)) for _, shapes in all_shapes)
+        most_tiles = max(sum(-(-(r.stop - r.start) // numel) for r in shard.runs) for shard, _ in all_shapes)
+        if most_tiles * slot_bytes <= limit:
+            break
+    return RingPlan(numel, slot_bytes, min(limit // slot_bytes, most_tiles))
 
 
 def make_states(
-    shards: list[BlockShard], rule: Rule, param_groups: list[dict], storage: Storage, ring_bytes: int | None
+    shards: list[BlockShard],
+    rule: Rule,
+    param_groups: list[dict],
+    storage: Storage,
+    ring_bytes: int | None,
+    card_bytes: int | None = None,
 ) -> tuple[list[BlockState], Ring | None]:
     """The blocks' states, and the ring that they stream through where they do.
 
@@ -297,7 +332,8 @@ def make_states(
     if storage.memory is None or storage.own_master:
         return [BlockState(shard, rule, param_groups, storage) for shard in shards], None
     beside = extra_bytes(initial_extra(shard, rule, param_groups) for shard in shards)
-    plan = plan_ring([(shard, storage.shapes(shard, rule, param_groups)) for shard in shards], ring_bytes, beside)
+    shapes = [(shard, storage.shapes(shard, rule, param_groups)) for shard in shards]
+    plan = plan_ring(shapes, ring_bytes, beside, card_bytes)
     states = [BlockState(shard, rule, param_groups, storage, plan.tile_numel) for shard in shards]
     return states, Ring(plan.num_slots, plan.slot_bytes, storage.device) if plan.num_slots else None
 

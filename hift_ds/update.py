@@ -83,6 +83,7 @@ class BlockUpdate:
             The new model weights of this rank's shard: 1-D, in the model's dtype (fp32 where a block mixes dtypes).
         """
         state.step += 1
+        fresh, state.forgotten = state.forgotten, False
         weights = self._weights(state)
         if not self.rule.elementwise:
             for index, run in enumerate(state.shard.runs):
@@ -90,7 +91,7 @@ class BlockUpdate:
             return weights
         of_run = self._fused if self.kernel == "triton" else self._eager
         computes = [of_run(state, run, scaling, rates[run.group], block) for run in state.shard.runs]
-        for tile, tensors in self._visit(state, state.tiles):
+        for tile, tensors in self._visit(state, state.tiles, fresh=fresh):
             computes[tile.run](tile.span, grad[tile.span], weights[tile.span], tensors)
         return weights
 
@@ -101,16 +102,18 @@ class BlockUpdate:
             state.shard.read_weights(weights)
         return weights
 
-    def _visit(self, state: BlockState, tiles: list[Tile], write: bool = True) -> Iterator[tuple[Tile, Tensors]]:
+    def _visit(
+        self, state: BlockState, tiles: list[Tile], write: bool = True, fresh: bool = False
+    ) -> Iterator[tuple[Tile, Tensors]]:
         if state.streams and self.ring is not None:
-            return self.ring.visit(tiles, write)
+            return self.ring.visit(tiles, write, fresh)
         return ((tile, tile.home) for tile in tiles)
 
     def _eager(self, state: BlockState, run: Run, scaling: Scaling, lr: float, block: int) -> Compute:
         def compute(span: slice, grad: torch.Tensor, weights: torch.Tensor, tensors: Tensors) -> None:
             master = tensors.get("master")
             self.rule.update(
-                weights if master is None else master, _unscaled(grad, scaling), tensors, self.param_groups[run.group],
+                weights if master is None else master, unscaled(grad, scaling), tensors, self.param_groups[run.group],
                 lr=lr, step=state.step,
             )  # fmt: skip
             if master is not None:
@@ -170,10 +173,11 @@ class BlockUpdate:
             scalars = self._scalars(state, group, scaling, lr)
             update_run(self.rule, forms, gradient, group, scalars, seed=seed, **common)
         else:
-            self.rule.update_run(masters, _unscaled(gradient, scaling), group, **common)
+            self.rule.update_run(masters, unscaled(gradient, scaling), group, **common)
 
 
-def _unscaled(grad: torch.Tensor, scaling: Scaling) -> torch.Tensor:
+def unscaled(grad: torch.Tensor, scaling: Scaling) -> torch.Tensor:
+    """The gradient in fp32 as eager rules take it; one that is fp32 already is changed in place."""
     gradient = grad.float()
     return gradient if scaling.divisor == 1.0 else gradient.mul_(1.0 / scaling.divisor)
 

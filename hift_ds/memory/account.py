@@ -133,7 +133,7 @@ def _state_bytes(optimizer: HiFTOptimizer) -> int:
         return weights + sum(tensor.nbytes for state in states for tensor in state.all_tensors())
     shapes = [(s.shard, s.storage.shapes(s.shard, s.rule, optimizer.param_groups)) for s in states]
     beside = extra_bytes(state.extra for state in states)
-    plan = plan_ring(shapes, settings.ring_bytes, beside)
+    plan = plan_ring(shapes, settings.ring_bytes, beside, settings.card_bytes)
     longest = max(run.stop - run.start for state in states for run in state.shard.runs)
     gradient = min(plan.tile_numel, longest) if optimizer.rule.elementwise else longest
     ring = plan.num_slots * plan.slot_bytes + beside

@@ -9,8 +9,10 @@ from functools import partial
 from hift_ds.memory.figures import Plan
 from hift_ds.memory.plan import Planner
 from hift_ds.memory.request import RESERVE_BYTES, Request
+from hift_ds.state import ring_limit
 
 SHORTEST = 128  # tokens
+RING_SIZES = tuple(1 << power for power in range(32, 24, -1))  # 4 GiB to 32 MiB
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,8 @@ def _changes(request: Request) -> Iterator[Change]:
     yield Change('"layers_per_block": 1', "nothing per step; a cycle has more steps", _smallest_blocks)
     yield Change("ZeRO stage 2", "little: the ranks share gradients and state", _stage_2)
     yield Change('"master": "split16" in hift.state', "nothing: the same bits (by the fused kernels)", _split16)
-    yield Change('"ring_bytes": 33554432 in hift.state', "less of the copies is hidden", _small_ring)
+    for size in RING_SIZES:
+        yield Change(f'"ring_bytes": {size} in hift.state', "less of the copies is hidden", partial(_ring, size=size))
     yield Change("activation checkpointing", "about one more forward a step", _checkpointing)
     rows = request.micro_batch // 2
     while rows >= 1:
@@ -148,11 +151,11 @@ def _split16(request: Request) -> Request | None:
     return request.changed("hift", "state", "master", value="split16")
 
 
-def _small_ring(request: Request) -> Request | None:
+def _ring(request: Request, size: int) -> Request | None:
     state = request.hift.state
-    if state.residency != "stream" or state.ring_bytes is not None:
+    if state.residency != "stream" or size >= (state.ring_bytes or ring_limit(request.gpu_memory)):
         return None
-    return request.changed("hift", "state", "ring_bytes", value=1 << 25)
+    return request.changed("hift", "state", "ring_bytes", value=size)
 
 
 def _micro_batch(request: Request, rows: int) -> Request | None:

@@ -19,6 +19,7 @@ from hift_ds.launching import agree
 from hift_ds.memory.plan import Planner
 from hift_ds.memory.request import RESERVE_BYTES, Request, zero_section
 from hift_ds.rules import rule_from_optimizer
+from hift_ds.settings import card_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,9 @@ class Choice:
     warning: bool = False
 
 
-def choose_layers_per_block(module: Any, ds_config: Mapping[str, Any], world: int, memory: int, apart: bool) -> Choice:
+def choose_layers_per_block(
+    module: Any, ds_config: Mapping[str, Any], world: int, memory: int, apart: bool, card: int | None = None
+) -> Choice:
     """The choice for a transformers model; 1, with a warning, for a module that cannot be traced.
 
     Args:
@@ -48,6 +51,7 @@ def choose_layers_per_block(module: Any, ds_config: Mapping[str, Any], world: in
         world: Ranks.
         memory: Bytes that a rank may use.
         apart: Host and device are separate memories; otherwise the host's state counts, too.
+        card: Bytes of the card, by which the run chooses its ring.
     """
     config = getattr(module, "config", None)
     if not hasattr(module, "_from_config") or config is None:
@@ -55,7 +59,7 @@ def choose_layers_per_block(module: Any, ds_config: Mapping[str, Any], world: in
     seq = _sequence(ds_config, config)
     checkpointing = bool(getattr(module, "is_gradient_checkpointing", False))
     attention = getattr(config, "_attn_implementation", None)
-    request = Request(ds_config, seq, attention, checkpointing, gpus=world)
+    request = Request(ds_config, seq, attention, checkpointing, gpus=world, gpu_memory=card, on_cpu=not apart)
     frozen = [fqn for fqn, param in module.named_parameters() if not param.requires_grad]
     try:
         return largest_blocks(Planner(copy.deepcopy(config), type(module), frozen), request, memory, apart)
@@ -115,7 +119,9 @@ def agreed_layers_per_block(module: Any, ds_config: Mapping[str, Any], optimizer
         if dist.get_rank():
             return None
         apart = get_accelerator().device_name() != "cpu"
-        return choose_layers_per_block(module, _resolved(ds_config, optimizer), len(found), min(found), apart)
+        config = _resolved(ds_config, optimizer)
+        card = card_bytes(torch.device(get_accelerator().current_device_name()))
+        return choose_layers_per_block(module, config, len(found), min(found), apart, card)
 
     choices: list[Choice | None] = [None] * len(found)
     dist.all_gather_object(choices, agree(choose))

@@ -21,7 +21,7 @@ from hift_ds.memory.fake_model import FakeModel
 from hift_ds.memory.gathering import Gathered, Limits, ParameterSize, replay
 from hift_ds.memory.storages import StorageMeter
 from hift_ds.memory.trace import Event
-from hift_ds.rules import Rule, check_form, rule_from_config
+from hift_ds.rules import Rule, check_form, expected_kernel, rule_from_config
 from hift_ds.settings import Settings, updates_on_host
 from hift_ds.shards import Averaging, BlockShard
 from hift_ds.state import TILE_NUMEL, Storage, extra_bytes, initial_extra, plan_ring
@@ -55,6 +55,8 @@ class Layout:
         hift: That section.
         world: Ranks.
         frozen: Parameters (fqns) that do not require gradients.
+        card_bytes: Of one card's memory; `None` = not known.
+        on_cpu: The ranks train on CPUs.
 
     Attributes:
         plan: Blocks.
@@ -72,6 +74,8 @@ class Layout:
         hift: HiFTConfig,
         world: int,
         frozen: Collection[str] = (),
+        card_bytes: int | None = None,
+        on_cpu: bool = False,
     ) -> None:
         self.model, self.hift, self.world = model, hift, world
         # Without a process group DeepSpeed takes the world for 1, and would not agree with the batch of all ranks.
@@ -92,7 +96,7 @@ class Layout:
         self.groups = [{"params": [], **defaults}]
         self.dtype = next(iter(self.params.values())).dtype
         check_form(hift.state.master, hift.state.moments, self.rule, self.dtype)
-        self.settings = self._settings(ds_config)
+        self.settings = self._settings(ds_config, card_bytes, on_cpu)
         # No memory: nothing is allocated here, only sizes are asked for.
         self.storage = Storage(torch.device("cuda"), self.settings.form, own_master=self.settings.on_host)
         self.shards = [self._shard(block.fqns) for block in self.plan.blocks]
@@ -100,7 +104,7 @@ class Layout:
         self._factored = extra_bytes(map(self.extra, self.shards))  # on the device while a block is updated
         self.device_state, self._tile_numel = self._device_state()
 
-    def _settings(self, ds_config: Mapping[str, Any]) -> Settings:
+    def _settings(self, ds_config: Mapping[str, Any], card_bytes: int | None, on_cpu: bool) -> Settings:
         state = self.hift.state
         return Settings(
             stage=self.stage,
@@ -108,12 +112,13 @@ class Layout:
             clip=self.deepspeed.gradient_clipping,
             publish_numel=self.zero.allgather_bucket_size,
             reset_state=self.hift.inactive_state == "reset",
-            kernel="triton" if self.hift.kernel == "triton" or state.compact else "torch",
+            kernel=expected_kernel(self.hift.kernel, on_cpu, state.compact, updates_on_host(ds_config)),
             form=Form(state.master, state.moments),
             resident=state.residency == "device",
             ring_bytes=state.ring_bytes,
             on_host=updates_on_host(ds_config),
             seed=self.hift.seed,
+            card_bytes=card_bytes,
         )
 
     def _shard(self, fqns: Sequence[str]) -> BlockShard:
@@ -209,7 +214,7 @@ class Layout:
         if self.settings.resident:
             return always + sum(map(self.state_bytes, self.shards)), TILE_NUMEL
         shapes = [(shard, self.storage.shapes(shard, self.rule, self.groups)) for shard in self.shards]
-        ring = plan_ring(shapes, self.settings.ring_bytes, self._factored)
+        ring = plan_ring(shapes, self.settings.ring_bytes, self._factored, self.settings.card_bytes)
         return always + ring.num_slots * ring.slot_bytes, ring.tile_numel
 
     def host_state(self) -> int:

@@ -64,7 +64,10 @@ class Planner:
 
     def layout(self, request: Request) -> Layout:
         """The layout that the request's config makes."""
-        return Layout(self._model(request), request.ds_config, request.hift, request.world, self._frozen)
+        return Layout(
+            self._model(request), request.ds_config, request.hift, request.world, self._frozen, request.gpu_memory,
+            request.on_cpu,
+        )  # fmt: skip
 
     def peak(self, request: Request, indices: Sequence[int]) -> int:
         """Highest peak of some blocks; indices that the request's plan does not have count as its last."""

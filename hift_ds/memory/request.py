@@ -29,7 +29,7 @@ class Request:
         padded: Rows have padding, which takes an attention mask.
         gpus: Ranks of a node.
         nodes: Nodes.
-        gpu_memory: Bytes of one card; `None` = not given.
+        gpu_memory: Bytes of one card, by which the ring is chosen, too; `None` = not given.
         host_memory: Bytes of one node; `None` = not given.
         on_cpu: The ranks train on CPUs.
     """

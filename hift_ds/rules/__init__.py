@@ -13,10 +13,14 @@ from hift_ds.rules.adafactor import Adafactor
 from hift_ds.rules.adagrad import Adagrad
 from hift_ds.rules.adam import Adam
 from hift_ds.rules.base import Rule, Segment, check_bool, refuse_flags
+from hift_ds.rules.kernels import KernelChoice, choose_kernel, expected_kernel
 from hift_ds.rules.lion import Lion
 from hift_ds.rules.sgd import SGD
 
-__all__ = ["Rule", "Segment", "check_form", "choose_kernel", "rule_from_config", "rule_from_optimizer"]
+__all__ = [
+    "KernelChoice", "Rule", "Segment", "check_form", "choose_kernel", "expected_kernel", "rule_from_config",
+    "rule_from_optimizer",
+]  # fmt: skip
 
 _TORCH_NO_EFFECT = ("foreach", "fused")
 _TORCH_REFUSED = ("maximize", "differentiable")
@@ -129,47 +133,6 @@ def rule_from_optimizer(optimizer: torch.optim.Optimizer) -> Rule:
     for group in optimizer.param_groups:
         rule.check_group(group)
     return rule
-
-
-def choose_kernel(
-    kernel: str | None, device_type: str, compact: bool = False, on_host: bool = False
-) -> str:
-    """Which implementation runs the updates: `torch`, the eager rule, or `triton`, its fused kernel.
-
-    Args:
-        kernel: `hift.kernel`. `None` is `torch` unless `compact`: no fused kernel has been run on a GPU by this project
-            yet.
-        device_type: Where the updates run.
-        compact: `hift.state` asks for masters or moments that are not fp32.
-        on_host: `offload_optimizer.device: cpu` asks for updates on the host.
-
-    Raises:
-        ValueError: `triton` where kernels cannot run; `torch` where only kernels can.
-    """
-    if on_host and (kernel == "triton" or compact):
-        what = "hift.kernel='triton'" if kernel == "triton" else "hift.state"
-        raise ValueError(
-            f"zero_optimization.offload_optimizer.device='cpu': updates on the host have no fused kernel and keep fp32 "
-            f"masters and moments; remove it, or {what}"
-        )
-    if kernel == "torch" and compact:
-        raise ValueError(
-            "hift.kernel='torch': updates masters and moments in fp32 alone; use null or 'triton' with this hift.state"
-        )
-    if kernel != "triton" and not compact:
-        return "torch"
-    asked = "hift.kernel='triton'" if kernel == "triton" else "hift.state, which needs hift.kernel 'triton',"
-    remedy = "use null or 'torch'" if kernel == "triton" else "leave master and moments at 'fp32'"
-    try:
-        from hift_kernels.launching import is_available
-    except ImportError as error:
-        raise ValueError(f"{asked}: Triton is missing ({error}); {remedy}") from None
-    if not is_available(device_type):
-        raise ValueError(
-            f"{asked}: needs a CUDA device, and this run is on {device_type!r}; {remedy} "
-            "(TRITON_INTERPRET=1 runs the kernels on a CPU, very slowly, for tests)"
-        )
-    return "triton"
 
 
 def check_form(master: str, moments: str, rule: Rule, weight_dtype: torch.dtype) -> None:

@@ -14,7 +14,7 @@ import torch
 
 DEVICE = os.environ.get("HIFT_TEST_DEVICE", "cpu")
 FOLDER = Path(__file__).resolve().parents[2] / "kernels" / "benchmarks"
-HELPERS = {"__init__", "launching", "rounding", "scalars", "adafactor_squares", "quantize"}
+HELPERS = {"__init__", "launching", "rounding", "scalars", "adafactor_squares", "quantize", "probe"}
 KERNELS = sorted({path.stem for path in (FOLDER.parent / "hift_kernels").glob("*.py")} - HELPERS)
 
 

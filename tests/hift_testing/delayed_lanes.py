@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from hift_ds.ring import Lanes
 
 
@@ -35,6 +37,7 @@ class QueuedLane:
         self.name, self.deaf_to = name, tuple(deaf_to)
         self.items: list[Callable[[], None] | Event] = []
         self.done = 0
+        self.used: list[torch.Tensor] = []
 
     def run(self, work: Callable[[], None]) -> None:
         self.items.append(work)
@@ -48,6 +51,9 @@ class QueuedLane:
 
     def synchronize(self) -> None:
         self.record().force()
+
+    def uses(self, tensor: torch.Tensor) -> None:
+        self.used.append(tensor)
 
     def can_advance(self) -> bool:
         if self.done == len(self.items):

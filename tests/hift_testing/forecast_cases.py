@@ -63,7 +63,8 @@ def forecast_and_measured(
         gc.collect()  # what DeepSpeed's set-up leaves in cycles
         measured, counted = _measure(engine, meter, cycles=3, rows=rows)
     world = engine.dp_world_size
-    request = Request(complete_config(config, None, None, None, world), rows[1], attention, checkpointing, gpus=world)
+    config = complete_config(config, None, None, None, world)
+    request = Request(config, rows[1], attention, checkpointing, gpus=world, on_cpu=True)
     facts = {"measured": measured, "counted": counted}
     return facts if dist.get_rank() else {**facts, **_forecast(request)}
 

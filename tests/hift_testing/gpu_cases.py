@@ -137,7 +137,8 @@ def peaks(
             engine.backward(loss)
             del loss
             engine.step()
-    request = Request(config, seq, None, checkpointing)
+    card, on_cpu = engine.optimizer.settings.card_bytes, engine.device.type == "cpu"
+    request = Request(config, seq, None, checkpointing, gpu_memory=card, on_cpu=on_cpu)
     if engine.device.type == "cpu":  # one memory: nothing streams
         request = request.changed("hift", "state", value={"residency": "device"})
     plan = Planner(LlamaConfig(**llama)).plan(request)

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
+from deepspeed import comm as dist
 from hift_testing import fused_oracle
 from hift_testing.parity_cases import RULES
 from hift_testing.training import batch_of, ds_config, engine_of, run_steps, whole_weights
+
+from hift_ds import start as start_module
+from hift_ds.rules import KernelChoice
 
 HIFT = {"layers_per_block": 3}
 
@@ -135,3 +143,40 @@ def _as_numpy(state: Any, grad: torch.Tensor) -> tuple[np.ndarray, dict[str, np.
 
 def _renamed(slots: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {"accumulator" if name == "sum" else name: array for name, array in slots.items()}
+
+
+def agreed_kernels(choices: list[KernelChoice], refuses: bool = False) -> dict[str, Any]:
+    """Two steps of an engine whose ranks have made these choices by themselves. Collective.
+
+    Args:
+        refuses: The last rank raises instead.
+
+    Returns:
+        `kernel`: what the engine runs; `warnings`; `error`: what `initialize` raised.
+    """
+    rank, warnings = dist.get_rank(), []
+
+    def choose(*args: Any) -> KernelChoice:
+        if refuses and rank == len(choices) - 1:
+            raise ValueError("hift.kernel='triton': no compiler")
+        return choices[rank]
+
+    with mock.patch.object(start_module, "choose_kernel", choose), watched(start_module.logger, warnings):
+        try:
+            engine = engine_of(ds_config(2, "bf16", HIFT))
+        except (ValueError, RuntimeError) as error:
+            return {"error": str(error)}
+    run_steps(engine, 2)
+    return {"kernel": engine.optimizer.settings.kernel, "warnings": [w for w in warnings if "kernel" in w]}
+
+
+@contextmanager
+def watched(logger: logging.Logger, messages: list[str]) -> Iterator[None]:
+    """Inside, a logger's warnings are added to `messages`."""
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)

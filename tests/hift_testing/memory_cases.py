@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 from unittest import mock
 
@@ -16,8 +17,12 @@ from hift_testing.invariant_cases import digest, digest_of, state_by_block, weig
 from hift_testing.training import DTYPES, cast_parameters, ds_config, engine_of, run_steps, small_llama, whole_weights
 from torch import nn
 
-from hift_ds import host_update, state
+from hift_ds import engine as engine_module
+from hift_ds import host_update, ring, state
 from hift_ds.engine import HiFTEngine
+from hift_ds.memory.plan import Planner
+from hift_ds.memory.request import Request
+from hift_ds.recipes.planning import complete_config
 from hift_ds.ring import Lanes
 from hift_ds.rules.adam import Adam
 
@@ -133,13 +138,13 @@ def measured(
 def same_training(stage: int, dtype: str, hift: dict[str, Any], rule: dict[str, Any] | None = None) -> list[str]:
     """Fingerprints of weights and state after 9 steps: one memory and one tile; two memories and many tiles; the same
     with copies that happen at the last moment."""
-    found = []
+    found, factored = [], 0
     for separate, lanes in ((False, Lanes.of), (True, Lanes.of), (True, lazy_copies)):
         with separate_host(separate, tile=48), mock.patch.object(Lanes, "of", lanes):
-            factored = 7632 if rule and rule["type"] == "Adafactor" else 0  # `state.extra_bytes` of the largest block
             ring = {"ring_bytes": 3 * 3 * 256 + factored} if separate else {}
             config = ds_config(stage, dtype, {**hift, "state": ring}, **({"optimizer": rule} if rule else {}))
             engine = engine_of(config)
+            factored = state.extra_bytes(block.extra for block in engine.optimizer.states)
             assert engine.optimizer.states[0].streams == separate
             assert len(engine.optimizer.states[0].tiles) > 10 or not separate
             run_steps(engine, 9)
@@ -147,13 +152,13 @@ def same_training(stage: int, dtype: str, hift: dict[str, Any], rule: dict[str, 
     return found
 
 
-def same_resumption(folder: str, stage: int, dtype: str) -> list[list[str]]:
+def same_resumption(folder: str, stage: int, dtype: str, hift: dict[str, Any]) -> list[list[str]]:
     """Fingerprints of weights and state in one memory, then in two with copies that happen at the last moment: a run
     that is saved goes on, goes back and goes on; another one loads it; a third, in its course, the weights alone."""
     found = []
     for separate, lanes in ((False, Lanes.of), (True, lazy_copies)):
         place = f"{folder}/{separate}"
-        config = ds_config(stage, dtype, {"state": {"ring_bytes": 3 * 3 * 256} if separate else {}})
+        config = ds_config(stage, dtype, {**hift, "state": {"ring_bytes": 3 * 3 * 256} if separate else {}})
         with separate_host(separate, tile=48), mock.patch.object(Lanes, "of", lanes):
             first, second, third = (engine_of(config, small_llama(seed)) for seed in range(3))
             run_steps(first, 8)
@@ -191,6 +196,91 @@ def loaded_ahead(stage: int, hift: dict[str, Any]) -> dict[str, list[bool]]:
         optimizer.state_dict()
         found["forgotten"] = [not optimizer.ring._ahead]
     return found
+
+
+def reset_run(stage: int, dtype: str) -> dict[str, Any]:
+    """Two cycles of turns of two steps, each begun with fresh state.
+
+    Returns:
+        `settled`: how often the ring made the host wait; `filled`: how often a tile was loaded without its moments, and
+        `tiles`: of all turns, and those loaded ahead.
+    """
+    facts, load = {"settled": 0, "filled": 0, "tiles": 0}, ring._load
+
+    def counting(sources: Any, targets: Any, initial: dict[str, float]) -> None:
+        facts["filled"] += bool(initial)
+        load(sources, targets, initial)
+
+    with separate_host(), mock.patch.object(ring, "_load", counting):
+        engine = engine_of(ds_config(stage, dtype, {"inactive_state": "reset", "steps_per_block": 2}))
+        settle = engine.optimizer.ring.settle
+        with mock.patch.object(engine.optimizer.ring, "settle", side_effect=settle) as settled:
+            run_steps(engine, 4 * len(engine.hift.blocks))
+        facts["settled"] = settled.call_count
+        facts["tiles"] = 2 * sum(len(block.tiles) for block in engine.optimizer.states)
+        facts["tiles"] += len(engine.optimizer.ring._ahead)
+    return facts
+
+
+def failed_reset(folder: str, stage: int, dtype: str) -> list[str]:
+    """Fingerprints three steps after a checkpoint from the middle of a turn: gone on at once, and loaded after an
+    update that failed at the start of the same block's next turn."""
+    with separate_host():
+        hift = {"inactive_state": "reset", "steps_per_block": 2, "layers_per_block": 3}
+        engine = engine_of(ds_config(stage, dtype, hift))
+        run_steps(engine, 1)
+        engine.save_checkpoint(folder)
+        found = [_mark(engine, 1)]
+        cycle = 2 * len(engine.hift.blocks)
+        run_steps(engine, cycle - 4, start=4)
+        failing = mock.patch.object(engine.optimizer.ring, "visit", side_effect=MemoryError)
+        with failing as failed, suppress(MemoryError):
+            run_steps(engine, 1, start=cycle)
+        assert failed.call_count == 1
+        engine.load_checkpoint(folder)
+        found.append(_mark(engine, 1))
+    return found
+
+
+def skipped_reset(stage: int, dtype: str) -> list[list[str]]:
+    """Fingerprints of weights and state, in one memory and in two, right after a step that would have begun a turn with
+    fresh state but had no gradient, and four steps later."""
+    found, cycle, half = [], 4, LAYERS // 2
+    for separate in (False, True):
+        model = Stack()
+        with separate_host(separate):
+            keys = {"inactive_state": "reset", "steps_per_block": 2, "no_gradient": "skip", "layers_per_block": half}
+            engine = engine_of(_config(stage, dtype, keys), model)
+            layers, marks = list(model.layers), []
+            for step in range(cycle + 5):
+                for index in range(half if step == cycle else 0):
+                    model.layers[index] = nn.Identity()
+                x = torch.randn(1, WIDTH, generator=torch.Generator().manual_seed(step)).to(DTYPES[dtype])
+                engine.backward(engine(x.requires_grad_()))
+                for index, layer in enumerate(layers):
+                    model.layers[index] = layer
+                engine.step()
+                if step >= cycle:
+                    marks.append(digest_of(weights_by_block(engine)) + digest_of(state_by_block(engine)))
+        found.append(marks)
+    return found
+
+
+def same_ring(stage: int, dtype: str, card: int, **least: int) -> tuple[int, int, int]:
+    """Bytes of the default ring on a card of so many bytes: the engine's, a plan's, and of the largest block's state.
+
+    Args:
+        least: `RING_BYTES`, in the place of 128 MiB.
+    """
+    model = small_llama()
+    known = mock.patch.object(engine_module, "card_bytes", lambda device: card)
+    with separate_host(tile=48), mock.patch.multiple(state, **least), known:
+        engine = engine_of(ds_config(stage, dtype, {}), model)
+        config = complete_config(ds_config(stage, dtype, {}), None, None, None, engine.dp_world_size)
+        request = Request(config, 12, "eager", gpus=engine.dp_world_size, gpu_memory=card)
+        planned = Planner(copy.deepcopy(model.config)).layout(request).device_state
+    states = engine.optimizer.states
+    return engine.optimizer.ring.nbytes, planned, max(sum(t.nbytes for t in s.tensors.values()) for s in states)
 
 
 class StandInAdam:

@@ -104,11 +104,38 @@ def test_state_that_streams_in_small_tiles_and_late_copies_trains_bitwise_the_sa
         assert together == apart == late
 
 
-@pytest.mark.parametrize(("stage", "dtype"), [(2, "bf16"), (3, "bf16"), (1, "fp32")])
+def test_state_that_begins_anew_is_filled_in_the_ring_and_the_host_does_not_wait(two_ranks):
+    for facts in two_ranks.run(cases.reset_run, 2, "bf16"):
+        assert facts["settled"] == 0
+        assert facts["filled"] == facts["tiles"] > 0
+
+
+def test_a_turn_that_begins_without_a_gradient_leaves_fresh_state_on_the_host_too(two_ranks):
+    for together, apart in two_ranks.run(cases.skipped_reset, 2, "bf16"):
+        assert together == apart
+        assert len(set(together)) == 5
+
+
+def test_moments_that_are_loaded_after_a_failed_update_of_fresh_state_stay(two_ranks, tmp_path):
+    for gone_on, loaded in two_ranks.run(cases.failed_reset, str(tmp_path), 2, "bf16"):
+        assert gone_on == loaded
+
+
+@pytest.mark.parametrize("tenth", [8_000, 40_000, 10**6])
+def test_engine_and_plan_make_the_same_ring_for_a_card(two_ranks, tenth):
+    for ring, planned, block in two_ranks.run(cases.same_ring, 2, "bf16", 10 * tenth, RING_BYTES=5_000):
+        assert ring == planned
+        assert 0.7 * min(tenth, block) <= ring <= min(tenth, 1.1 * block)
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype", "hift"),
+    [(2, "bf16", {}), (3, "bf16", {"inactive_state": "reset", "steps_per_block": 2}), (1, "fp32", {})],
+)
 def test_a_checkpoint_of_state_on_its_way_is_whole_and_what_was_loaded_ahead_is_forgotten(
-    two_ranks, tmp_path, stage, dtype
+    two_ranks, tmp_path, stage, dtype, hift
 ):
-    for together, late in two_ranks.run(cases.same_resumption, str(tmp_path), stage, dtype):
+    for together, late in two_ranks.run(cases.same_resumption, str(tmp_path), stage, dtype, hift):
         assert together == late
         assert late[0] == late[1] == late[2] != late[3]
 

@@ -3,7 +3,32 @@
 import pytest
 from hift_testing import kernel_cases, parity_cases
 
+from hift_ds.rules import KernelChoice
+
 pytestmark = pytest.mark.multi_rank
+
+TORCH, TRITON, WRONG = KernelChoice("torch"), KernelChoice("triton"), KernelChoice("torch", "wrong bits")
+
+
+@pytest.mark.parametrize(
+    ("choices", "kernel", "warning"),
+    [
+        ([TRITON, TRITON], "triton", None), ([TORCH, TORCH], "torch", None), ([TRITON, WRONG], "torch", 1),
+        ([WRONG, TRITON], "torch", 0), ([WRONG, WRONG], "torch", 0),
+    ],
+)  # fmt: skip
+def test_all_ranks_run_the_same_kernel_and_rank_0_says_once_why_not_the_fused(two_ranks, choices, kernel, warning):
+    first, second = two_ranks.run(kernel_cases.agreed_kernels, choices)
+    assert first["kernel"] == second["kernel"] == kernel
+    said = [] if warning is None else [f"hift.kernel=null: updates run in eager torch: rank {warning}: wrong bits"]
+    assert (first["warnings"], second["warnings"]) == (said, [])
+
+
+def test_a_kernel_that_one_rank_refuses_is_an_error_on_all(two_ranks):
+    first, second = two_ranks.run(kernel_cases.agreed_kernels, [TRITON, TRITON], refuses=True)
+    assert second["error"] == "hift.kernel='triton': no compiler"
+    assert first["error"] == "rank 1 failed: ValueError: hift.kernel='triton': no compiler"
+
 
 NUMPY_RULES = tuple(rule for rule in parity_cases.RULES if rule != "adafactor")
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hift_testing.locking import Driver
 
+from hift_ds import host_memory
 from hift_ds.host_memory import HostMemory
 
 SHAPES = {"master": (1000, torch.float32), "empty": (0, torch.float32), "codes": (77, torch.uint8)}
@@ -42,6 +43,34 @@ def test_memory_is_locked_while_any_tensor_lives_and_unlocked_after():
     assert not driver.locked
 
 
+@pytest.mark.parametrize("refused", [False, True])
+def test_huge_pages_are_asked_for_before_pages_are_locked_and_are_not_needed(monkeypatch, refused):
+    calls, driver = [], Driver()
+
+    class Memory(host_memory._Memory):
+        def madvise(self, option):
+            calls.append(option)
+            if refused:
+                raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(host_memory, "_Memory", Memory)
+    monkeypatch.setattr(host_memory.mmap, "MADV_DONTFORK", "no fork", raising=False)
+    monkeypatch.setattr(host_memory.mmap, "MADV_HUGEPAGE", "huge", raising=False)
+
+    def register(address, nbytes):
+        calls.append("locked")
+        driver.register(address, nbytes)
+        if refused:  # the other advice is not optional
+            monkeypatch.setattr(Memory, "madvise", lambda self, option: calls.append(option))
+
+    tensors = HostMemory(register, driver.unregister).arena(SHAPES)
+    tensors["master"].fill_(1.5)
+    assert calls == ["huge", "locked", "no fork"]
+    monkeypatch.delattr(host_memory.mmap, "MADV_HUGEPAGE")  # a platform without them
+    assert bool((HostMemory().arena(SHAPES)["master"].fill_(2.0) == 2.0).all())
+    assert calls == ["huge", "locked", "no fork"]
+
+
 def test_where_locking_fails_memory_is_pageable_with_one_warning_and_one_attempt(caplog):
     driver = Driver(fails=True)
     memory = HostMemory(driver.register, driver.unregister)
@@ -52,7 +81,8 @@ def test_where_locking_fails_memory_is_pageable_with_one_warning_and_one_attempt
     gc.collect()
     assert driver.attempts == 1
     (message,) = (record.getMessage() for record in caplog.records)
-    assert "page-locking" in message and "ulimit -l" in message and "hift.state.pin_memory" in message
+    for words in ("page-locking", "steps wait for them", "ulimit -l", "hift.state.pin_memory"):
+        assert words in message
 
 
 @pytest.mark.parametrize("name", ["master", "codes"])

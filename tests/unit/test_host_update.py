@@ -34,6 +34,23 @@ def trained(memory: HostMemory | None, after_start=lambda: None) -> list[torch.T
     return [param.detach().clone() for param in params]
 
 
+@pytest.mark.parametrize(("dtype", "buffers"), [(torch.bfloat16, 1), (torch.float32, 2)])
+def test_gradients_are_made_fp32_in_kept_memory(monkeypatch, dtype, buffers):
+    monkeypatch.setattr(state, "TILE_NUMEL", 1024)
+    param = torch.nn.Parameter(torch.zeros(5000, dtype=dtype))
+    rule, defaults = rule_from_config("SGD", {"lr": 0.1})
+    groups, shard = [{**defaults, "params": [param]}], BlockShard([("weight", param)], {"weight": 0}, 1, 0)
+    states, _ = make_states([shard], rule, groups, Storage(CPU, memory=HostMemory(), own_master=True), None)
+    update = HostUpdate(rule, groups, CPU, lambda tensor: tensor, states)
+    grad = torch.randn(shard.numel).to(dtype)
+    weights, places = torch.empty(shard.numel, dtype=dtype), set()
+    for tile, gradient in update._staging.visit(states[0].tiles, grad, weights):
+        assert gradient.dtype == torch.float32 and torch.equal(gradient, grad[tile.span].float())
+        places.add(gradient.data_ptr())
+        gradient.zero_()  # a rule uses it up
+    assert len(states[0].tiles) == 5 and len(places) == buffers
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_every_buffer_is_locked_at_the_start_and_none_later(monkeypatch, fails):
     monkeypatch.setattr(state, "TILE_NUMEL", 1024)

@@ -15,7 +15,7 @@ ROOT = PACKAGE.parent
 
 # Of the core, only these know DeepSpeed.
 KNOW_DEEPSPEED = {
-    "engine", "optimizer", "shards", "gradients", "measure", "reach", "host_update", "launching", "fragments",
+    "engine", "start", "optimizer", "shards", "gradients", "measure", "reach", "host_update", "launching", "fragments",
     "surface", "memory",
 }  # fmt: skip
 # From the bottom up: a module imports from its own row and those before it.
@@ -23,12 +23,13 @@ LAYERS = (
     ("rules",),
     ("rewind",),
     ("config", "blocks", "rotation", "schedule", "ds_keys", "surface", "activations", "traces"),
-    ("host_memory", "ring", "forms", "param_groups", "shards", "gradients", "launching"),
+    ("host_memory", "ring", "forms", "offload", "param_groups", "shards", "gradients", "launching"),
     ("state", "measure", "attachment", "guard", "reach"),
     ("settings",),
     ("memory",),
     ("checkpoint", "update", "host_update", "optimizer", "fragments"),
     ("view", "engine"),
+    ("start",),
     ("recipes", "integrations", "cli", "run"),
 )
 

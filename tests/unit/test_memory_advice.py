@@ -5,6 +5,8 @@ from dataclasses import replace
 import pytest
 import transformers as hf
 
+from hift_ds import state
+from hift_ds.memory import advice
 from hift_ds.memory.advice import _changes, advise
 from hift_ds.memory.plan import Planner
 from hift_ds.memory.request import RESERVE_BYTES, Request
@@ -117,6 +119,26 @@ def test_card_and_node_must_both_fit_after_the_change(planner):
     assert whats == ['"layers_per_block": 1', '"master": "split16" in hift.state']
 
 
+def test_a_ring_too_large_for_the_card_gives_way_to_the_largest_that_fits(planner, monkeypatch):
+    block = max(planner.plan(request_of()).blocks, key=lambda block: block.host_state).host_state
+    monkeypatch.setattr(state, "RING_BYTES", 1)
+    monkeypatch.setattr(advice, "RING_SIZES", (1 << 20, 1 << 18, 1 << 17, 1 << 16))
+    least = need(planner, request_of(state={"ring_bytes": 1 << 17}))
+    whats, plan = advice_for(planner, request_of(), gpu=least + 1000)
+    assert whats == ['"ring_bytes": 131072 in hift.state']
+    assert need(planner, request_of()) < least < least + block < plan.worst.peak + RESERVE_BYTES + 2 * block
+
+
+def test_only_rings_smaller_than_the_present_one_are_proposed():
+    def sizes(request):
+        return [int(what.split()[1]) >> 20 for what in names(request) if "ring_bytes" in what]
+
+    assert sizes(request_of()) == [64, 32], "128 MiB where no card is known"
+    assert sizes(replace(request_of(), gpu_memory=24 << 30)) == [2048, 1024, 512, 256, 128, 64, 32]
+    assert sizes(replace(request_of(state={"ring_bytes": 100 << 20}), gpu_memory=24 << 30)) == [64, 32]
+    assert sizes(request_of(state={"residency": "device"})) == []
+
+
 def test_several_ranks_are_given_stage_2_before_stage_3(planner):
     limit = need(planner, request_of(world=4, stage=2))
     assert need(planner, request_of(world=4, stage=3)) <= limit, "stage 3 would do as well"
@@ -151,7 +173,7 @@ def names(request):
 
 
 def test_what_is_so_already_is_not_proposed():
-    request = replace(request_of(world=4, stage=3, checkpointing=True, state={"ring_bytes": 10**8}), seq=128)
+    request = replace(request_of(world=4, stage=3, checkpointing=True, state={"ring_bytes": 1 << 25}), seq=128)
     assert names(request) == ['ZeRO stage 3 with "offload_param": {"device": "cpu"}']
     offloaded = request.changed("zero_optimization", "offload_param", value={"device": "cpu"})
     assert names(offloaded) == []

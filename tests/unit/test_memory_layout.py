@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from hift_ds import state
 from hift_ds.config import HiFTConfig
 from hift_ds.memory.gathering import Limits, ParameterSize
 from hift_ds.memory.layout import GradientBytes, Layout
@@ -34,8 +35,9 @@ class Layers(nn.Module):
 
 
 def layout_of(
-    stage=0, world=1, dtype=torch.bfloat16, optimizer="AdamW", zero=(), state=(), params=(), frozen=(), hift=(), **extra
-):
+    stage=0, world=1, dtype=torch.bfloat16, optimizer="AdamW", zero=(), state=(), params=(), frozen=(), hift=(),
+    card=None, on_cpu=True, **extra
+):  # fmt: skip
     mode = FakeTensorMode()
     with mode:
         model = SimpleNamespace(module=Layers(dtype), mode=mode)
@@ -48,7 +50,7 @@ def layout_of(
         **({"bf16": {"enabled": True}} if dtype == torch.bfloat16 else {}),
         **extra,
     }
-    return Layout(model, config, HiFTConfig.from_ds_config(config), world, frozen)
+    return Layout(model, config, HiFTConfig.from_ds_config(config), world, frozen, card, on_cpu)
 
 
 def states(layout):
@@ -116,6 +118,15 @@ def test_ring_is_as_large_as_it_may_be():
     assert layout_of(state={"ring_bytes": RING + 12_287}).device_state == RING, "whole tiles alone"
     assert layout_of(state={"ring_bytes": RING + 12_288}).device_state == RING + 12_288, "a fourth tile"
     assert layout_of(state={"ring_bytes": 10**6}).device_state == 3 * TILE
+
+
+def test_ring_is_by_default_the_largest_blocks_state_if_that_is_a_tenth_of_the_card(monkeypatch):
+    monkeypatch.setattr(state, "RING_BYTES", RING)
+    assert layout_of().device_state == RING, "no card is known"
+    assert layout_of(card=10 * RING - 1).device_state == RING, "and never less"
+    assert layout_of(card=10 * (RING + 12_288)).device_state == RING + 12_288, "a tenth, a part of the block"
+    assert layout_of(card=10**7).device_state == 3 * TILE, "all of the block"
+    assert layout_of(card=10**7, state={"ring_bytes": RING}).device_state == RING, "what is asked for"
 
 
 def test_a_ring_too_small_for_three_tiles_is_refused():
@@ -242,6 +253,7 @@ def test_fused_kernels_and_updates_on_the_host_make_no_fp32_gradient():
     for keywords in (
         {"state": {"master": "split16"}},
         {"hift": {"kernel": "triton"}},
+        {"on_cpu": False},  # null, on a card where nothing is wrong with the kernels
         {"zero": {"offload_optimizer": {"device": "cpu"}}},
     ):
         layout = layout_of(**keywords)

@@ -22,7 +22,8 @@ def blocks_of(counts: list[int]) -> list[list[Tile]]:
         narrow = torch.arange(value, value + count * NUMEL).to(torch.int16)
         value += count * NUMEL
         spans = [slice(index * NUMEL, (index + 1) * NUMEL) for index in range(count)]
-        blocks.append([Tile(0, span, {"wide": wide[span], "narrow": narrow[span]}) for span in spans])
+        initial = {"narrow": 5}
+        blocks.append([Tile(0, span, {"wide": wide[span], "narrow": narrow[span]}, initial) for span in spans])
     return blocks
 
 
@@ -35,21 +36,25 @@ def contents(blocks: list[list[Tile]]) -> list[list[torch.Tensor]]:
     return [[tensor.clone() for tile in tiles for tensor in tile.home.values()] for tiles in blocks]
 
 
-def run(blocks, turns, num_slots, lanes, writes=None, prefetch=True) -> Ring:
-    """One turn after the other, all of it only queued."""
+def run(blocks, turns, num_slots, lanes, writes=None, prefetch=True, fresh=(), foreseen=None) -> Ring:
+    """One turn after the other, all of it only queued; `fresh`: steps before which state begins anew, `foreseen`: at
+    which the ring is told so in advance (by default the same)."""
     ring = Ring(num_slots, slot_bytes((4 * NUMEL, 2 * NUMEL)), CPU, lanes)
+    foreseen = fresh if foreseen is None else foreseen
     for step, block in enumerate(turns):
-        for _, tensors in ring.visit(blocks[block], write=writes is None or writes[step]):
+        for _, tensors in ring.visit(blocks[block], writes is None or writes[step], step in fresh):
             lanes.update.run(lambda tensors=tensors, step=step: update(tensors, step))
         if prefetch and step + 1 < len(turns):
-            ring.prefetch(blocks[turns[step + 1]])
+            ring.prefetch(blocks[turns[step + 1]], step + 1 in foreseen)
     return ring
 
 
-def expected(counts, turns, writes=None):
+def expected(counts, turns, writes=None, fresh=()):
     blocks = blocks_of(counts)
     for step, block in enumerate(turns):
         for tile in blocks[block]:
+            for name, value in tile.initial.items() if step in fresh else ():
+                tile.home[name].fill_(value)
             if writes is None or writes[step]:
                 update(tile.home, step)
     return contents(blocks)
@@ -85,6 +90,35 @@ def test_a_visit_that_does_not_write_leaves_the_host_as_it_was(order):
     run(blocks, turns, 4, lanes, writes)
     drain(lanes, order)
     assert same(contents(blocks), expected([3, 2], turns, writes))
+
+
+@pytest.mark.parametrize("order", list(permutations(LANES)), ids="-".join)
+@pytest.mark.parametrize("num_slots", [1, 3, 7])
+@pytest.mark.parametrize("foreseen", [None, (), (1, 2, 4)])
+def test_a_fresh_state_is_filled_on_the_device_whatever_was_loaded_ahead(num_slots, order, foreseen):
+    counts, turns, fresh = [5, 2], [0, 0, 1, 1, 0, 0], (0, 2, 4)
+    for prefetch in (True, False):
+        blocks, lanes = blocks_of(counts), queued()
+        run(blocks, turns, num_slots, lanes, prefetch=prefetch, fresh=fresh, foreseen=foreseen)
+        drain(lanes, order)
+        assert same(contents(blocks), expected(counts, turns, fresh=fresh))
+
+
+def test_of_a_fresh_state_only_masters_are_copied_to_the_device(monkeypatch):
+    copied, original = [], ring_module._copy
+    monkeypatch.setattr(ring_module, "_copy", lambda s, t: (copied.append(sorted(s)), original(s, t)))
+    blocks, lanes = blocks_of([2]), queued()
+    run(blocks, [0], 2, lanes, fresh=(0,))
+    drain(lanes, ("copy_in", "update", "copy_out"))
+    assert sorted(copied) == [["narrow", "wide"]] * 2 + [["wide"]] * 2, "and both back"
+
+
+def test_the_copies_streams_keep_the_buffer_from_other_owners():
+    lanes = queued()
+    ring = Ring(2, 256, CPU, lanes)
+    for lane in (lanes.copy_in, lanes.copy_out):
+        (used,) = lane.used
+        assert used is ring.buffer
 
 
 def corrupted(lanes: Lanes, num_slots: int, writes=None) -> bool:

@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 
-from hift_ds.rules import Segment, check_form, choose_kernel, rule_from_config, rule_from_optimizer
+from hift_ds.rules import Segment, check_form, rule_from_config, rule_from_optimizer
 
 # Lengths with and without a whole number of vector registers, a scalar, an empty and a 3-D parameter.
 SHAPES = {"weight": (37, 65), "bias": (33,), "scalar": (), "stack": (3, 5, 7), "empty": (0, 4), "wide": (2, 300)}
@@ -482,39 +482,6 @@ def test_a_fused_update_is_the_eager_one_to_two_spacings(optimizer_class, hyper)
         # Where L2 decay cancels the gradient, Adam's quotient enlarges what the last bit of their sum was.
         assert (off <= 2).float().mean() > 0.999 and off.max() <= 32, off.max()
     assert not torch.equal(runs[1][0], start)
-
-
-def test_the_kernel_is_what_was_asked_for_and_torch_where_nothing_was(monkeypatch):
-    monkeypatch.setattr("hift_kernels.launching.INTERPRET", False)
-    assert choose_kernel(None, "cuda") == choose_kernel("torch", "cuda") == "torch"
-    assert choose_kernel("triton", "cuda") == choose_kernel(None, "cuda", compact=True) == "triton"
-    assert choose_kernel(None, "cpu", on_host=True) == choose_kernel("torch", "cuda", on_host=True) == "torch"
-    with pytest.raises(ValueError, match=r"hift\.kernel='triton': needs a CUDA device, and this run is on 'cpu'; use"):
-        choose_kernel("triton", "cpu")
-    monkeypatch.setattr("hift_kernels.launching.INTERPRET", True)
-    assert choose_kernel("triton", "cpu") == "triton"
-
-
-def test_compact_state_needs_the_fused_kernels(monkeypatch):
-    with pytest.raises(ValueError, match=r"hift\.kernel='torch': updates masters and moments in fp32 alone; use null"):
-        choose_kernel("torch", "cuda", compact=True)
-    monkeypatch.setattr("hift_kernels.launching.INTERPRET", False)
-    with pytest.raises(ValueError, match=r"hift\.state, which .* CUDA device.*leave master and moments at 'fp32'"):
-        choose_kernel(None, "cpu", compact=True)
-
-
-@pytest.mark.parametrize(
-    ("kernel", "compact", "named"), [("triton", False, "hift.kernel='triton'"), (None, True, "hift.state")]
-)
-def test_updates_on_the_host_go_with_neither_kernels_nor_compact_state(kernel, compact, named):
-    with pytest.raises(ValueError, match=f"offload_optimizer.device='cpu': .*remove it, or {named}$"):
-        choose_kernel(kernel, "cuda", compact, on_host=True)
-
-
-def test_the_kernel_without_triton_is_refused(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "hift_kernels.launching", None)
-    with pytest.raises(ValueError, match=r"hift\.kernel='triton': Triton is missing .*; use null or 'torch'"):
-        choose_kernel("triton", "cuda")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from torch import nn
 from hift_ds.forms import GROUP, Form
 from hift_ds.rules import rule_from_config
 from hift_ds.shards import BlockShard
-from hift_ds.state import BlockState, Storage
+from hift_ds.state import LARGEST_TILE_BYTES, RING_BYTES, TILE_BYTES, BlockState, Storage, plan_ring
 
 CPU = torch.device("cpu")
 SIZES = (300, 64, 1000, 1, 257, 700, 128)
@@ -119,3 +119,80 @@ def test_a_block_of_mixed_dtypes_keeps_fp32_masters(form):
     assert state.master.dtype == torch.float32
     assert torch.equal(state.read(0, None), value)
     assert torch.equal(params[0][1], value.bfloat16())
+
+
+LAYER, EMBEDDING, GIB = 202_383_360, 131_072_000, 1 << 30  # elements of a 7B Llama's blocks
+
+
+def ring_of(ring_bytes=None, card=None, numels=(EMBEDDING, LAYER), each=12, beside=0):
+    """The ring of blocks of bf16 weights with fp32 state, without their memory; with SGD 4 bytes an element."""
+    rule, defaults = rule_from_config("AdamW" if each == 12 else "SGD", {"lr": 0.1})
+    params = [nn.Parameter(torch.empty(numel, dtype=torch.bfloat16, device="meta")) for numel in numels]
+    shards = [BlockShard([("weight", param)], {"weight": 0}, 1, 0) for param in params]
+    storage = Storage(CPU)
+    shapes = [(shard, storage.shapes(shard, rule, [{**defaults, "params": params}])) for shard in shards]
+    plan = plan_ring(shapes, ring_bytes, beside, card)
+    return plan, plan.num_slots * plan.slot_bytes
+
+
+@pytest.mark.parametrize(("card", "each"), [(24 * GIB, 12), (80 * GIB, 12), (16 * GIB, 4)])
+def test_the_default_ring_holds_the_largest_block_where_that_is_a_tenth_of_the_card(card, each):
+    plan, nbytes = ring_of(card=card, each=each)
+    assert each * LAYER <= nbytes < each * LAYER * 1.001, "all of the block, and no slot half empty"
+    assert plan.num_slots == -(-LAYER // plan.tile_numel)
+    assert LARGEST_TILE_BYTES // 2 <= plan.slot_bytes <= LARGEST_TILE_BYTES
+
+
+def test_the_default_ring_takes_no_more_than_a_tenth_of_the_card():
+    plan, nbytes = ring_of(card=16 * GIB)
+    assert 1.6 * GIB - LARGEST_TILE_BYTES < nbytes <= 1.6 * GIB < 12 * LAYER
+    assert plan.num_slots >= 4
+
+
+@pytest.mark.parametrize("card", [None, GIB])
+def test_the_default_ring_is_never_under_128_mib_and_that_where_no_card_is_known(card):
+    plan, nbytes = ring_of(card=card)
+    assert RING_BYTES - 4 * 12 * 1024 <= nbytes <= RING_BYTES
+    assert plan.num_slots == 4
+
+
+@pytest.mark.parametrize(
+    ("ring", "slots", "tile"),
+    [(48 << 20, 3, 16 << 20), (96 << 20, 3, TILE_BYTES), (128 << 20, 4, TILE_BYTES), (256 << 20, 4, 64 << 20),
+     (512 << 20, 4, LARGEST_TILE_BYTES), (GIB, 8, LARGEST_TILE_BYTES)],
+)  # fmt: skip
+def test_tiles_grow_with_the_ring_as_long_as_it_has_room_for_four(ring, slots, tile):
+    plan, nbytes = ring_of(ring)
+    assert plan.num_slots == slots and nbytes <= ring
+    assert 0 <= tile - plan.slot_bytes < 12 * 1024 + 3 * 256
+
+
+def test_a_small_block_is_cut_into_several_tiles_too():
+    plan, nbytes = ring_of(card=80 * GIB, numels=(10_000_000, 1_000_000))
+    assert plan.num_slots == 4 and nbytes < 12 * 10_000_000 * 1.001
+
+
+def test_factored_moments_are_a_part_of_the_default_ring():
+    assert ring_of(card=16 * GIB, beside=GIB)[1] <= 0.6 * GIB < ring_of(card=16 * GIB, each=4)[1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "hyper", "form"),
+    [
+        ("AdamW", {}, Form()),
+        ("AdamW", {}, Form("split16", "int8")),
+        ("Adagrad", {"initial_accumulator_value": 0.5}, Form()),
+    ],
+    ids=str,
+)
+def test_what_fills_a_tile_of_a_fresh_state_is_what_a_reset_leaves(kind, hyper, form):
+    rule, defaults = rule_from_config(kind, hyper)
+    params = [("a", nn.Parameter(torch.randn(700).bfloat16())), ("b", nn.Parameter(torch.randn(90).bfloat16()))]
+    groups = [{**defaults, "params": [param]} for _, param in params]
+    state = BlockState(BlockShard(params, {"a": 0, "b": 1}, 1, 0), rule, groups, Storage(CPU, form), GROUP)
+    for tensor in state.slots.values():
+        tensor.fill_(3)
+    state.reset()
+    for tile in state.tiles:
+        assert set(tile.initial) == set(state.slots)
+        assert all(bool((tile.home[name] == value).all()) for name, value in tile.initial.items())

@@ -1,0 +1,117 @@
+"""Cases that run on ranks: generation and off-loading between steps; what cannot be trained; types as DeepSpeed's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.zero import unwrap_model_for_generation
+from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
+from hift_testing.invariant_cases import error_of
+from hift_testing.peer_cases import Stack, hift_engine, plain_engine
+from hift_testing.training import batch_of, ds_config, engine_of, largest_difference, run_steps, whole_weights
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+KINDS = [None, *([kind] for kind in OffloadStateTypeEnum)]
+
+
+def generating(stage: int) -> float:
+    """What forwards in inference mode, at stage 3 with ZeRO's hooks taken off too, change between steps."""
+    runs = []
+    for generates in (True, False):
+        engine = engine_of(ds_config(stage, "fp32", {}))
+        for step in range(9):
+            if generates:
+                with torch.inference_mode():
+                    engine(**batch_of(step, 3, 0))
+                if stage == 3:
+                    with unwrap_model_for_generation(engine), torch.no_grad():
+                        engine.module(**batch_of(step, 4, 0))
+                    engine.empty_partition_cache()
+            run_steps(engine, 1, start=step)
+        runs.append(whole_weights(engine))
+    return largest_difference(*runs)
+
+
+def consolidated() -> dict[str, bool]:
+    """Stage 3: what Trainer saves with PEFT; names that are there, on rank 0."""
+    engine = engine_of(ds_config(3, "fp32", {}))
+    assert engine.optimizer.parameter_offload.module is engine.module
+    found = engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=True)
+    wanted = whole_weights(engine)
+    return {name: name in found and torch.equal(found[name].float(), w) for name, w in wanted.items() if found}
+
+
+def offloading(stage: int, dtype: str, hift: dict[str, Any]) -> dict[str, Any]:
+    """States off-loaded and brought back before each step, every kind by itself and all."""
+    runs, error = [], ""
+    for offloads in (True, False):
+        engine = engine_of(ds_config(stage, dtype, hift))
+        for step in range(7):
+            if offloads:
+                engine.offload_states(include=KINDS[step % len(KINDS)])
+                error = error or error_of(lambda e=engine: run_steps(e, 1))
+                engine.reload_states()
+            run_steps(engine, 1, start=step)
+        runs.append(whole_weights(engine))
+    return {"difference": largest_difference(*runs), "error": error}
+
+
+class HalfReentrant(nn.Module):
+    """Half of a layer inside reentrant checkpointing, which gives it no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outside, self.inside = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.outside(x) + checkpoint(self.inside, x.detach(), use_reentrant=True)
+
+
+def half_a_layer_reentrant(stage: int) -> dict[str, Any]:
+    """Steps until one raises, at most four cycles of two blocks."""
+    torch.manual_seed(0)
+    engine = hift_engine(nn.Sequential(HalfReentrant(), HalfReentrant()), stage, hift={"blocks": [[r"^0\."], [r"^1\."]]})
+    for step in range(8):
+        error = error_of(lambda: (engine.backward(engine(torch.ones(2, 6)).square().mean()), engine.step()))
+        if error:
+            break
+    return {"steps": step, "error": error}
+
+
+class Untrainable(nn.Module):
+    """`kind` says what HiFT cannot train in it."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(5, 4, sparse=kind == "sparse")
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        if kind == "complex":
+            self.phases = nn.Parameter(torch.ones(3, dtype=torch.complex64))
+
+
+def refused(stage: int, kind: str) -> str:
+    """The error of `initialize`."""
+    if kind == "zero.Init":
+        with deepspeed.zero.Init(config_dict_or_path=ds_config(3)):
+            module: nn.Module = Stack()
+    else:
+        module = Untrainable(kind)
+    return error_of(lambda: hift_engine(module, stage))
+
+
+def types(stage: int, dtype: str) -> list[dict[str, str]]:
+    """Of what the two returned optimizers and engines offer, by name."""
+    found = []
+    for make in (plain_engine, hift_engine):
+        engine = make(Stack(), stage, dtype)
+        before = engine.get_global_grad_norm()
+        x = torch.ones(2, 6)
+        engine.backward(engine(x).float().square().mean())
+        engine.step()
+        facts = {"norm before": before, "norm": engine.get_global_grad_norm(), "lr": engine.get_lr()}
+        facts |= {"state": engine.optimizer.state, "groups": engine.optimizer.param_groups}
+        found.append({name: type(value).__name__ for name, value in facts.items()})
+    return found

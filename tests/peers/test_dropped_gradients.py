@@ -1,0 +1,80 @@
+"""Gradients that the user has dropped, or asked for other ends, are in no update."""
+
+from __future__ import annotations
+
+import pytest
+from hift_testing import peer_cases_dropped as cases
+from hift_testing.peer_cases import BOUNDS, ONE_BLOCK, faults, on
+
+pytestmark = pytest.mark.multi_rank
+
+STAGES = (0, 1, 2, 3)
+
+
+@pytest.fixture(params=("one_rank", "two_ranks"))
+def ranks(request):
+    """Both pools in turn."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.mark.parametrize("by", ("engine", "optimizer", "client"))
+@pytest.mark.parametrize("gas", (1, 2))
+@pytest.mark.parametrize("stage", STAGES)
+def test_zero_grad_drops_what_was_computed(ranks, stage, gas, by):
+    for found in on(ranks, cases.dropped, "bad_batch_first", by, stage, gas=gas):
+        assert not faults(found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by", ("engine", "optimizer", "client"))
+@pytest.mark.parametrize("gas", (1, 2))
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("name", [name for name in cases.SCRIPTS if name != "bad_batch_first"])
+def test_zero_grad_drops_what_was_computed_and_nothing_else(ranks, name, stage, gas, by):
+    for found in on(ranks, cases.dropped, name, by, stage, gas=gas):
+        assert not faults(found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gas", (1, 2))
+@pytest.mark.parametrize("stage", STAGES)
+def test_zero_grad_drops_what_was_computed_in_bf16(ranks, stage, gas):
+    for found in on(ranks, cases.dropped, "bad_batch_first", "engine", stage, "bf16", gas):
+        assert not faults(found, "bf16")
+
+
+@pytest.mark.parametrize("hift", ({}, ONE_BLOCK), ids=("rotating", "one block"))
+@pytest.mark.parametrize("gas", (1, 2))
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_backward_that_failed_leaves_nothing_behind(ranks, stage, gas, hift):
+    for found in on(ranks, cases.failing_backwards, stage, 1, hift, gas):
+        assert any("out of memory" in error for error in found["raised"]), "the case must fail as planned"
+        assert not found["error"], found["error"]
+        assert found["distance"] <= BOUNDS["fp32"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", (0, 2))
+@pytest.mark.parametrize("stage", (1, 2, 3))
+def test_a_torch_style_backward_that_failed_leaves_nothing_behind(ranks, stage, where):
+    for found in on(ranks, cases.failing_backwards, stage, where, {}, torch_style=True):
+        assert any("out of memory" in error for error in found["raised"]), "the case must fail as planned"
+        assert not found["error"], found["error"]
+        assert found["distance"] <= BOUNDS["fp32"]
+
+
+@pytest.mark.parametrize("torch_style", (False, True), ids=("engine.backward", "loss.backward"))
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_backward_for_the_inputs_is_not_in_the_update(ranks, stage, torch_style):
+    for found in on(ranks, cases.fgsm, stage, torch_style):
+        assert not faults(found)
+
+
+@pytest.mark.parametrize("toggle", (False, True), ids=("left on", "switched off"))
+@pytest.mark.parametrize("hift", ({}, ONE_BLOCK), ids=("rotating", "one block"))
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_gan_of_two_engines_trains_both_as_the_oracle(ranks, stage, hift, toggle):
+    for found in on(ranks, cases.gan, stage, toggle, True, hift):
+        assert not found["error"], found["error"]
+        assert found["generator"] <= BOUNDS["fp32"], found
+        assert found["discriminator"] <= BOUNDS["fp32"], found

@@ -1,0 +1,59 @@
+"""What people do between steps changes nothing, and what HiFT cannot train is refused with a sentence."""
+
+from __future__ import annotations
+
+import pytest
+from hift_testing import peer_cases_states as cases
+from hift_testing.peer_cases import on
+
+pytestmark = pytest.mark.multi_rank
+
+STAGES = (0, 1, 2, 3)
+RESIDENT = {"state": {"residency": "device"}, "always_active": ["norm"]}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_generation_between_steps_changes_nothing(two_ranks, stage):
+    assert on(two_ranks, cases.generating, stage) == [0.0, 0.0]
+
+
+def test_the_consolidated_weights_of_stage_3_have_every_trained_parameter(two_ranks):
+    first, second = on(two_ranks, cases.consolidated)
+    assert first and all(first.values())
+    assert second == {}
+
+
+@pytest.mark.parametrize("hift", [{}, RESIDENT], ids=["streaming", "resident"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_states_that_went_to_the_host_and_back_train_bitwise_as_if_they_had_stayed(two_ranks, stage, hift):
+    for found in on(two_ranks, cases.offloading, stage, "bf16", hift):
+        assert found["difference"] == 0.0
+        assert "call engine.reload_states() first" in found["error"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "kind", "sentence"),
+    [
+        *((stage, "complex", "ValueError: phases: a complex parameter") for stage in STAGES),
+        *((stage, "sparse", "ValueError: embed: an embedding with sparse=True") for stage in STAGES),
+        *((stage, "zero.Init", "is a ZeRO-3 parameter") for stage in STAGES[:3]),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_by_name(one_rank, stage, kind, sentence):
+    assert sentence in on(one_rank, cases.refused, stage, kind)[0]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_parameter_without_gradients_in_two_whole_turns_is_an_error_that_names_it(two_ranks, stage):
+    for found in on(two_ranks, cases.half_a_layer_reentrant, stage):
+        assert found["steps"] == 2
+        assert found["error"].startswith("RuntimeError: 0.inside.weight, 0.inside.bias received no gradient on any")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_norm_rates_state_and_groups_have_deepspeeds_types(one_rank, stage, dtype):
+    plain, ours = on(one_rank, cases.types, stage, dtype)[0]
+    if stage == 0:  # where DeepSpeed has no norm (fp32) or a float
+        plain["norm"] = "Tensor"
+    assert ours == plain
