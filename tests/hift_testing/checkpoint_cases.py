@@ -304,6 +304,7 @@ def _sgd(momentum: float) -> dict[str, Any]:
 
 
 def _larger(seed: int) -> torch.nn.Module:
+    torch.manual_seed(seed)
     model = small_llama(seed)
     model.lm_head = torch.nn.Linear(40, 100, bias=False)
     model.config.vocab_size = 100
