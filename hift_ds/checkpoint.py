@@ -27,6 +27,7 @@ FORMAT = 2
 MANIFEST = "hift.json"
 MARK = "hift_save"  # its key in the model files
 STAGE, RANKS = "zero_optimization.stage", "number of data-parallel ranks"
+DTYPES = "fp16 or bf16"
 BLOCKS = "hift.layers_per_block, hift.blocks, hift.frozen, hift.always_active and the param groups"
 
 
@@ -135,7 +136,7 @@ def check_files(
         RuntimeError: A file is missing or cut off, is of another save, or has other weights than the model.
     """
     contents = [_opened(path) for path in files]
-    marks = [content["optimizer_state_dict"]["hift"]["save"] for content in contents[1:]]
+    marks = [content.get("optimizer_state_dict", {}).get("hift", {}).get("save") for content in contents[1:]]
     for path, mark in zip(files, [contents[0].get(MARK), *marks], strict=True):
         if manifest is not None and mark != manifest["save"]:
             raise RuntimeError(
@@ -301,7 +302,7 @@ def _identity(optimizer: HiFTOptimizer) -> dict[str, Any]:
         "hift.order and hift.seed": list(optimizer.rotation.order),
         "hift.steps_per_block": optimizer.rotation.steps_per_block,
         "hift.state.master and hift.state.moments": [optimizer.settings.form.master, optimizer.settings.form.moments],
-        "fp16 or bf16": sorted({str(param.dtype).removeprefix("torch.") for s in states for param in s.shard.params}),
+        DTYPES: sorted({str(param.dtype).removeprefix("torch.") for s in states for param in s.shard.params}),
     }
 
 
@@ -310,4 +311,6 @@ def _weights_fit(saved: dict[str, Any], present: dict[str, Any]) -> bool:
     if 3 not in (saved[STAGE], present[STAGE]):
         return True
     names = [{fqn for block in identity[BLOCKS] for fqn in block} for identity in (saved, present)]
-    return saved[STAGE] == present[STAGE] and saved[RANKS] == present[RANKS] and names[0] == names[1]
+    prefixes = ["bfloat16" in identity[DTYPES] for identity in (saved, present)]  # of the files' names
+    same = saved[STAGE] == present[STAGE] and saved[RANKS] == present[RANKS]
+    return same and names[0] == names[1] and prefixes[0] == prefixes[1]

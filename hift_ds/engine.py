@@ -318,6 +318,7 @@ class HiFTEngine(DeepSpeedEngine):
         exclude_frozen_parameters: bool = False,
     ) -> bool:
         """As DeepSpeedEngine.save_checkpoint: position, masters and state of every block are in it. Collective."""
+        self.optimizer.settle()  # what is wrong with the last step is said before an older save is written over
         tag = f"global_step{self.global_steps}" if tag is None else str(tag)
         if save_dir:  # DeepSpeed refuses an empty one
             writes = self.global_rank == 0 or (self.use_node_local_storage() and self.local_rank == 0)
@@ -382,9 +383,10 @@ class HiFTEngine(DeepSpeedEngine):
             ValueError: There is no such checkpoint.
             RuntimeError: It does not fit this run; the message says why. On every rank, whichever found it.
         """
+        self.optimizer.finish("load_checkpoint()")
         whole = load_optimizer_states and not load_module_only
         counters = (self.global_steps, self.global_samples, self.skipped_steps)
-        tag = checkpoint.latest_tag(load_dir) if tag is None else str(tag)
+        tag = agree(lambda: checkpoint.latest_tag(load_dir)) if tag is None else str(tag)
         require_alike("checkpoint tag", tag)
         schedule = load_lr_scheduler_states and not load_module_only
         module = self.module if custom_load_fn is None else None

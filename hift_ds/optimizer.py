@@ -147,10 +147,7 @@ class HiFTOptimizer(ZeROOptimizer):
 
     def destroy(self) -> None:
         """Detaches and frees masters and state. A last step that was not good is a warning."""
-        try:
-            self.settle()
-        except RuntimeError as error:
-            logger.warning("the last step before destroy(): %s", error)
+        self.finish("destroy()")
         self.detach()
         if self.offload is not None:
             self.offload.partition_all_parameters()
@@ -179,6 +176,15 @@ class HiFTOptimizer(ZeROOptimizer):
         return self.loss_scaler.loss_scale
 
     cur_scale = loss_scale
+
+    def get_lr(self) -> float:
+        """The first param group's rate, which the scheduler sets; `rates` are those in force."""
+        return self.param_groups[0]["lr"]
+
+    def set_lr(self, lr: float) -> None:
+        """Sets every param group's rate, as a scheduler does."""
+        for group in self.param_groups:
+            group["lr"] = lr
 
     @property
     def rates(self) -> list[float]:
@@ -289,7 +295,11 @@ class HiFTOptimizer(ZeROOptimizer):
 
     @property
     def state(self) -> Any:
-        """The holder's, which is empty: HiFT's masters and moments are read with deepspeed.utils.safe_get_*."""
+        """The holder's, which is empty.
+
+        DeepSpeed's is keyed by flat partitions, in which nobody finds a parameter either; masters and moments of a
+        parameter, which lie in shards, in streams and perhaps in 8 bits, are read with `deepspeed.utils.safe_get_*`.
+        """
         return self.optimizer.state
 
     def empty_partition_cache(self) -> None:
@@ -307,6 +317,7 @@ class HiFTOptimizer(ZeROOptimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's part of the optimizer: position, rates, masters and state of every block."""
+        self.settle()
         self._adopt_writes(self._all_states())
         return checkpoint.optimizer_state(self)
 
@@ -456,6 +467,13 @@ class HiFTOptimizer(ZeROOptimizer):
                 self.settle()
             for index in written:
                 state.adopt(index)
+
+    def finish(self, before: str) -> None:
+        """As `settle`, before something that makes the last step of no account: it may be no error any more."""
+        try:
+            self.settle()
+        except RuntimeError as error:
+            logger.warning("the last step before %s: %s", before, error)
 
     def settle(self) -> None:
         """Before the host reads or changes state: all updates have landed there and have been checked."""

@@ -21,7 +21,9 @@ from deepspeed.utils import (
     safe_set_full_grad,
     safe_set_full_optimizer_state,
 )
+from hift_testing.error_cases import Reentrant
 from hift_testing.invariant_cases import (
+    Warnings,
     changed,
     digest,
     digest_of,
@@ -215,6 +217,7 @@ def refusals(folder: str) -> dict[str, str]:
         "steps_per_block": loads("good", hift={"steps_per_block": 2}),
         "optimizer": loads("good", optimizer={"type": "Lion", "params": {"lr": 1e-3}}),
         "dtype": loads("good", dtype="fp32"),
+        "dtype at stage 3, weights alone": loads("sharded", stage=3, dtype="fp32", only=True),
         "plain": loads("plain"),
         "no tag": loads("nowhere"),
         "broken on rank 1": loads("broken"),
@@ -273,10 +276,13 @@ def damaged(folder: str, stage: int) -> dict[str, str]:
                 shutil.copytree(root / "new", root / f"{kind} {name}")
                 damage(next((root / f"{kind} {name}").glob(name)))
         (root / "latest").write_text("")
+        if stage:  # another engine has saved over the tag, and was cut off
+            shutil.copytree(root / "new", root / "foreign state")
+            torch.save({"optimizer_state_dict": {"zero_stage": stage}}, next((root / "foreign state").glob(state)))
     dist.barrier()
     fresh = _engine(stage, "bf16", {}, seed=1, scheduler=True)
     run_steps(fresh, 3)
-    tags = {"older state": "", "older weights": "", "newer manifest": ""}
+    tags = {"older state": "", "older weights": "", "newer manifest": "", **({"foreign state": ""} if stage else {})}
     for kind in ("no", "cut"):
         tags.update({f"{kind} {name}": f"{kind} {what}" for name, what in ((state, "state"), (weights, "weights"))})
         tags[f"{kind} hift.json"] = f"{kind} manifest"
@@ -289,6 +295,29 @@ def damaged(folder: str, stage: int) -> dict[str, str]:
     found["client state"] = repr("hift_save" in client_state)
     found["scripts"] = repr(sorted(path.name for path in root.glob("*.py")))
     return found
+
+
+def after_a_step_that_failed(folder: str, stage: int) -> dict[str, Any]:
+    """Save and load when the last step, which the host has not waited for, had no gradient."""
+    root, hift = Path(folder), {"layers_per_block": 1, "kernel": "triton"}
+    engine = engine_of(ds_config(stage, "fp32", hift), Reentrant(head=False))
+    engine.save_checkpoint(root, tag="start")
+    before, facts = (root / "start" / "hift.json").read_text(), {}
+
+    def step() -> None:
+        engine.backward(engine(torch.ones(2, 6)))
+        engine.step()
+
+    step()
+    facts["save"] = error_of(lambda: engine.save_checkpoint(root, tag="start"))
+    facts["kept"] = (root / "start" / "hift.json").read_text() == before
+    fresh = _everything(engine_of(ds_config(stage, "fp32", hift), Reentrant(head=False)))
+    step()
+    with Warnings("hift_ds.optimizer") as messages:
+        engine.load_checkpoint(root, tag="start")
+    facts["differs"] = changed(fresh, _everything(engine))
+    facts["warnings"] = list(messages)
+    return facts
 
 
 def _grouped(model: torch.nn.Module, decayed: str, split: bool = True) -> dict[str, Any]:

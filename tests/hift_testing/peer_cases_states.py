@@ -14,6 +14,10 @@ from hift_testing.training import batch_of, ds_config, engine_of, largest_differ
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+ATTRIBUTES = (
+    "state", "param_groups", "loss_scale", "cur_scale", "overflow", "custom_loss_scaler", "dynamic_loss_scale",
+)  # fmt: skip
+METHODS = ("get_lr", "get_mom", "get_type", "loss_scale", "dynamic_loss_scale", "optimizer_name", "was_step_applied")
 KINDS = [None, *([kind] for kind in OffloadStateTypeEnum)]
 
 
@@ -89,6 +93,7 @@ class Untrainable(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(5, 4, sparse=kind == "sparse")
         self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.sparse = True  # is no embedding's
         if kind == "complex":
             self.phases = nn.Parameter(torch.ones(3, dtype=torch.complex64))
 
@@ -103,16 +108,32 @@ def refused(stage: int, kind: str) -> str:
     return error_of(lambda: hift_engine(module, stage))
 
 
+def _type_of(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return f"{type(value).__name__} of {', '.join(sorted({_type_of(item) for item in value}))}"
+    return type(value).__name__
+
+
 def types(stage: int, dtype: str) -> list[dict[str, str]]:
-    """Of what the two returned optimizers and engines offer, by name."""
+    """Of what DeepSpeed's returned optimizer and its engine offer, by name; of ours what is there of it."""
     found = []
     for make in (plain_engine, hift_engine):
         engine = make(Stack(), stage, dtype)
-        before = engine.get_global_grad_norm()
-        x = torch.ones(2, 6)
-        engine.backward(engine(x).float().square().mean())
+        facts = {"norm before": engine.get_global_grad_norm()}
+        engine.backward(engine(torch.ones(2, 6)).float().square().mean())
         engine.step()
-        facts = {"norm before": before, "norm": engine.get_global_grad_norm(), "lr": engine.get_lr()}
-        facts |= {"state": engine.optimizer.state, "groups": engine.optimizer.param_groups}
-        found.append({name: type(value).__name__ for name, value in facts.items()})
+        optimizer = engine.optimizer
+        facts |= {name: getattr(optimizer, name) for name in ATTRIBUTES if hasattr(optimizer, name)}
+        for name in METHODS:
+            facts[f"engine.{name}"] = getattr(engine, name)()
+        facts["norm"], facts["holder"] = engine.get_global_grad_norm(), engine.basic_optimizer
+        facts["zero_grad"] = optimizer.zero_grad(set_to_none=True)
+        if hasattr(optimizer, "get_lr"):
+            optimizer.set_lr(0.25)
+            facts["get_lr"], facts["lr of groups"] = optimizer.get_lr(), [g["lr"] for g in optimizer.param_groups]
+        keys = set(optimizer.state_dict())
+        found.append({name: _type_of(value) for name, value in facts.items()})
+        found[-1]["holder"] = str(isinstance(facts["holder"], torch.optim.Optimizer))
+        found[-1]["keys"] = str(sorted(keys & {"zero_stage", "partition_count"}))
+        found[-1]["lr of groups"] = str(facts.get("lr of groups"))
     return found

@@ -97,6 +97,8 @@ def test_checkpoints_that_do_not_fit_are_refused_on_every_rank(two_ranks, tmp_pa
         other("order", "hift.order and hift.seed ([0, 1, 2, 3, 4, 5]; this run: [5, 4, 3, 2, 1, 0])")
         other("steps_per_block", "hift.steps_per_block (1; this run: 2)")
         other("optimizer", "optimizer.type ('adamw'; this run: 'lion')")
+        sentence = "fp16 or bf16 (['bfloat16']; this run: ['float32'])"
+        other("dtype at stage 3, weights alone", sentence, advice=False)
         other("dtype", "fp16 or bf16 (['bfloat16']; this run: ['float32'])")
         assert "was not written by HiFT" in found["plain"]
         assert alone in found["plain"]
@@ -151,13 +153,23 @@ def test_files_that_are_missing_cut_off_or_of_another_save_are_refused_before_an
         assert "not written by HiFT" in found.pop("no manifest")
         assert "hift.json' cannot be read: it was cut off" in found.pop("cut manifest")
         another = "is of another save"
-        says = {"older": another, "newer": another, "no": "is missing", "cut": "cannot be read"}
+        says = {"older": another, "newer": another, "foreign": f"{another} (None)"}
+        says |= {"no": "is missing", "cut": "cannot be read"}
         named = {"state": optimizer_file, "weights": model_file, "manifest": "_states.pt"}
         for name, sentence in found.items():
             kind, what = name.split()
             assert named[what] in sentence
             assert says[kind] in sentence
         assert not any("CHANGED" in sentence for sentence in found.values())
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_step_that_failed_unheard_is_said_before_a_save_and_does_not_break_a_load(two_ranks, tmp_path, stage):
+    for found in two_ranks.run(cases.after_a_step_that_failed, str(tmp_path), stage):
+        assert "received no gradient on any rank" in found["save"]
+        assert found["kept"]
+        assert found["differs"] == []
+        assert ["the last step before load_checkpoint()" in message for message in found["warnings"]] == [True]
 
 
 @pytest.mark.parametrize("stage", [0, 1])
