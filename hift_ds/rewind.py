@@ -1,31 +1,59 @@
 """Puts everything that an object holds back as it was, in place: so that a scheduler can be asked what it will do.
 
-What it holds is walked: attributes, containers, closures, the globals that its functions use, random states. Models,
-optimizers and what libraries keep for themselves are left alone. What cannot be put back is named.
+What it holds is walked: attributes, containers, closures, classes, the globals that its functions use, random states.
+Models, parameters, data loaders and what libraries keep for themselves are left alone. A kind of object that is not
+known to be put back is named.
 """
 
 from __future__ import annotations
 
-import copy
+import array
+import copyreg
+import datetime
+import decimal
 import dis
+import enum
 import functools
-import io
+import inspect
+import logging
+import operator
 import random
+import re
 import sys
+import threading
 import types
 import warnings
-from collections import deque
+import weakref
+from collections import OrderedDict, deque, namedtuple
 from collections.abc import Callable, Iterator
 from typing import Any
 
-MOST_OBJECTS = 10_000  # more than that is no scheduler, but a program
-MOST_ELEMENTS = 1 << 20  # of a tensor or array
-_LIBRARIES = ("torch", "deepspeed", "transformers", "accelerate", "numpy")
+MOST_OBJECTS = 3000  # 0.8 s a cycle on one CPU core where they are tensors; a scheduler has some 50
+MOST_ELEMENTS = 1 << 20  # of all tensors and arrays
+_LIBRARIES = {"torch", "deepspeed", "transformers", "accelerate", "numpy", "hift_ds", *sys.stdlib_module_names}
+_SCALARS = {int, float, complex, str, bytes, bool, type(None)}
 _CONSTANT = (
-    int, float, complex, str, bytes, bool, type(None), range, slice, type(...), types.ModuleType, types.CodeType,
-    types.BuiltinFunctionType, types.MethodWrapperType, types.WrapperDescriptorType, types.MethodDescriptorType,
-    types.GetSetDescriptorType, types.MemberDescriptorType,
+    *_SCALARS, range, slice, type(...), type(NotImplemented), enum.Enum, decimal.Decimal, datetime.date, datetime.time,
+    datetime.timedelta, datetime.tzinfo, re.Pattern, operator.itemgetter, operator.attrgetter, operator.methodcaller,
+    logging.Logger, type(threading.Lock()), type(threading.RLock()), types.CodeType, types.GenericAlias,
+    types.UnionType, types.WrapperDescriptorType, types.MethodDescriptorType, types.ClassMethodDescriptorType,
+    types.GetSetDescriptorType, types.MemberDescriptorType, type(namedtuple("_", "field").field),
+    types.ModuleType,  # by the names that a function uses: `_visit_names`
 )  # fmt: skip
+# What holds others under these names and nothing else that changes.
+_HOLDERS = {
+    types.MethodType: ("__self__", "__func__"),
+    types.BuiltinFunctionType: ("__self__",),
+    types.MethodWrapperType: ("__self__",),
+    functools.partial: ("func", "args", "keywords", "__dict__"),
+    functools.partialmethod: ("func", "args", "keywords"),
+    functools.cached_property: ("func",),
+    functools._lru_cache_wrapper: ("__wrapped__",),
+    property: ("fget", "fset", "fdel"),
+    staticmethod: ("__func__",),
+    classmethod: ("__func__",),
+}
+_MISSING = object()
 
 
 class CannotRewind(Exception):
@@ -33,208 +61,296 @@ class CannotRewind(Exception):
 
 
 class Rewind:
-    """Remembers what `root` holds; `back` restores it.
+    """Remembers what `roots` hold; `back` restores it.
 
     Raises:
-        CannotRewind: It holds a generator, an open file, a function that writes a global, or something else unknown.
+        CannotRewind: They hold a generator, an open file, or something else unknown; nothing has been changed.
     """
 
-    def __init__(self, root: Any) -> None:
-        self._undo: list[Callable[[], None]] = []
-        self._seen: dict[int, Any] = {}  # keeps what has been seen alive, so that no id is used twice
-        self._copies: dict[int, Any] = {}
+    def __init__(self, *roots: Any) -> None:
+        self._undo: list[Callable[[], Any]] = []
+        self._seen = {id(root): root for root in roots}  # keeps what has been seen alive: no id is used twice
+        self._copies: dict[int, tuple[Any, Any]] = {}
+        self._pending: list[Any] = []
+        self._elements = 0
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Python 3.12 does not like iterators to be copied
-            pending = [root]
-            while pending:
-                part = pending.pop()
-                if id(part) in self._seen:
-                    continue
-                self._seen[id(part)] = part
-                if len(self._seen) > MOST_OBJECTS:
-                    raise CannotRewind(f"it holds more than {MOST_OBJECTS} objects")
-                pending.extend(self._visit(part))
-        self._undo += [functools.partial(put, state()) for state, put in _global_random_states()]
+            try:
+                for root in roots:
+                    self._visit(root)  # also where it looks like a model or an optimizer
+                while self._pending:
+                    self._visit_once(self._pending.pop())
+                for state, put in _global_random_states():
+                    self._undo.append(functools.partial(put, state()))
+            except CannotRewind:
+                raise
+            except Exception as error:  # of the user's own objects: properties, __getattr__
+                raise CannotRewind(f"reading what it holds: {error!r}") from error
 
     def back(self) -> None:
         """May be called once."""
         for undo in self._undo:
             undo()
 
-    def _visit(self, part: Any) -> list[Any]:
-        """Remembers one object's own state; returns what it holds."""
-        if isinstance(part, _CONSTANT) or _is_boundary(part):
-            return []
-        if isinstance(part, type):
-            return self._visit_class(part)
-        if isinstance(part, types.FunctionType):
-            return self._visit_function(part)
-        if isinstance(part, types.MethodType):
-            return [part.__self__, part.__func__]
-        if isinstance(part, functools.partial):
-            return [part.func, *part.args, *part.keywords.values(), vars(part)]
-        if isinstance(part, (tuple, frozenset)) and type(part).__module__ == "builtins":
-            return list(part)
-        if isinstance(part, (types.GeneratorType, types.CoroutineType, io.IOBase)):
-            raise CannotRewind(f"it holds a {type(part).__name__}")
-        restored = self._random_or_array(part)
-        if restored is not None:
-            self._undo.append(restored)
-            return []
-        held = [*self._visit_container(part), *self._visit_attributes(part)]
-        if not held and not _has_attributes(part) and not isinstance(part, _CONTAINERS) and not _is_harmless(part):
-            raise CannotRewind(f"it holds a {type(part).__module__}.{type(part).__qualname__}")
-        return held
+    def _visit_once(self, part: Any) -> None:
+        if type(part) in _SCALARS or id(part) in self._seen:
+            return
+        self._seen[id(part)] = part
+        if len(self._seen) > MOST_OBJECTS:
+            raise CannotRewind(f"it holds more than {MOST_OBJECTS} objects")
+        if not self._stop_at(part):
+            self._visit(part)
 
-    def _visit_container(self, part: Any) -> list[Any]:
-        if isinstance(part, dict):
-            saved = {key: self._kept(value) for key, value in part.items()}
-            self._undo.append(lambda: (dict.clear(part), dict.update(part, saved)))
-            return [*part.keys(), *part.values()]
-        if isinstance(part, (list, deque)):
-            items = [self._kept(value) for value in part]
-            self._undo.append(lambda: (part.clear(), part.extend(items)))
-            return list(part)
-        if isinstance(part, (set, bytearray)):
-            members = part.copy()
-            fill = part.update if isinstance(part, set) else part.extend
-            self._undo.append(lambda: (part.clear(), fill(members)))
-            return list(part) if isinstance(part, set) else []
-        return []
+    def _hold(self, value: Any) -> Any:
+        """What stands for `value` after `back`: itself, visited in its turn, but a copy of an iterator written in C."""
+        if type(value) in _SCALARS:
+            return value
+        if isinstance(value, Iterator) and not _only_attributes(type(value)):
+            return self._copied(value)
+        self._pending.append(value)
+        return value
 
-    def _visit_attributes(self, part: Any) -> list[Any]:
-        held: list[Any] = []
+    def _copied(self, iterator: Any) -> Any:
+        """An iterator that goes on as this one does, over the same objects; one for all who share it."""
+        if id(iterator) not in self._copies:
+            try:
+                make, arguments, *state = iterator.__reduce__()
+            except Exception as error:
+                name = type(iterator).__qualname__
+                raise CannotRewind(f"it holds a {name} that cannot be copied ({error})") from None
+            copied = make(*map(self._hold, arguments))
+            if state and state[0] is not None:
+                whole = state[0]
+                copied.__setstate__(tuple(map(self._hold, whole)) if isinstance(whole, tuple) else self._hold(whole))
+            self._copies[id(iterator)] = iterator, copied
+        return self._copies[id(iterator)][1]
+
+    def _stop_at(self, part: Any) -> bool:
+        """Models, engines, optimizers: their own attributes, an optimizer's param groups, and nothing below."""
+        kind = type(part)
+        if not (hasattr(kind, "named_parameters") or (hasattr(kind, "zero_grad") and hasattr(part, "param_groups"))):
+            return isinstance(part, (_of_torch("nn.Parameter"), _of_torch("utils.data.DataLoader")))
         if hasattr(part, "__dict__"):
-            saved = {name: self._kept(value) for name, value in vars(part).items()}
-            held += vars(part).values()
-            self._undo.append(lambda: (vars(part).clear(), vars(part).update(saved)))
-        for name in _slots(type(part)):
-            if hasattr(part, name):
-                value = getattr(part, name)
-                held.append(value)
-                self._undo.append(functools.partial(object.__setattr__, part, name, self._kept(value)))
-        if not _is_of_library(type(part).__module__):
-            held.append(type(part))
-        return held
+            self._undo.append(functools.partial(_restore_attributes, part, dict(vars(part))))
+        if not hasattr(kind, "named_parameters"):
+            self._pending += [part.param_groups, getattr(part, "defaults", None)]
+        return True
 
-    def _visit_class(self, part: type) -> list[Any]:
+    def _visit(self, part: Any) -> None:
+        """Remembers one object's own state and holds what it holds."""
+        kind = type(part)
+        if isinstance(part, _CONSTANT):
+            return
+        if isinstance(part, type):
+            self._visit_class(part)
+        elif isinstance(part, types.FunctionType):
+            self._visit_function(part)
+        elif kind in _HOLDERS:
+            self._pending += [getattr(part, name) for name in _HOLDERS[kind]]
+        elif isinstance(part, weakref.ref):
+            self._pending.append(part())
+        elif isinstance(part, types.MappingProxyType):
+            self._pending += [*part.keys(), *part.values()]
+        elif not self._visit_numbers(part):
+            is_container = self._visit_container(part)
+            if not is_container and not _only_attributes(kind):
+                raise CannotRewind(f"it holds a {_name(kind)}")
+            self._visit_attributes(part)
+            self._pending.append(kind)
+
+    def _visit_container(self, part: Any) -> bool:
+        if isinstance(part, (tuple, frozenset)):
+            self._pending += part
+        elif isinstance(part, dict):
+            base = OrderedDict if isinstance(part, OrderedDict) else dict
+            is_group = "params" in part and "lr" in part  # an optimizer's: its parameters stay
+            saved = {key: value if is_group and key == "params" else self._hold(value) for key, value in part.items()}
+            self._pending += [*saved, getattr(part, "default_factory", None)]
+            self._undo.append(lambda: (base.clear(part), base.update(part, saved)))
+        elif isinstance(part, (list, deque)):
+            base = list if isinstance(part, list) else deque
+            items = [self._hold(value) for value in part]
+            self._undo.append(functools.partial(_restore_items, part, base, items))
+        elif isinstance(part, set):
+            members = set(part)
+            self._pending += members
+            self._undo.append(lambda: (set.clear(part), set.update(part, members)))
+        elif isinstance(part, (bytearray, array.array)):
+            self._undo.append(functools.partial(part.__setitem__, slice(None), part[:]))
+        else:
+            return False
+        return True
+
+    def _visit_attributes(self, part: Any) -> None:
+        if hasattr(part, "__dict__"):
+            saved = {name: self._hold(value) for name, value in vars(part).items()}
+            self._undo.append(functools.partial(_restore_attributes, part, saved))
+        for name in copyreg._slotnames(type(part)):
+            slot = inspect.getattr_static(type(part), name)
+            value = self._hold(getattr(part, name, _MISSING))
+            self._undo.append(functools.partial(_restore_slot, part, slot, value))
+
+    def _visit_class(self, part: type) -> None:
         """A user's class: counters that its instances share, and its methods."""
         if _is_of_library(part.__module__):
-            return []
-        held = []
-        for name, value in list(vars(part).items()):
-            value = getattr(value, "__func__", value)  # of static and class methods
-            if isinstance(value, types.FunctionType):
-                held.append(value)
-            elif not name.startswith("__") and not hasattr(value, "__get__"):
-                held.append(value)
-                self._undo.append(functools.partial(setattr, part, name, self._kept(value)))
-        return [*held, *part.__bases__]
+            return
+        saved = {}
+        for name, value in vars(part).items():
+            if _is_own(name):
+                saved[name] = self._hold(value)
+            elif isinstance(value, (types.FunctionType, staticmethod, classmethod)):
+                self._pending.append(value)
+        self._undo.append(functools.partial(_restore_class, part, saved))
+        self._pending += part.__bases__
 
-    def _visit_function(self, part: types.FunctionType) -> list[Any]:
-        held: list[Any] = [*(part.__defaults__ or ()), *(part.__kwdefaults__ or {}).values(), vars(part)]
+    def _visit_function(self, part: types.FunctionType) -> None:
+        self._pending += [part.__defaults__, part.__kwdefaults__, vars(part)]
+        values = []
         for cell in part.__closure__ or ():
             try:
-                value = cell.cell_contents
+                values.append(cell.cell_contents)
             except ValueError:  # empty
                 continue
-            held.append(value)
-            self._undo.append(functools.partial(setattr, cell, "cell_contents", self._kept(value)))
+            self._undo.append(functools.partial(setattr, cell, "cell_contents", self._hold(values[-1])))
         if _is_of_library(part.__module__):
-            return held
-        for code in _codes(part.__code__):
-            for step in dis.get_instructions(code):
-                if step.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
-                    raise CannotRewind(f"{part.__qualname__} writes the global {step.argval!r}")
-                if step.opname == "LOAD_GLOBAL" and step.argval in part.__globals__:
-                    held.append(part.__globals__[step.argval])
-        return held
+            return
+        names, attributes, imports = _names(part.__code__)
+        values += self._visit_names(part.__globals__, names)
+        values += [sys.modules.get(name) for name in imports]
+        for value in values:
+            self._visit_module(value, attributes)
 
-    def _kept(self, value: Any) -> Any:
-        """What stands for `value` after `back`: itself, but a copy of an iterator, which cannot be turned back."""
-        if not isinstance(value, Iterator) or isinstance(value, (types.GeneratorType, io.IOBase)):
-            return value
-        if _has_attributes(value) and not _is_of_library(type(value).__module__):
-            return value  # a user's class: its attributes come back
-        if id(value) not in self._copies:
-            try:
-                self._copies[id(value)] = copy.deepcopy(value)
-            except Exception as error:
-                raise CannotRewind(f"it holds a {type(value).__name__} that cannot be copied ({error})") from None
-            self._seen[id(value)] = value
-        return self._copies[id(value)]
+    def _visit_module(self, module: Any, names: frozenset[str]) -> None:
+        """Of a user's module what a function that knows it can mean by its names."""
+        if isinstance(module, types.ModuleType) and not _is_of_library(module.__name__):
+            for value in self._visit_names(vars(module), names):
+                if isinstance(value, types.ModuleType) and value.__name__.startswith(f"{module.__name__}."):
+                    self._visit_module(value, names)
 
-    @staticmethod
-    def _random_or_array(part: Any) -> Callable[[], None] | None:
+    def _visit_names(self, namespace: dict[str, Any], names: frozenset[str]) -> list[Any]:
+        values = {name: namespace[name] for name in names if name in namespace}
+        saved = {name: self._hold(value) for name, value in values.items()}
+        self._undo.append(functools.partial(_restore_names, namespace, names, saved))
+        return list(values.values())
+
+    def _visit_numbers(self, part: Any) -> bool:
+        """Random states, tensors and arrays, and torch's and numpy's objects that are neither."""
         if isinstance(part, random.Random):
-            return functools.partial(part.setstate, part.getstate())
-        if hasattr(part, "bit_generator"):  # numpy's Generator
-            source, state = part.bit_generator, copy.deepcopy(part.bit_generator.state)
-            return functools.partial(setattr, source, "state", state)
-        if hasattr(part, "get_state") and hasattr(part, "set_state"):  # torch's Generator, numpy's RandomState
-            return functools.partial(part.set_state, part.get_state())
-        if hasattr(part, "copy_") and hasattr(part, "detach"):  # a tensor
-            _check_size(part.numel())
-            tensor, saved = part.detach(), part.detach().clone()
-            return lambda: tensor.copy_(saved)
-        if type(part).__module__ == "numpy" and hasattr(part, "flags") and hasattr(part, "fill"):  # an array
-            _check_size(part.size)
-            return functools.partial(part.__setitem__, ..., part.copy()) if hasattr(part, "__setitem__") else _nothing
-        return None
+            self._undo.append(functools.partial(part.setstate, part.getstate()))
+            return True
+        if type(part).__module__.split(".")[0] not in ("torch", "numpy"):
+            return False
+        bits = getattr(part, "bit_generator", part)  # of numpy's Generator
+        if hasattr(bits, "random_raw"):
+            self._undo.append(functools.partial(setattr, bits, "state", bits.state))
+        elif hasattr(part, "get_state") and hasattr(part, "set_state"):  # torch's Generator, numpy's RandomState
+            self._undo.append(functools.partial(part.set_state, part.get_state()))
+        elif isinstance(part, _of_torch("Tensor")):
+            self._visit_tensor(part.detach())
+        elif hasattr(part, "__array_interface__") and hasattr(part, "base"):
+            self._visit_array(part)
+        else:
+            return not (_only_attributes(type(part)) or isinstance(part, tuple))
+        return True
+
+    def _visit_tensor(self, tensor: Any) -> None:
+        self._count(tensor.numel())
+        if tensor.layout != sys.modules["torch"].strided or 0 in tensor.stride() or tensor.is_meta:
+            raise CannotRewind("it holds a sparse, expanded or meta tensor")
+        saved = tensor.clone()
+        self._undo.append(lambda: None if tensor.equal(saved) else tensor.copy_(saved))
+
+    def _visit_array(self, part: Any) -> None:
+        if not hasattr(part, "__setitem__"):
+            return  # a scalar
+        if type(part).__name__ not in ("ndarray", "memmap") or part.dtype.hasobject:
+            raise CannotRewind(f"it holds a {_name(type(part))} of {part.dtype}")
+        self._count(part.size)
+        self._pending.append(part.base)
+        if part.flags.writeable:
+            self._undo.append(functools.partial(part.__setitem__, ..., part.copy()))
+
+    def _count(self, numel: int) -> None:
+        self._elements += numel
+        if self._elements > MOST_ELEMENTS:
+            raise CannotRewind(f"it holds tensors of {self._elements} elements")
 
 
-_CONTAINERS = (dict, list, deque, set, bytearray, tuple, frozenset)
+def _only_attributes(kind: type) -> bool:
+    """Whether instances are their attributes and slots and keep nothing in C; as `object.__reduce_ex__` decides."""
+    pointers = bool(kind.__dictoffset__) + bool(kind.__weakrefoffset__) + len(copyreg._slotnames(kind))
+    return not kind.__itemsize__ and kind.__basicsize__ <= object.__basicsize__ + pointers * (object.__basicsize__ // 2)
 
 
-def _is_boundary(part: Any) -> bool:
-    """Models and engines, optimizers (the caller restores their param groups), parameters."""
-    if isinstance(part, type):
-        return False
-    return (
-        hasattr(part, "named_parameters")
-        or hasattr(part, "param_groups")
-        or (hasattr(part, "requires_grad") and bool(part.requires_grad))
-    )
+@functools.lru_cache(maxsize=1024)
+def _names(code: types.CodeType) -> tuple[frozenset[str], frozenset[str], frozenset[str]]:
+    """The globals that a function uses, every name that it mentions, the modules that it imports; with inner ones."""
+    found, mentioned, imports = set(), set(code.co_names), set()
+    for step in dis.get_instructions(code):
+        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL", "DELETE_GLOBAL"):
+            found.add(step.argval)
+        elif step.opname == "IMPORT_NAME":
+            imports.add(step.argval)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            for mine, inner in zip((found, mentioned, imports), _names(constant), strict=True):
+                mine |= inner
+    return frozenset(found), frozenset(mentioned), frozenset(imports)
+
+
+def _restore_items(part: Any, base: type, items: list[Any]) -> None:
+    # An iterator over a deque does not go on after any change.
+    if len(part) != len(items) or any(present is not item for present, item in zip(part, items, strict=True)):
+        base.clear(part)
+        base.extend(part, items)
+
+
+def _restore_attributes(part: Any, saved: dict[str, Any]) -> None:
+    present = vars(part)
+    if list(present) != list(saved) or any(present[name] is not value for name, value in saved.items()):
+        present.clear()
+        present.update(saved)
+
+
+def _restore_slot(part: Any, slot: Any, value: Any) -> None:
+    if value is not _MISSING:
+        slot.__set__(part, value)
+    elif hasattr(part, slot.__name__):
+        slot.__delete__(part)
+
+
+def _restore_class(part: type, saved: dict[str, Any]) -> None:
+    # Not by the class's own __setattr__: an enumeration's refuses.
+    for name in [name for name in vars(part) if _is_own(name) and name not in saved]:
+        type.__delattr__(part, name)
+    for name, value in saved.items():
+        if vars(part).get(name, _MISSING) is not value:
+            type.__setattr__(part, name, value)
+
+
+def _restore_names(namespace: dict[str, Any], names: frozenset[str], saved: dict[str, Any]) -> None:
+    for name in names:
+        if name in saved:
+            namespace[name] = saved[name]
+        else:
+            namespace.pop(name, None)
+
+
+def _is_own(name: str) -> bool:
+    return not name.startswith("__") and name != "_abc_impl"
 
 
 def _is_of_library(module: str | None) -> bool:
-    top = (module or "").split(".")[0]
-    return top in _LIBRARIES or top in sys.stdlib_module_names
+    return (module or "").split(".")[0] in _LIBRARIES
 
 
-def _is_harmless(part: Any) -> bool:
-    """Of a library and without state of its own that a step could change: dtypes, locks, patterns, weak references."""
-    return _is_of_library(type(part).__module__) and not isinstance(part, Iterator)
+def _name(kind: type) -> str:
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _has_attributes(part: Any) -> bool:
-    return hasattr(part, "__dict__") or bool(list(_slots(type(part))))
-
-
-def _slots(cls: type) -> Iterator[str]:
-    for base in cls.__mro__:
-        names = vars(base).get("__slots__", ())
-        for name in (names,) if isinstance(names, str) else names:
-            if name in ("__dict__", "__weakref__"):
-                continue
-            private = name.startswith("__") and not name.endswith("__")
-            yield f"_{base.__name__.lstrip('_')}{name}" if private else name
-
-
-def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _codes(constant)
-
-
-def _nothing() -> None:
-    """A numpy scalar cannot change."""
-
-
-def _check_size(numel: int) -> None:
-    if numel > MOST_ELEMENTS:
-        raise CannotRewind(f"it holds a tensor of {numel} elements")
+def _of_torch(name: str) -> Any:
+    """A class of torch, where it has been imported; none otherwise."""
+    return operator.attrgetter(name)(sys.modules["torch"]) if "torch" in sys.modules else ()
 
 
 def _global_random_states() -> Iterator[tuple[Callable[[], Any], Callable[[Any], None]]]:

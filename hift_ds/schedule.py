@@ -6,7 +6,6 @@ What the update uses is the *rate in force*, latched from it.
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import warnings
@@ -40,14 +39,14 @@ class DelayedRate:
         Args:
             at_cycle_start: Whether the coming step is the first of a cycle.
             scheduler: The scheduler that the engine steps, or `None`. Without one (or with one that cannot be asked
-                what it will do) the caller may drive the rate: it is then latched as found at the cycle's start, and
-                again while it is still 0 (a warm-up that begins at 0 would otherwise make the first cycle a no-op).
+                what it will do) the rate is latched as found at the cycle's start. A group's rate of 0 is read again
+                at each step: a warm-up that begins at 0 would otherwise make the first cycle a no-op.
         """
         if self.lr_update == "step":
             self.rates = _present(self.param_groups)
         elif at_cycle_start or self.rates is None:
             self.rates = self._of_cycle(scheduler)
-        elif scheduler is None or (self.lr_update == "cycle" and not self._looks_ahead):
+        else:
             self.rates = [old or new for old, new in zip(self.rates, _present(self.param_groups), strict=True)]
         return self.rates
 
@@ -86,10 +85,7 @@ def look_ahead(scheduler: Any, param_groups: list[dict[str, Any]], steps: int) -
     Raises:
         CannotRewind: Its state cannot be put back; nothing has been changed.
     """
-    rewind = Rewind(scheduler)
-    groups = [
-        {key: (value, _copied(value)) for key, value in group.items() if key != "params"} for group in param_groups
-    ]
+    rewind = Rewind(scheduler, param_groups)
     rows = [_present(param_groups)]
     try:
         with warnings.catch_warnings():
@@ -103,24 +99,10 @@ def look_ahead(scheduler: Any, param_groups: list[dict[str, Any]], steps: int) -
         return rows
     finally:
         rewind.back()
-        for group, saved in zip(param_groups, groups, strict=True):
-            for key in [key for key in group if key != "params" and key not in saved]:
-                del group[key]
-            for key, (value, copied) in saved.items():
-                group[key] = _put_back(value, copied)
 
 
 def _present(param_groups: list[dict[str, Any]]) -> list[float]:
     return [float(group["lr"]) for group in param_groups]
-
-
-def _copied(value: Any) -> Any:
-    return value.clone() if hasattr(value, "clone") else copy.deepcopy(value)
-
-
-def _put_back(value: Any, copied: Any) -> Any:
-    # torch's schedulers write a tensor rate in place; whoever else holds that tensor must find the old value in it.
-    return value.copy_(copied) if hasattr(value, "clone") else copied
 
 
 class CycleScheduler:
