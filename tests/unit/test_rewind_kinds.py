@@ -349,7 +349,7 @@ def test_loggers_are_silent_while_a_scheduler_is_asked_and_only_then(caplog, ref
     optimizer = optimizer_of()
     scheduler = of(lambda scheduler: None, rate)(optimizer)
     if refused:
-        scheduler.left = (step for step in TABLE)
+        scheduler.left = types.SimpleNamespace(inner=(step for step in TABLE))  # found after the logger
     try:
         look_ahead(scheduler, optimizer.param_groups, 4)
     except CannotRewind:
