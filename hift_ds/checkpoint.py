@@ -245,7 +245,7 @@ def _check_module(content: Mapping[str, Any], module: torch.nn.Module, strict: b
             f"the checkpoint and the model differ in {len(differ)} names, first {min(differ)!r}: load into the same "
             "model, or pass load_module_strict=False"
         )
-    for name in shapes.keys() & present.keys():
+    for name in sorted(shapes.keys() & present.keys()):
         now = tuple(getattr(present[name], "ds_shape", present[name].shape))
         if shapes[name].numel() and tuple(shapes[name]) != now:
             raise RuntimeError(

@@ -277,6 +277,8 @@ class HiFTEngine(DeepSpeedEngine):
             self._destroyed = True
             self._release()
             super().destroy()
+            if self.module in parameter_offload.FWD_MODULE_STACK:  # where ZeRO-3 keeps every model for ever
+                parameter_offload.FWD_MODULE_STACK.remove(self.module)
 
     def _release(self) -> None:
         if not self._released:

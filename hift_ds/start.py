@@ -14,6 +14,7 @@ import deepspeed
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime import lr_schedules
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
 
@@ -145,6 +146,12 @@ def _prepare(
     DeepSpeedConfig(copy.deepcopy(dict(ds_config)))  # what DeepSpeed refuses in it, before anything is touched
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model={type(model).__name__}: must be a torch.nn.Module")
+    scheduler = (ds_config.get("scheduler") or {}).get("type")
+    if scheduler and not hasattr(lr_schedules, scheduler) and not hasattr(torch.optim.lr_scheduler, scheduler):
+        raise ValueError(
+            f"scheduler.type={scheduler!r}: must be one of {', '.join(lr_schedules.VALID_LR_SCHEDULES)}, or a class of "
+            "torch.optim.lr_scheduler"
+        )
     if mpu is not None:
         raise ValueError(f"mpu={type(mpu).__name__}: HiFT has no model parallelism; leave mpu out")
     if mesh_param is not None:

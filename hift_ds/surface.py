@@ -40,6 +40,7 @@ SURFACE: dict[str, dict[str, tuple[str, ...]]] = {
             "zero_allgather_sequential", "zero_optimization_stage", "zero_overlap_comm", "zero_reduce_bucket_size",
         ),
     },
+    "deepspeed.runtime.lr_schedules": {"": ("VALID_LR_SCHEDULES",)},
     "deepspeed.runtime.config": {"": ("DeepSpeedConfig", "DtypeEnum")},
     "deepspeed.runtime.base_optimizer": {
         "ZeROOptimizer": (
@@ -54,7 +55,7 @@ SURFACE: dict[str, dict[str, tuple[str, ...]]] = {
         "DynamicLossScaler": ("scale_loss", "update_scale"),
     },
     "deepspeed.runtime.zero.parameter_offload": {
-        "": ("PartitionedParameterCoordinator",),
+        "": ("FWD_MODULE_STACK", "PartitionedParameterCoordinator"),
         "DeepSpeedZeRoOffload": (
             "destroy", "mark_persistent_parameters", "partition_all_parameters", "release_backward_leftovers",
         ),

@@ -73,12 +73,13 @@ class HalfReentrant(nn.Module):
 def half_a_layer_reentrant(stage: int) -> dict[str, Any]:
     """Steps until one raises, at most four cycles of two blocks."""
     torch.manual_seed(0)
-    engine = hift_engine(nn.Sequential(HalfReentrant(), HalfReentrant()), stage, hift={"blocks": [[r"^0\."], [r"^1\."]]})
-    for step in range(8):
+    module = nn.Sequential(HalfReentrant(), HalfReentrant())
+    engine = hift_engine(module, stage, hift={"blocks": [[r"^0\."], [r"^1\."]]})
+    error, steps = "", -1
+    while not error and steps < 8:
         error = error_of(lambda: (engine.backward(engine(torch.ones(2, 6)).square().mean()), engine.step()))
-        if error:
-            break
-    return {"steps": step, "error": error}
+        steps += 1
+    return {"steps": steps, "error": error}
 
 
 class Untrainable(nn.Module):

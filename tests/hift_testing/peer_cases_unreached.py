@@ -10,6 +10,7 @@ from deepspeed import comm as dist
 from hift_testing.peer_cases import (
     Layer,
     TorchHiFT,
+    adamw,
     beside_oracle,
     blocks_of,
     data,
@@ -224,22 +225,20 @@ def one_rank_misses(stage: int, torch_style: bool, gas: int, shared_way: bool) -
     """The last rank's loss does not reach one block.
 
     Args:
-        shared_way: A parameter that both branches go through is always active, so that every loss asks for gradients.
+        shared_way: The layer that both branches go through is always active, so that every loss asks for gradients.
     """
     hift: dict[str, Any] = {"blocks": [["^layers.0"], ["^layers.1"], ["^layers.2"]]}
     if shared_way:
-        hift["always_active"] = [r"layers\.0\.linear\.bias"]
+        hift = {"blocks": hift["blocks"][1:], "always_active": ["^layers.0"]}
     engine = hift_engine(TwoWays(), stage, "fp32", hift, gas)
-    blocks = blocks_of(engine)
-    if shared_way:
-        blocks = [[*block, "layers.0.linear.bias"] for block in blocks]
-    oracle = _WithAlways(TwoWays(), blocks, gas) if shared_way else TorchHiFT(TwoWays(), blocks, "fp32", gas)
+    oracle = _WithAlways(TwoWays(), blocks_of(engine), gas)
     last = dist.get_rank() == dist.get_world_size() - 1
 
     def script(contestant: Any, step: int) -> None:
         for micro in range(gas):
-            # At step 1 (mod 3) block 1 is active and the last rank takes branch 2; at step 2 the reverse.
-            branch = {0: 1, 1: 2 if last else 1, 2: 1 if last else 2}[step % 3]
+            # The last rank takes branch 2 while branch 1 is to be trained, and the reverse.
+            turn = step % 2 if shared_way else step % 3 - 1
+            branch = {-1: 1, 0: 2 if last else 1, 1: 1 if last else 2}[turn]
             loss = loss_of(contestant(data(step, micro), branch=branch))
             if torch_style and not isinstance(contestant, TorchHiFT):
                 loss.backward()
@@ -247,24 +246,20 @@ def one_rank_misses(stage: int, torch_style: bool, gas: int, shared_way: bool) -
                 contestant.backward(loss)
             contestant.step()
 
-    if shared_way:
-        start = weights_of(oracle)
-        error = error_of(lambda: run(script, engine, 7))
-        run(script, oracle, 7)
-        return {"error": error, "distance": distance(weights_of(engine), weights_of(oracle), start)}
     return beside_oracle(script, engine, oracle, 7)
 
 
 class _WithAlways(TorchHiFT):
-    """One parameter is in every block, with one state."""
+    """Parameters that are in no block train with each, with a state of their own."""
 
     def __init__(self, module: nn.Module, blocks: list[list[str]], gas: int) -> None:
-        shared = set.intersection(*map(set, blocks))
-        super().__init__(module, [[name for name in block if name not in shared] for block in blocks], "fp32", gas)
-        self.blocks = [[*block, *sorted(shared)] for block in self.blocks]
-        always = type(self.rules[0])([self.masters[name] for name in sorted(shared)], **self.rules[0].defaults)
-        self.rules = [_Both(rule, always) for rule in self.rules]
-        self._activate()
+        super().__init__(module, blocks, "fp32", gas)
+        rest = [name for name in self.named if not any(name in block for block in blocks)]
+        if rest:
+            always = adamw([self.masters[name] for name in rest])
+            self.blocks = [[*block, *rest] for block in self.blocks]
+            self.rules = [_Both(rule, always) for rule in self.rules]
+            self._activate()
 
 
 class _Both:

@@ -112,7 +112,7 @@ def test_a_refused_initialize_does_not_disturb_the_engine_that_trains_the_module
 def test_a_destroyed_engine_leaves_no_state_in_memory(ranks, stage, dtype):
     for found in on(ranks, cases.memory_after_destroy, stage, dtype):
         weights = 4 if dtype == "fp32" else 2
-        assert found["within"] > weights + 4, "the count must see an engine's state"
+        assert found["within"] > found["after"] + 3, "the count must see an engine's state"
         assert found["after"] < weights + 0.5, found  # bytes a parameter: the module's own
         assert found["without the module"] < 0.5, found
 
