@@ -22,6 +22,7 @@ from hift_ds.config import HiFTConfig
 from hift_ds.forms import Form
 from hift_ds.gradients import GradientReducer, accumulation_dtype
 from hift_ds.launching import agree, of_rank_0, require_alike
+from hift_ds.offload import WEIGHTS
 from hift_ds.optimizer import HiFTOptimizer
 from hift_ds.param_groups import (
     HyperParameters,
@@ -183,6 +184,7 @@ class HiFTEngine(DeepSpeedEngine):
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """As DeepSpeedEngine.forward."""
         self._require_living()
+        self.optimizer.require_states(WEIGHTS)
         if torch.is_grad_enabled():
             self.optimizer.begin_forward()
         with self.optimizer.guard.explaining():
@@ -318,6 +320,7 @@ class HiFTEngine(DeepSpeedEngine):
         exclude_frozen_parameters: bool = False,
     ) -> bool:
         """As DeepSpeedEngine.save_checkpoint: position, masters and state of every block are in it. Collective."""
+        self.optimizer.require_states()
         tag = f"global_step{self.global_steps}" if tag is None else str(tag)
         if save_dir:  # DeepSpeed refuses an empty one
             writes = self.global_rank == 0 or (self.use_node_local_storage() and self.local_rank == 0)

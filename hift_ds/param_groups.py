@@ -67,7 +67,8 @@ def check_trainable(model: torch.nn.Module, plan: BlockPlan, stage: int) -> None
                 "as torch.view_as_real, or name it in hift.frozen"
             )
     for path, module in model.named_modules():
-        if getattr(module, "sparse", False) and any(param is module.weight for param in trained.values()):
+        embeds = isinstance(module, (torch.nn.Embedding, torch.nn.EmbeddingBag))
+        if embeds and module.sparse and any(param is module.weight for param in trained.values()):
             raise ValueError(
                 f"{path}: an embedding with sparse=True, whose gradients are not implemented; make it with "
                 "sparse=False, or name it in hift.frozen"
