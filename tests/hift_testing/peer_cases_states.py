@@ -62,6 +62,10 @@ def offloading(stage: int, dtype: str, hift: dict[str, Any]) -> dict[str, Any]:
     return {"difference": largest_difference(*runs), "error": error}
 
 
+def _held(engine: Any) -> list[torch.Tensor]:
+    return [getattr(param, "ds_tensor", param).detach() for param in engine.module.parameters()]
+
+
 def while_offloaded(stage: int, folder: str) -> dict[str, Any]:
     """What is asked of an engine whose states are off-loaded; then whether it still trains as one that never was."""
     engines = [engine_of(ds_config(stage, "bf16", RESIDENT)) for _ in range(2)]
@@ -75,7 +79,7 @@ def while_offloaded(stage: int, folder: str) -> dict[str, Any]:
     engine.save_checkpoint(folder, tag="good")
     dist.barrier()
     manifest = Path(folder, "good", "hift.json").read_text()
-    kept = {name: value.clone() for name, value in engine.module.state_dict().items()}
+    kept = [held.clone() for held in _held(engine)]
     engine.offload_states(include=[OffloadStateTypeEnum.optim_states])
     with torch.no_grad():
         engine(**batch_of(0, 3, 0))  # rollouts need the weights alone
@@ -90,7 +94,7 @@ def while_offloaded(stage: int, folder: str) -> dict[str, Any]:
         "master": lambda: deepspeed.utils.safe_get_full_fp32_param(first.shard.params[0]),
     }
     found = {name: error_of(ask) for name, ask in asked.items()}
-    same = all(torch.equal(value, kept[name]) for name, value in engine.module.state_dict().items())
+    same = all(map(torch.equal, _held(engine), kept))
     freed = first.master.untyped_storage().nbytes() + first.slots["exp_avg"].untyped_storage().nbytes()
     engine.reload_states()
     for each in engines:
