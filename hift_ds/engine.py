@@ -174,6 +174,7 @@ class HiFTEngine(DeepSpeedEngine):
         if self.lr_scheduler is not None and self.hift_config.lr_update == "paper":
             self.lr_scheduler = CycleScheduler(self.lr_scheduler, self.optimizer.rotation)
         self.optimizer.scheduler = self.lr_scheduler
+        self.optimizer.rate.try_look_ahead(self.lr_scheduler, agree)
 
     def allreduce_gradients(self, bucket_size: int = 0) -> None:
         """After each backward: DeepSpeed's seam for all gradient communication, at every stage."""

@@ -97,7 +97,7 @@ class GradientReducer:
                     "not begin at an output of the engine (call engine.backward(loss) for every loss)"
                 )
             window.ready.add(param)
-            self._launch_ready(window)
+            self._launch_ready()
         elif param.grad.dtype != self.accumulation_dtype:
             grad = param.grad.to(self.accumulation_dtype)
             window.whole[param] = window.whole[param].add_(grad) if param in window.whole else grad
@@ -157,12 +157,14 @@ class GradientReducer:
             window.launched = 0
             window.result, window.touched, window.reduced_once = None, set(), False
 
-    def _launch_ready(self, window: _Window) -> None:
-        params = window.shard.params
-        while window.launched < len(window.buckets):
-            if not all(params[index] in window.ready for index in window.buckets[window.launched]):
-                return
-            self._launch(window)
+    def _launch_ready(self) -> None:
+        """In one order over all windows: a rank whose batch misses the block must not send the always-active first."""
+        for window in self._windows.values():
+            params = window.shard.params
+            while window.launched < len(window.buckets):
+                if not all(params[index] in window.ready for index in window.buckets[window.launched]):
+                    return
+                self._launch(window)
 
     @torch.no_grad()
     def _add_alone(self, window: _Window, param: torch.nn.Parameter) -> None:

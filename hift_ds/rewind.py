@@ -35,7 +35,7 @@ _SCALARS = {int, float, complex, str, bytes, bool, type(None)}
 _CONSTANT = (
     *_SCALARS, range, slice, type(...), type(NotImplemented), enum.Enum, decimal.Decimal, datetime.date, datetime.time,
     datetime.timedelta, datetime.tzinfo, re.Pattern, operator.itemgetter, operator.attrgetter, operator.methodcaller,
-    logging.Logger, type(threading.Lock()), type(threading.RLock()), types.CodeType, types.GenericAlias,
+    type(threading.Lock()), type(threading.RLock()), types.CodeType, types.GenericAlias,
     types.UnionType, types.WrapperDescriptorType, types.MethodDescriptorType, types.ClassMethodDescriptorType,
     types.GetSetDescriptorType, types.MemberDescriptorType, type(namedtuple("_", "field").field),
     types.ModuleType,  # by the names that a function uses: `_visit_names`
@@ -53,6 +53,7 @@ _HOLDERS = {
     staticmethod: ("__func__",),
     classmethod: ("__func__",),
 }
+_REACHES_OUT = {"open", "print", "write_text", "write_bytes"}  # once for each step that is only looked at
 _MISSING = object()
 
 
@@ -83,8 +84,10 @@ class Rewind:
                 for state, put in _global_random_states():
                     self._undo.append(functools.partial(put, state()))
             except CannotRewind:
+                self.back()
                 raise
             except Exception as error:  # of the user's own objects: properties, __getattr__
+                self.back()
                 raise CannotRewind(f"reading what it holds: {error!r}") from error
 
     def back(self) -> None:
@@ -130,8 +133,9 @@ class Rewind:
         kind = type(part)
         if not (hasattr(kind, "named_parameters") or (hasattr(kind, "zero_grad") and hasattr(part, "param_groups"))):
             return isinstance(part, (_of_torch("nn.Parameter"), _of_torch("utils.data.DataLoader")))
-        if hasattr(part, "__dict__"):
-            self._undo.append(functools.partial(_restore_attributes, part, dict(vars(part))))
+        for inner in part.modules() if hasattr(kind, "named_parameters") else [part]:
+            if hasattr(inner, "__dict__"):
+                self._undo.append(functools.partial(_restore_attributes, inner, dict(vars(inner))))
         if not hasattr(kind, "named_parameters"):
             self._pending += [part.param_groups, getattr(part, "defaults", None)]
         return True
@@ -141,7 +145,10 @@ class Rewind:
         kind = type(part)
         if isinstance(part, _CONSTANT):
             return
-        if isinstance(part, type):
+        if isinstance(part, logging.Logger):  # silent until `back`
+            self._undo.append(functools.partial(setattr, part, "disabled", part.disabled))
+            part.disabled = True
+        elif isinstance(part, type):
             self._visit_class(part)
         elif isinstance(part, types.FunctionType):
             self._visit_function(part)
@@ -215,6 +222,9 @@ class Rewind:
         if _is_of_library(part.__module__):
             return
         names, attributes, imports = _names(part.__code__)
+        outside = sorted(_REACHES_OUT & names - part.__globals__.keys() | _REACHES_OUT & attributes - names)
+        if outside:
+            raise CannotRewind(f"{part.__qualname__} calls {outside[0]}()")
         values += self._visit_names(part.__globals__, names)
         values += [sys.modules.get(name) for name in imports]
         for value in values:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from hift_ds.rewind import CannotRewind, Rewind
@@ -31,22 +31,43 @@ class DelayedRate:
         self.lr_update = lr_update
         self.steps_per_cycle = steps_per_cycle
         self.rates: list[float] | None = None
-        self._looks_ahead = lr_update == "cycle"
+        self._looks_ahead = lr_update == "cycle" and steps_per_cycle > 1
+
+    def try_look_ahead(self, scheduler: Any | None, agree: Callable[[Callable[[], None]], None]) -> None:
+        """Where a rank's scheduler would not come back from looking ahead, no rank looks ahead; says so once.
+
+        Args:
+            scheduler: The scheduler that the engine steps, or `None`.
+            agree: Runs a check on every rank and raises on all where it raises on one. Collective.
+        """
+
+        def look_twice() -> None:
+            if scheduler is not None:
+                looks = [look_ahead(scheduler, self.param_groups, self.steps_per_cycle) for _ in range(2)]
+                if repr(looks[0]) != repr(looks[1]):
+                    raise CannotRewind("it counts somewhere out of reach: asked twice, it gives other rates")
+
+        if self._looks_ahead:
+            try:
+                agree(look_twice)
+            except Exception as reason:  # whatever it is on one rank, no other may go on without it
+                self._give_up(scheduler, reason)
 
     def update(self, at_cycle_start: bool, scheduler: Any | None) -> list[float]:
         """Returns the rates in force at the coming step, one per param group; call once, just before the update.
 
+        Latched at a cycle's start, and in each group again while it is 0: a warm-up that begins at 0 would otherwise
+        make the first cycle a no-op wherever it cannot be foreseen.
+
         Args:
             at_cycle_start: Whether the coming step is the first of a cycle.
-            scheduler: The scheduler that the engine steps, or `None`. Without one (or with one that cannot be asked
-                what it will do) the rate is latched as found at the cycle's start. A group's rate of 0 is read again
-                at each step: a warm-up that begins at 0 would otherwise make the first cycle a no-op.
+            scheduler: The scheduler that the engine steps, or `None`. Without one the caller may drive the rate.
         """
         if self.lr_update == "step":
             self.rates = _present(self.param_groups)
         elif at_cycle_start or self.rates is None:
             self.rates = self._of_cycle(scheduler)
-        else:
+        elif not all(self.rates):
             self.rates = [old or new for old, new in zip(self.rates, _present(self.param_groups), strict=True)]
         return self.rates
 
@@ -54,25 +75,29 @@ class DelayedRate:
         if scheduler is not None and self._looks_ahead:
             try:
                 rows = look_ahead(scheduler, self.param_groups, self.steps_per_cycle)
-                return [_inside(series) for series in zip(*rows, strict=True)]
+                return [middle_of_run(series) for series in zip(*rows, strict=True)]
             except CannotRewind as reason:
-                self._looks_ahead = False
-                if os.environ.get("RANK", "0") == "0":
-                    logger.warning(
-                        "lr_update 'cycle': the scheduler %s cannot be asked for the rates of a cycle (%s), so each "
-                        "cycle has the rate at its start", type(scheduler).__name__, reason,
-                    )  # fmt: skip
+                self._give_up(scheduler, reason)
         return _present(self.param_groups)
 
+    def _give_up(self, scheduler: Any, reason: Exception) -> None:
+        self._looks_ahead = False
+        if os.environ.get("RANK", "0") == "0":
+            logger.warning(
+                "hift.lr_update='cycle': the scheduler %s cannot be asked for the rates of a cycle (%s), so each cycle "
+                "has the rate at its start, or the first after it that is not 0", type(scheduler).__name__, reason,
+            )  # fmt: skip
 
-def _inside(series: Sequence[float]) -> float:
-    """A cycle's rate, of those that the schedule has at its steps: the middle one of the run, or the nearest that is
-    not 0. Zeros at the end are beyond the run, where a decay has ended."""
-    alive = [index for index, rate in enumerate(series) if rate != 0]
-    if not alive:
-        return 0.0
-    middle = (alive[-1] + 1) // 2
-    return series[min(alive, key=lambda index: abs(index - middle))]
+
+def middle_of_run(series: Sequence[float]) -> float:
+    """The rate of a cycle, of those that the schedule has at its steps: the middle one of what the run still has.
+
+    The run ends where the schedule comes back to 0: there a linear decay stays, a cosine rises again, a linear
+    OneCycleLR turns negative. Where a warm-up is still 0 in the middle, its first rate. So it is 0 only if all are.
+    """
+    first = next((step for step, rate in enumerate(series) if rate > 0), 0)
+    end = next((step for step in range(first, len(series)) if not series[step] > 0), len(series))
+    return series[max(first, end // 2)]
 
 
 def look_ahead(scheduler: Any, param_groups: list[dict[str, Any]], steps: int) -> list[list[float]]:

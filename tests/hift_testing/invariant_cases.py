@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -235,8 +236,8 @@ def rates(
 
     Args:
         scheduler: `config` (linear warm-up and decay), `object` (LambdaLR: (step + 1) * lr), `callable` (StepLR: halved
-            every 5 steps), `decay` (LambdaLR: linear to 0 at the run's end) or `outside` (LambdaLR: step * lr, stepped
-            by the caller after each engine.step()).
+            every 5 steps), `decay` (LambdaLR: linear to 0 at the run's end), `one_rank_differs` (as `object`, with a
+            file open on rank 1) or `outside` (LambdaLR: step * lr, stepped by the caller after each engine.step()).
         poisoned: Steps whose gradient has a nan on the last rank.
     """
     model, config, given = small_llama(), ds_config(stage, "fp32", {"lr_update": lr_update}), {}
@@ -245,8 +246,10 @@ def rates(
     if scheduler == "config":
         params = {"total_num_steps": 18, "warmup_num_steps": 4, "warmup_type": "linear", "warmup_max_lr": 0.014}
         config["scheduler"] = {"type": "WarmupDecayLR", "params": params}
-    elif scheduler == "object":
+    elif scheduler in ("object", "one_rank_differs"):
         given = {"optimizer": optimizer, "lr_scheduler": LambdaLR(optimizer, lambda step: step + 1)}
+        if scheduler == "one_rank_differs" and dist.get_rank() == 1:
+            given["lr_scheduler"].log = open(os.devnull, "w")  # noqa: SIM115
     elif scheduler == "decay":
         schedule = LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps))
         given = {"optimizer": optimizer, "lr_scheduler": schedule}

@@ -52,6 +52,11 @@ def test_a_decay_to_0_trains_to_the_run_s_last_step(two_ranks, steps, expected):
         assert found["rates"] == pytest.approx(expected, abs=1e-12)
 
 
+def test_if_one_rank_s_scheduler_cannot_be_looked_ahead_all_ranks_read_it_at_the_cycle_s_start(two_ranks):
+    for found in two_ranks.run(cases.rates, 0, "cycle", "one_rank_differs", 8):
+        assert found["rates"] == pytest.approx([0.001] * 6 + [0.007] * 2, abs=1e-12)
+
+
 def test_look_ahead_leaves_the_users_scheduler_where_it_was(two_ranks):
     for found in two_ranks.run(cases.rates, 1, "cycle", "object", STEPS):
         assert found["scheduled"] == pytest.approx([(step + 2) / 1000 for step in range(18)], abs=1e-12)

@@ -321,6 +321,61 @@ def test_what_is_not_known_to_come_back_is_refused(make, reason):
     assert (scheduler.count, optimizer.param_groups[0]["lr"]) == (0, 1.0)
 
 
+def prints(step):
+    print(step)
+    return TABLE[step]
+
+
+def writes(step):
+    with open("/dev/null", "w") as file:
+        file.write(str(step))
+    return TABLE[step]
+
+
+@pytest.mark.parametrize(("function", "reason"), [(prints, r"calls print\(\)"), (writes, r"calls open\(\)")])
+def test_what_cannot_be_taken_back_is_not_done_ahead(function, reason):
+    optimizer = optimizer_of()
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, function)
+    with pytest.raises(CannotRewind, match=reason):
+        look_ahead(scheduler, optimizer.param_groups, 4)
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_loggers_are_silent_while_a_scheduler_is_asked_and_only_then(caplog, refused):
+    def rate(scheduler):
+        logger.warning("now")
+        return 1.0
+
+    optimizer = optimizer_of()
+    scheduler = of(lambda scheduler: None, rate)(optimizer)
+    if refused:
+        scheduler.left = types.SimpleNamespace(inner=(step for step in TABLE))  # found after the logger
+    try:
+        look_ahead(scheduler, optimizer.param_groups, 4)
+    except CannotRewind:
+        assert refused
+    assert caplog.messages == []
+    scheduler.step()
+    assert set(caplog.messages) == {"now"}
+
+
+def test_attributes_of_modules_inside_a_module_come_back():
+    def rate(scheduler):
+        scheduler.model[1].p *= 0.5
+        scheduler.model.eval()
+        return scheduler.model[1].p
+
+    def begin(scheduler):
+        scheduler.model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout(0.8))
+
+    optimizer = optimizer_of()
+    scheduler = of(begin, rate)(optimizer)
+    rows = look_ahead(scheduler, optimizer.param_groups, 3)
+    assert [row[0] for row in rows[1:]] == [0.4, 0.2]
+    assert scheduler.model[1].p == 0.8
+    assert all(module.training for module in scheduler.model.modules())
+
+
 def test_an_attribute_written_by_a_step_that_raises_comes_back():
     class Ends(Scheduler):
         def rate(self):
