@@ -22,6 +22,7 @@ from hift_ds.config import HiFTConfig
 from hift_ds.forms import Form
 from hift_ds.gradients import GradientReducer, accumulation_dtype
 from hift_ds.launching import agree, of_rank_0, require_alike
+from hift_ds.offload import WEIGHTS
 from hift_ds.optimizer import HiFTOptimizer
 from hift_ds.param_groups import (
     HyperParameters,
@@ -184,6 +185,7 @@ class HiFTEngine(DeepSpeedEngine):
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """As DeepSpeedEngine.forward."""
         self._require_living()
+        self.optimizer.require_states(WEIGHTS)
         if torch.is_grad_enabled():
             self.optimizer.begin_forward()
         with self.optimizer.guard.explaining():
@@ -319,6 +321,7 @@ class HiFTEngine(DeepSpeedEngine):
         exclude_frozen_parameters: bool = False,
     ) -> bool:
         """As DeepSpeedEngine.save_checkpoint: position, masters and state of every block are in it. Collective."""
+        self.optimizer.require_states()
         self.optimizer.settle()  # what is wrong with the last step is said before an older save is written over
         tag = f"global_step{self.global_steps}" if tag is None else str(tag)
         if save_dir:  # DeepSpeed refuses an empty one

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from hift_ds.gradients import GradientReducer
 from hift_ds.guard import ModuleGuard
 from hift_ds.host_update import HostUpdate
 from hift_ds.measure import Measurement, Verdict
-from hift_ds.offload import Offloaded
+from hift_ds.offload import STATES, WEIGHTS, Offloaded
 from hift_ds.param_groups import group_indices
 from hift_ds.reach import Reach
 from hift_ds.rotation import Rotation
@@ -83,7 +84,7 @@ class HiFTOptimizer(ZeROOptimizer):
         super().__init__()
         self.optimizer, self.rule, self.plan, self.rotation = holder, rule, plan, rotation
         self.reducer, self.loss_scaler, self.offload = reducer, loss_scaler, offload
-        self.settings, self.device, self.group = settings, device, group
+        self.settings, self.device, self.group, self._module = settings, device, group, module
         self.dynamic_loss_scale = bool(loss_scaler.dynamic)
         self.overflow = False
         self._global_grad_norm = 0.0
@@ -123,7 +124,7 @@ class HiFTOptimizer(ZeROOptimizer):
         )
         self._unread: tuple[Measurement, int, list[BlockState]] | None = None
         self._interrupted = False
-        self._offloaded: Offloaded | None = None
+        self._offloaded = Offloaded(device)
         self._traces = None if offload is None else Traces(offload)
         self._attachment = Attachment(params.values(), self._on_gradient, as_found)
         self._fragments = Fragments(self)  # deepspeed.utils.safe_get_full_fp32_param and its kin
@@ -139,6 +140,7 @@ class HiFTOptimizer(ZeROOptimizer):
 
     def detach(self) -> None:
         """The module is as it was before `attach`; stage 3 leaves its parameters partitioned."""
+        self.reload_states()
         self.reducer.discard()
         self.reducer.open(())
         self._fragments.detach()
@@ -147,6 +149,7 @@ class HiFTOptimizer(ZeROOptimizer):
 
     def destroy(self) -> None:
         """Detaches and frees masters and state. A last step that was not good is a warning."""
+        self.reload_states()
         self.finish("destroy()")
         self.detach()
         if self.offload is not None:
@@ -215,7 +218,6 @@ class HiFTOptimizer(ZeROOptimizer):
 
     def begin_forward(self) -> None:
         """Before a forward that may have a backward."""
-        self.require_states()
         if self._backward_active_depth > 0:  # entered and never left: it ended with an error
             self.interrupt()
         self.drop_interrupted()
@@ -261,36 +263,36 @@ class HiFTOptimizer(ZeROOptimizer):
         """What of weights, masters and moments is on the device goes to the host; `reload_states` brings it back.
 
         Args:
-            include: DeepSpeed's OffloadStateTypeEnum members; `None` = all. Gradients go with the window: none is kept.
+            include: DeepSpeed's OffloadStateTypeEnum members; `None` = all. Gradients stay: none is kept beyond a step.
         """
-        if self._offloaded is not None:
-            return
+        wanted = {WEIGHTS, *STATES} if include is None else {getattr(kind, "value", kind) for kind in include}
+        wanted -= self._offloaded.kinds
         self.checkpoint_event_prologue()
-        self.settle()
-        on_device: dict[str, list[torch.Tensor]] = {"lp_params": [], "hp_params": [], "optim_states": []}
-        for state in self._all_states():
-            on_device["lp_params"] += [getattr(param, "ds_tensor", param).data for param in state.shard.params]
-            if not state.streams:
-                on_device["hp_params"] += [] if state.master is None else [state.master]
-                on_device["optim_states"] += [*state.slots.values(), *state.extra.values()]
-        if self.ring is not None:
-            on_device["optim_states"].append(self.ring.buffer)
-        names = on_device if include is None else {getattr(kind, "value", kind) for kind in include}
-        tensors = [tensor for name, held in on_device.items() if name in names for tensor in held]
-        self._offloaded = Offloaded(tensors, pin_memory)
+        if wanted & STATES and not self._offloaded.kinds & STATES:
+            self.settle()
+        resident = [state for state in self._all_states() if not state.streams]
+        if "hp_params" in wanted:
+            masters = [state.master for state in resident if state.master is not None]
+            self._offloaded.take_states("hp_params", masters, pin_memory)
+        if "optim_states" in wanted:
+            moments = [tensor for state in resident for tensor in (*state.slots.values(), *state.extra.values())]
+            ring = [] if self.ring is None else [self.ring.buffer]
+            self._offloaded.take_states("optim_states", [*moments, *ring], pin_memory)
+        if WEIGHTS in wanted:
+            weights = [getattr(param, "ds_tensor", param) for param in self._module.parameters()]
+            self._offloaded.take_weights(weights, pin_memory)
+        gc.collect()
+        get_accelerator().empty_cache()
 
     def reload_states(self, non_blocking: bool = False) -> None:
         """The inverse of `offload_states`."""
-        if self._offloaded is not None:
+        if self._offloaded.kinds:
             self._offloaded.reload()
-            self._offloaded = None
-            for state in self._all_states():
-                self.guard.note(state.shard)
             self.checkpoint_event_epilogue()
 
-    def require_states(self) -> None:
-        """Raises RuntimeError while states are offloaded."""
-        if self._offloaded is not None:
+    def require_states(self, *kinds: str) -> None:
+        """Raises RuntimeError while one of these kinds, or any without them, is offloaded."""
+        if self._offloaded.kinds.intersection(kinds or self._offloaded.kinds):
             raise RuntimeError("states are offloaded (engine.offload_states): call engine.reload_states() first")
 
     @property
@@ -348,6 +350,7 @@ class HiFTOptimizer(ZeROOptimizer):
     @contextmanager
     def all_trainable(self, also: Iterable[torch.nn.Parameter] = ()) -> Iterator[None]:
         """Inside, inactive parameters (`also` others) do not look frozen to DeepSpeed's checkpoint code."""
+        self.require_states()
         params = {param: param.requires_grad for state in self._all_states() for param in state.shard.params}
         params.update((param, param.requires_grad) for param in also if param.is_floating_point())
         try:
@@ -366,6 +369,7 @@ class HiFTOptimizer(ZeROOptimizer):
             weights_only: What `load_state_dict` shall take.
             params: The whole model's.
         """
+        self.require_states()
         self.load_weights_only, self._loads = weights_only, True
         # Below stage 3 the model file has every weight, and DeepSpeed would want what is frozen now to have been then.
         whole_in_model_file = self.settings.stage < 3
@@ -470,6 +474,7 @@ class HiFTOptimizer(ZeROOptimizer):
 
     def finish(self, before: str) -> None:
         """As `settle`, before something that makes the last step of no account: it may be no error any more."""
+        self.require_states()
         try:
             self.settle()
         except RuntimeError as error:
@@ -477,6 +482,7 @@ class HiFTOptimizer(ZeROOptimizer):
 
     def settle(self) -> None:
         """Before the host reads or changes state: all updates have landed there and have been checked."""
+        self.require_states(*STATES)
         self._hear()
         if self.ring is not None:
             self.ring.settle()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed import comm as dist
 from deepspeed.runtime.zero import unwrap_model_for_generation
 from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
 from hift_testing.invariant_cases import error_of
@@ -18,6 +20,7 @@ ATTRIBUTES = (
     "state", "param_groups", "loss_scale", "cur_scale", "overflow", "custom_loss_scaler", "dynamic_loss_scale",
 )  # fmt: skip
 METHODS = ("get_lr", "get_mom", "get_type", "loss_scale", "dynamic_loss_scale", "optimizer_name", "was_step_applied")
+RESIDENT = {"state": {"residency": "device"}, "always_active": ["norm"]}
 KINDS = [None, *([kind] for kind in OffloadStateTypeEnum)]
 
 
@@ -63,6 +66,53 @@ def offloading(stage: int, dtype: str, hift: dict[str, Any]) -> dict[str, Any]:
     return {"difference": largest_difference(*runs), "error": error}
 
 
+def _held(engine: Any) -> list[torch.Tensor]:
+    return [getattr(param, "ds_tensor", param).detach() for param in engine.module.parameters()]
+
+
+def while_offloaded(stage: int, folder: str) -> dict[str, Any]:
+    """What is asked of an engine whose states are off-loaded; then whether it still trains as one that never was."""
+    engines = [engine_of(ds_config(stage, "bf16", RESIDENT)) for _ in range(2)]
+    for engine in engines:
+        run_steps(engine, 2)
+        params = list(engine.module.parameters())
+        with deepspeed.zero.GatheredParameters(params, modifier_rank=0, enabled=stage == 3), torch.no_grad():
+            for param in params:
+                param.add_(0.25)  # what the user writes just before must not be lost
+    engine, stayed = engines
+    engine.save_checkpoint(folder, tag="good")
+    dist.barrier()
+    manifest = Path(folder, "good", "hift.json").read_text()
+    kept = [held.clone() for held in _held(engine)]
+    engine.offload_states(include=[OffloadStateTypeEnum.optim_states])
+    with torch.no_grad():
+        engine(**batch_of(0, 3, 0))  # rollouts need the weights alone
+    engine.offload_states()  # and now the rest
+    first = engine.optimizer.states[0]
+    asked = {
+        "forward": lambda: engine(**batch_of(0, 3, 0)),
+        "step": lambda: engine.optimizer.step(),
+        "save": lambda: engine.save_checkpoint(folder, tag="good"),
+        "save weights": lambda: engine.save_16bit_model(folder),
+        "load": lambda: engine.load_checkpoint(folder, tag="good"),
+        "master": lambda: deepspeed.utils.safe_get_full_fp32_param(first.shard.params[0]),
+    }
+    found = {name: error_of(ask) for name, ask in asked.items()}
+    same = all(map(torch.equal, _held(engine), kept))
+    freed = first.master.untyped_storage().nbytes() + first.slots["exp_avg"].untyped_storage().nbytes()
+    engine.reload_states()
+    for each in engines:
+        run_steps(each, 8, start=2)
+    difference = largest_difference(whole_weights(engine), whole_weights(stayed))
+    engine.offload_states()
+    engine.destroy()
+    return {
+        "errors": found, "same": same, "bytes left": freed, "difference": difference,
+        "manifest kept": Path(folder, "good", "hift.json").read_text() == manifest,
+        "after destroy": largest_difference(whole_weights(engine), whole_weights(stayed)),
+    }  # fmt: skip
+
+
 class HalfReentrant(nn.Module):
     """Half of a layer inside reentrant checkpointing, which gives it no gradient."""
 
@@ -93,7 +143,7 @@ class Untrainable(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(5, 4, sparse=kind == "sparse")
         self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
-        self.sparse = True  # is no embedding's
+        self.layers[0].sparse = True  # of a user's own, and no embedding
         if kind == "complex":
             self.phases = nn.Parameter(torch.ones(3, dtype=torch.complex64))
 

@@ -9,7 +9,6 @@ from hift_testing.peer_cases import on
 pytestmark = pytest.mark.multi_rank
 
 STAGES = (0, 1, 2, 3)
-RESIDENT = {"state": {"residency": "device"}, "always_active": ["norm"]}
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -23,12 +22,21 @@ def test_the_consolidated_weights_of_stage_3_have_every_trained_parameter(two_ra
     assert second == {}
 
 
-@pytest.mark.parametrize("hift", [{}, RESIDENT], ids=["streaming", "resident"])
+@pytest.mark.parametrize("hift", [{}, cases.RESIDENT], ids=["streaming", "resident"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_states_that_went_to_the_host_and_back_train_bitwise_as_if_they_had_stayed(two_ranks, stage, hift):
     for found in on(two_ranks, cases.offloading, stage, "bf16", hift):
         assert found["difference"] == 0.0
         assert "call engine.reload_states() first" in found["error"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_offloaded_states_are_never_read_and_come_back_with_what_the_user_wrote(two_ranks, tmp_path, stage):
+    for found in on(two_ranks, cases.while_offloaded, stage, str(tmp_path)):
+        sentence = "RuntimeError: states are offloaded (engine.offload_states): call engine.reload_states() first"
+        assert dict.fromkeys(found["errors"], sentence) == found["errors"]
+        assert (found["same"], found["manifest kept"], found["bytes left"]) == (True, True, 0)
+        assert (found["difference"], found["after destroy"]) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize(
