@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from deepspeed import comm as dist
 from deepspeed.runtime.zero import unwrap_model_for_generation
 from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
 from hift_testing.invariant_cases import error_of
+from hift_testing.memory_cases import separate_host
 from hift_testing.peer_cases import Stack, hift_engine, plain_engine
 from hift_testing.training import batch_of, ds_config, engine_of, largest_difference, run_steps, whole_weights
 from torch import nn
@@ -52,10 +54,12 @@ def consolidated() -> dict[str, bool]:
 
 
 def offloading(stage: int, dtype: str, hift: dict[str, Any]) -> dict[str, Any]:
-    """States off-loaded and brought back before each step, every kind by itself and all."""
+    """States off-loaded and brought back before each step, every kind by itself and all; without `hift` they stream."""
     runs, error = [], ""
     for offloads in (True, False):
-        engine = engine_of(ds_config(stage, dtype, hift))
+        with nullcontext() if hift else separate_host():
+            engine = engine_of(ds_config(stage, dtype, hift))
+        assert bool(hift) == (engine.optimizer.ring is None)
         for step in range(7):
             if offloads:
                 engine.offload_states(include=KINDS[step % len(KINDS)])
