@@ -64,22 +64,16 @@ class Attachment:
             param.requires_grad_(flag)
 
 
-def flags_of(module: torch.nn.Module) -> Flags:
-    """`requires_grad` of each of a module's parameters."""
-    return {param: param.requires_grad for param in module.parameters()}
-
-
-def set_flags(flags: Flags) -> None:
-    """The inverse of `flags_of`."""
-    for param, flag in flags.items():
-        param.requires_grad_(flag)
-
-
 @contextmanager
-def unchanged_on_failure(module: torch.nn.Module) -> Iterator[Flags]:
-    """Takes off again what a failed `initialize` has put on a module: hooks and flags; yields the flags as found."""
+def unchanged_on_failure(module: torch.nn.Module, flags: Flags | None = None) -> Iterator[Flags]:
+    """Takes off again what a failed `initialize` has put on a module: hooks and flags; yields the flags as found.
+
+    Args:
+        flags: As found; `None` = the present ones.
+    """
     is_module = isinstance(module, torch.nn.Module)  # what is none is refused inside
-    flags = flags_of(module) if is_module else {}
+    if flags is None:
+        flags = {param: param.requires_grad for param in module.parameters()} if is_module else {}
     parts = module.modules() if is_module else ()
     hooks = {part: {name: set(getattr(part, name)) for name in _HOOKS} for part in parts}
     try:
@@ -90,7 +84,8 @@ def unchanged_on_failure(module: torch.nn.Module) -> Iterator[Flags]:
                 registered = getattr(part, name)
                 for key in [key for key in registered if key not in keys]:
                     del registered[key]
-        set_flags(flags)
+        for param, flag in flags.items():
+            param.requires_grad_(flag)
         raise
 
 

@@ -206,7 +206,7 @@ class HiFTEngine(DeepSpeedEngine):
         tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, torch.Tensor) and t.is_floating_point()]
         if any(tensor.requires_grad for tensor in tensors):
             return
-        given = {id(leaf) for leaf in pytree.tree_leaves(inputs)}
+        given = {id(leaf) for leaf in (*pytree.tree_leaves(inputs), *module.buffers())}
         for tensor in tensors:
             if id(tensor) not in given and not isinstance(tensor, torch.nn.Parameter) and not tensor.is_inference():
                 self._as_leaf(tensor)
@@ -230,17 +230,12 @@ class HiFTEngine(DeepSpeedEngine):
             loss = self._as_leaf(loss.detach())
         if isinstance(loss, torch.Tensor) and loss.is_leaf:
             loss = loss.clone()  # DeepSpeed takes only what has a grad_fn for a loss
-        try:
-            with self.optimizer.guard.explaining():
-                return super().backward(loss, *args, **kwargs)
-        except BaseException:
-            if self.optimizer._backward_active_depth > 0:
-                self.optimizer.interrupt()
-            raise
+        with self.optimizer.guard.explaining():
+            return super().backward(loss, *args, **kwargs)
 
     def _backward_post_hook(self) -> None:
         # DeepSpeed takes a backward that began at two outputs for one after an interrupted one, and leaves its
-        # gradients where they are. An interrupted one is found at the next forward.
+        # gradients where they are. An interrupted one is found at the next forward, backward or step.
         if self.optimizer._backward_active_depth > 1:
             self.optimizer._backward_active_depth = 1
         super()._backward_post_hook()
@@ -250,8 +245,10 @@ class HiFTEngine(DeepSpeedEngine):
         self._require_living()
         reducer = self.optimizer.reducer
         inside = self.managed_gradient_accumulation() and not self.is_gradient_accumulation_boundary()
-        if inside and not reducer.finished:
-            reducer.finish_backward(False)  # other ranks have reduced theirs
+        if inside:
+            self.optimizer.drop_interrupted()
+            if not reducer.finished:
+                reducer.finish_backward(False)  # other ranks have reduced theirs
         super().step(lr_kwargs)
         reducer.finished = False
 

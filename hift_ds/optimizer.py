@@ -123,7 +123,6 @@ class HiFTOptimizer(ZeROOptimizer):
             settings.kernel != "triton" or settings.on_host or bool(loss_scaler.dynamic) or self.reach.skips
         )
         self._unread: tuple[Measurement, int, list[BlockState]] | None = None
-        self._interrupted = False
         self._offloaded = Offloaded(device)
         self._traces = None if offload is None else Traces(offload)
         self._attachment = Attachment(params.values(), self._on_gradient, as_found)
@@ -149,11 +148,12 @@ class HiFTOptimizer(ZeROOptimizer):
 
     def destroy(self) -> None:
         """Detaches and frees masters and state. A last step that was not good is a warning."""
-        self.reload_states()
+        self.reload_states()  # `finish` reads them
         self.finish("destroy()")
         self.detach()
         if self.offload is not None:
             self.offload.partition_all_parameters()
+            self._traces.end()
             self.offload.destroy()
         self.unregister_grad_acc_post_hooks()
         self.states, self.always, self.ring, self._active = [], None, None, []
@@ -209,29 +209,27 @@ class HiFTOptimizer(ZeROOptimizer):
         """Drops all gradients of the window, those that have been reduced too, and those of an interrupted backward."""
         self.reducer.discard()
         self.clear_backward_seen_flag()
-        interrupted, self._interrupted = self._interrupted or self._backward_active_depth > 0, False
-        self._backward_active_depth = 0
+        interrupted = self.interrupted
+        self.exit_backward()
         if interrupted and self.offload is not None:
             self.offload.partition_all_parameters()
             self._traces.forget()
-            self._traces.enter(self.rotation.active_block)
 
     def begin_forward(self) -> None:
         """Before a forward that may have a backward."""
-        if self._backward_active_depth > 0:  # entered and never left: it ended with an error
-            self.interrupt()
-        self.drop_interrupted()
+        if torch._C._current_graph_task_id() == -1:  # else a checkpointed forward runs again, inside its backward
+            self.drop_interrupted()
         self.guard.stop_inactive(self._active_params)
-        if self._traces is not None:
-            self._traces.enter(self.rotation.active_block)
 
-    def interrupt(self) -> None:
-        """A backward has ended with an error: what it has left is a part of a gradient."""
-        self._interrupted = True
+    @property
+    def interrupted(self) -> bool:
+        """Whether the last backward was entered and never left: it ended with an error and has left a part of a
+        gradient."""
+        return self._backward_active_depth > 0
 
     def drop_interrupted(self) -> None:
         """Before the next backward: what an interrupted one has left must not enter an update."""
-        if self._interrupted:
+        if self.interrupted:
             logger.warning("the last backward ended with an error: all gradients of its window are dropped")
             self.zero_grad()
 
@@ -338,14 +336,12 @@ class HiFTOptimizer(ZeROOptimizer):
         active = [self.states[self.rotation.active_block]]
         self._active = active = active if self.always is None else [*active, self.always]
         self._active_params = {param for state in active for param in state.shard.params}
-        for state in self._all_states():
-            for param in state.shard.params:
-                if param.is_inference():  # a forward under torch.inference_mode() gathered or released it
-                    param.data = param.data.clone()
-                param.requires_grad_(param in self._active_params)
-        self.reducer.open(state.shard for state in active)
         if self._traces is not None:
             self._traces.enter(self.rotation.active_block)
+        for state in self._all_states():
+            for param in state.shard.params:
+                param.requires_grad_(param in self._active_params)
+        self.reducer.open(state.shard for state in active)
 
     @contextmanager
     def all_trainable(self, also: Iterable[torch.nn.Parameter] = ()) -> Iterator[None]:
@@ -403,7 +399,7 @@ class HiFTOptimizer(ZeROOptimizer):
         """
         self._hear()
         self.require_states()
-        if self._interrupted:
+        if self.interrupted:
             raise RuntimeError(
                 "the last backward ended with an error, so there is no whole gradient to step with: its window is "
                 "dropped; go on with the next batch"

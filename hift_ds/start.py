@@ -19,7 +19,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from hift_ds import surface
-from hift_ds.attachment import set_flags, unchanged_on_failure
+from hift_ds.attachment import unchanged_on_failure
 from hift_ds.blocks import BlockPlan, plan_blocks
 from hift_ds.config import HiFTConfig
 from hift_ds.ds_keys import check_ds_config
@@ -95,12 +95,8 @@ def initialize(
         if dist.get_rank() == 0:
             logger.warning("DeepSpeed config: %s", note)
     attributes = {"hift_config": hift_config, "block_plan": plan, "as_found": as_found}
-    with unchanged_on_failure(model), _engine_class(type("HiFTEngine", (HiFTEngine,), attributes)):
-        try:
-            return deepspeed.initialize(**forwarded)
-        except BaseException:
-            set_flags(as_found)
-            raise
+    with unchanged_on_failure(model, as_found), _engine_class(type("HiFTEngine", (HiFTEngine,), attributes)):
+        return deepspeed.initialize(**forwarded)
 
 
 def _chosen(

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 
 class Traces:
     """Gives DeepSpeed's parameter manager the coordinator of the block that trains.
 
     ZeRO-3 records which modules run in which order and prefetches by it. Each block has a trace of its own (its
     backward stops elsewhere); one coordinator for all would throw its trace away again and again top-down.
+
+    A trace is stale, and ZeRO-3 then raises, when modules have been numbered anew (hooks taken off and put on again, as
+    `unwrap_model_for_generation` does), or when a module has come to use a parameter of another one, which ZeRO-3 finds
+    in a forward that meets it partitioned. Each forward, of the engine or of the module itself, begins with that check.
 
     Args:
         offload: DeepSpeed's DeepSpeedZeRoOffload, with `new_coordinator`.
@@ -18,18 +24,37 @@ class Traces:
     def __init__(self, offload: Any) -> None:
         self._offload = offload
         self._coordinators: dict[int, Any] = {}
-        self._numbering = offload.module.ds_id
+        self._block, self._signature = 0, self._present()
+        # Before DeepSpeed's own, which begins to follow the trace.
+        self._hook = offload.module.register_forward_pre_hook(lambda *_: self._refresh(), prepend=True)
 
     def enter(self, block: int) -> None:
-        """From now on `block` trains, or goes on to."""
-        if self._offload.module.ds_id != self._numbering:
-            # Hooks were taken off and put on again (unwrap_model_for_generation): modules have new numbers.
-            self.forget()
-            self._numbering = self._offload.module.ds_id
-        if block not in self._coordinators:
-            self._coordinators[block] = self._offload.new_coordinator()
-        self._offload.param_coordinator = self._coordinators[block]
+        """From now on `block` trains."""
+        self._block = block
+        self._refresh()
 
     def forget(self) -> None:
         """All are recorded anew."""
         self._coordinators.clear()
+        self._refresh()
+
+    def end(self) -> None:
+        """Takes the hook off."""
+        self._hook.remove()
+
+    def _present(self) -> tuple[int, int]:
+        module = self._offload.module
+        return module.ds_id, sum(len(getattr(part, "_external_params", ())) for part in module.modules())
+
+    def _refresh(self) -> None:
+        present = self._present()
+        if present != self._signature:
+            self._signature = present
+            self._coordinators.clear()
+        if self._block not in self._coordinators:
+            self._coordinators[self._block] = self._offload.new_coordinator()
+        self._offload.param_coordinator = self._coordinators[self._block]
+        if not torch.is_inference_mode_enabled():
+            for param in self._offload.module.parameters():
+                if param.is_inference():  # gathered or released by a forward under torch.inference_mode()
+                    param.data = param.data.clone()

@@ -165,6 +165,26 @@ def failing_backwards(stage: int, where: int, hift: dict[str, Any], gas: int = 1
     return found
 
 
+def step_after_a_failed_backward(stage: int, torch_style: bool) -> dict[str, Any]:
+    """The backward fails half way, is caught, and the user steps all the same; then trains on."""
+    module = Fused(1)
+    engine = hift_engine(module, stage, "fp32", ONE_BLOCK)
+    start = weights_of(engine)
+    module.switch[0] = True
+    loss = loss_of(engine(data(0)))
+    raised = error_of(loss.backward if torch_style else lambda: engine.backward(loss))
+    module.switch[0] = False
+    error, unchanged = error_of(engine.step), len(unmoved(weights_of(engine), start)) == len(start)
+    twin = hift_engine(Fused(1), stage, "fp32", ONE_BLOCK)
+    for step in (1, 2):
+        train_step(engine, step)
+        train_step(twin, step)
+    return {
+        "raised": raised, "error": error, "unchanged": unchanged,
+        "distance": distance(weights_of(engine), weights_of(twin), start),
+    }  # fmt: skip
+
+
 def _fgsm(torch_style: bool) -> Callable[[Any, int], None]:
     def script(engine: Any, step: int) -> None:
         for micro in range(engine.gradient_accumulation_steps()):

@@ -273,3 +273,19 @@ def two_engines_in_turn(stage: int, dtype: str, other: str) -> dict[str, Any]:
     found["second"] = distance(weights_of(second), weights_of(oracle), start_of_second) if oracle else 0.0
     dist.barrier()
     return found
+
+
+def fails_in_the_build(stage: int) -> dict[str, Any]:
+    """All checks pass, then a user's optimizer factory raises; with a frozen layer."""
+    module = Stack()
+    before = originals(module)
+
+    def factory(params: Any) -> Any:
+        raise RuntimeError("no optimizer today")
+
+    config = config_of(stage, "fp32", {"frozen": [r"layers\.0"]})
+    del config["optimizer"]
+    error = error_of(lambda: hift_ds.initialize(model=module, config=config, optimizer=factory))
+    after = originals(module)
+    kept = ("requires_grad", "hooks") if stage < 3 else ("requires_grad",)
+    return {"error": error, "left": [name for name in kept if before[name] != after[name]]}

@@ -53,6 +53,16 @@ def test_a_backward_that_failed_leaves_nothing_behind(ranks, stage, gas, hift):
         assert found["distance"] <= BOUNDS["fp32"]
 
 
+@pytest.mark.parametrize("torch_style", (False, True), ids=("engine.backward", "loss.backward"))
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_step_after_a_backward_that_failed_is_an_error_and_no_half_update(ranks, stage, torch_style):
+    for found in on(ranks, cases.step_after_a_failed_backward, stage, torch_style):
+        assert "out of memory" in found["raised"]
+        assert found["error"].startswith("RuntimeError: the last backward ended with an error")
+        assert found["unchanged"]
+        assert found["distance"] <= BOUNDS["fp32"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("where", (0, 2))
 @pytest.mark.parametrize("stage", (1, 2, 3))

@@ -124,3 +124,10 @@ def test_two_engines_of_one_process_train_as_each_alone(ranks, stage, other):
         assert not found["unmoved"]
         assert found["first"] <= BOUNDS["fp32"]
         assert found["second"] <= BOUNDS["fp32"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_initialize_that_fails_after_all_checks_leaves_flags_and_hooks_as_found(ranks, stage):
+    for found in on(ranks, cases.fails_in_the_build, stage):
+        assert "no optimizer today" in found["error"]
+        assert found["left"] == []
