@@ -8,6 +8,7 @@ every file: a save that was cut off while it wrote over an older one leaves file
 
 from __future__ import annotations
 
+import copy
 import json
 import uuid
 import zipfile
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hift_ds.rewind import CannotRewind, Rewind
 from hift_ds.schedule import CycleScheduler
 
 if TYPE_CHECKING:
@@ -122,7 +124,7 @@ def check_files(
     parts: Sequence[str],
     module: torch.nn.Module | None,
     strict: bool,
-) -> None:
+) -> Mapping[str, Any]:
     """Refuses this rank's files of a checkpoint if a load would fail half way. Tensors are not read, only found.
 
     Args:
@@ -131,6 +133,9 @@ def check_files(
         parts: Keys of the first file that DeepSpeed will read.
         module: What takes the weights; `None` if the caller loads them in a way of its own.
         strict: Every name must be in both.
+
+    Returns:
+        The first file's content.
 
     Raises:
         RuntimeError: A file is missing or cut off, is of another save, or has other weights than the model.
@@ -148,6 +153,28 @@ def check_files(
             raise RuntimeError(f"the checkpoint has no {part}, and this run has one: {_WEIGHTS_ALONE}")
     if module is not None:
         _check_module(contents[0], module, strict)
+    return contents[0]
+
+
+def check_schedule(saved: Mapping[str, Any], scheduler: Any, param_groups: list[dict[str, Any]]) -> None:
+    """Tries whether a scheduler takes a state; leaves it as it was. One that cannot be put back is not tried.
+
+    Raises:
+        RuntimeError: It does not: it is of the same class, but was made otherwise.
+    """
+    try:
+        rewind = Rewind(scheduler, param_groups)
+    except CannotRewind:
+        return
+    try:
+        scheduler.load_state_dict(copy.deepcopy(saved))
+    except Exception as error:  # whatever it is, it would come half way through the load
+        raise RuntimeError(
+            f"the lr_scheduler ({_name_of(scheduler)}) does not take the checkpoint's state ({error!r}): resume with "
+            "the same, or begin this one anew with load_checkpoint(..., load_lr_scheduler_states=False)"
+        ) from error
+    finally:
+        rewind.back()
 
 
 def optimizer_state(optimizer: HiFTOptimizer) -> dict[str, Any]:

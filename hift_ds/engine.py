@@ -305,6 +305,11 @@ class HiFTEngine(DeepSpeedEngine):
     def clip_fp32_gradients(self) -> None:
         """Stage 0 in fp32: DeepSpeed would clip `.grad` of the whole module; the optimizer clips the block's shard."""
 
+    def get_global_grad_norm(self) -> Any:
+        """Of the last step: `None` before it, a float at stage 0 (which waits for the device), else a tensor."""
+        norm = super().get_global_grad_norm()
+        return norm if norm is None or self.zero_optimization_stage() > 0 else float(norm)
+
     def get_lr(self) -> list[float]:
         """The learning rate in force, one per param group (the scheduler's own value is in `param_groups`)."""
         return self.optimizer.rates
@@ -360,7 +365,10 @@ class HiFTEngine(DeepSpeedEngine):
         samples = self.training_dataloader is not None and self.curriculum_learning_enabled()
         read = {"lr_scheduler": schedule and self.lr_scheduler is not None, "data_sampler": schedule and samples}
         parts = [part for part, is_read in read.items() if is_read]
-        checkpoint.check_files(manifest if through_optimizer else None, [*map(Path, files)], parts, module, strict)
+        whose = manifest if through_optimizer else None
+        content = checkpoint.check_files(whose, [*map(Path, files)], parts, module, strict)
+        if read["lr_scheduler"]:
+            checkpoint.check_schedule(content["lr_scheduler"], self.lr_scheduler, self.optimizer.param_groups)
         return through_optimizer
 
     def load_checkpoint(

@@ -428,8 +428,11 @@ class HiFTOptimizer(ZeROOptimizer):
             self.overflow, reached = not verdict.finite, verdict.reached > 0
             norm = verdict.norm / self.loss_scale
         self.reach.warn_partial(block, states[0].shard, touched[0])
-        if not self.overflow:
-            self._global_grad_norm = measured.square.sqrt().squeeze() / self.loss_scale  # a tensor, as DeepSpeed's
+        if self.overflow:
+            self._global_grad_norm = float("inf")  # this and the dtypes are DeepSpeed's
+        else:
+            dtype = torch.float64 if self.settings.stage == 3 else torch.float32
+            self._global_grad_norm = measured.square.sqrt().squeeze().to(dtype) / self.loss_scale
             self._adopt_writes(states)
             self._run_hooks("_optimizer_step_pre_hooks")
             self._apply(states, grads, Scaling(self.loss_scale, self.settings.clip, norm, measured.square), reached)

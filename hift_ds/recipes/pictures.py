@@ -75,7 +75,8 @@ def _time(done: Results, path: Path) -> Path | None:
         colour = COLOURS["weights"] if cell.method == "hift" else COLOURS["other"]
         axes.barh(place, middle, 0.62, color=colour)
         axes.plot([low, high], [place, place], color="black", linewidth=1)
-    _finish(figure, axes, labels_of([cell for cell, _ in timed]), "step, ms (median; line: 20 to 80 %)", path, False)
+    title = "step, ms, mean of a cycle (median cycle; line: 20 to 80 %)"
+    _finish(figure, axes, labels_of([cell for cell, _ in timed]), title, path, False)
     return path
 
 

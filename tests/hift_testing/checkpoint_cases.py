@@ -6,6 +6,7 @@ import copy
 import json
 import re
 import shutil
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from hift_testing.invariant_cases import (
 )
 from hift_testing.parity_cases import RULES
 from hift_testing.training import batch_of, ds_config, engine_of, run_steps, small_llama, whole_weights
+from torch.optim.lr_scheduler import LinearLR, SequentialLR
 
 from hift_ds.forms import split_master
 
@@ -328,6 +330,11 @@ def _grouped(model: torch.nn.Module, decayed: str, split: bool = True) -> dict[s
     return {"model_parameters": groups if split else [*inside, *outside]}
 
 
+def _phases(count: int) -> Callable[[torch.optim.Optimizer], SequentialLR]:
+    """A schedule in several phases of two steps each."""
+    return lambda holder: SequentialLR(holder, [LinearLR(holder) for _ in range(count)], list(range(2, 2 * count, 2)))
+
+
 def _sgd(momentum: float) -> dict[str, Any]:
     return {"optimizer": {"type": "SGD", "params": {"lr": 1e-2, "momentum": momentum}}}
 
@@ -364,6 +371,10 @@ MISFITS: dict[str, Any] = {
     "another schedule": (
         2, _SCHEDULED,
         ({}, {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 4}}}, small_llama, lambda m: {}),
+    ),
+    "another schedule of the same class": (
+        1, ({}, {}, small_llama, lambda model: {"lr_scheduler": _phases(3)}),
+        ({}, {}, small_llama, lambda model: {"lr_scheduler": _phases(2)}),
     ),
     "a schedule by cycles": (1, _SCHEDULED, ({"lr_update": "paper"}, *_SCHEDULED[1:])),
 }  # fmt: skip

@@ -351,6 +351,7 @@ def fp16_run(stage: int, fp16: dict[str, Any], applied: int, compare: bool = Tru
                 "weights": changed(weights, after),
                 "state": changed(state, state_after),
                 "lr": engine.get_lr()[0],
+                "norm": float(engine.get_global_grad_norm()),
             }
         )
         step += not engine.optimizer.overflow

@@ -165,7 +165,7 @@ def refused(stage: int, kind: str) -> str:
 def _type_of(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return f"{type(value).__name__} of {', '.join(sorted({_type_of(item) for item in value}))}"
-    return type(value).__name__
+    return f"{type(value).__name__} of {value.dtype}" if isinstance(value, torch.Tensor) else type(value).__name__
 
 
 def types(stage: int, dtype: str) -> list[dict[str, str]]:

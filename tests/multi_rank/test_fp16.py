@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hift_testing import invariant_cases as cases
 from hift_testing.tolerances import NORM
 
 pytestmark = pytest.mark.multi_rank
 
-UNTOUCHED = {"applied": False, "skipped": 1, "scheduled": 0, "rotated": False, "weights": [], "state": []}
+UNTOUCHED = {
+    "applied": False, "skipped": 1, "scheduled": 0, "rotated": False, "weights": [], "state": [], "norm": math.inf
+}  # fmt: skip
 
 
 def split(results: list[dict]) -> tuple[list[dict], list[dict]]:
