@@ -1,11 +1,13 @@
-"""What HiFT puts on a user's module, and how it comes off again: gradient hooks and `requires_grad`."""
+"""What HiFT puts on a user's module, and how it comes off again: gradient hooks, `zero_grad` and `requires_grad`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from types import MethodType
 from typing import Any
+from weakref import WeakKeyDictionary, WeakMethod
 
 import torch
 
@@ -23,15 +25,19 @@ class Attachment:
     """On `params` from `attach` to `detach`.
 
     Args:
+        module: The user's.
         params: Every trained parameter.
         on_gradient: Called when `.grad` of one of them has been accumulated.
+        on_zero_grad: A method; called after the module's own `zero_grad`.
         as_found: `requires_grad` of all of the module's parameters before `initialize`.
     """
 
     def __init__(
-        self, params: Iterable[torch.nn.Parameter], on_gradient: Callable[[torch.nn.Parameter], None], as_found: Flags
-    ) -> None:
-        self._params, self._on_gradient, self._as_found = list(params), on_gradient, as_found
+        self, module: torch.nn.Module, params: Iterable[torch.nn.Parameter],
+        on_gradient: Callable[[torch.nn.Parameter], None], on_zero_grad: Callable[[], None], as_found: Flags,
+    ) -> None:  # fmt: skip
+        self._module, self._params, self._as_found = module, list(params), as_found
+        self._on_gradient, self._on_zero_grad = on_gradient, WeakMethod(on_zero_grad)
         self._handles: list[Any] = []
 
     def attach(self) -> None:
@@ -42,13 +48,15 @@ class Attachment:
             if gathered:
                 param.all_gather()
             param.requires_grad_(True)
-            param.grad = None
             self._handles.append(param.register_post_accumulate_grad_hook(self._on_gradient))
             if gathered:
                 param.partition()
             else:
                 # A copy trains on its own: it has the user's flag, not that of the present turn.
                 param.__deepcopy__ = partial(_copied, param, self._as_found[param])
+        _ON_ZERO_GRAD[self._module] = self._on_zero_grad
+        if "zero_grad" not in vars(self._module):  # a deepcopy gets a method of its own, that drops nothing here
+            self._module.zero_grad = MethodType(zero_grad, self._module)
 
     def detach(self) -> None:
         """The parameters are as the user had them. May be called again."""
@@ -59,9 +67,26 @@ class Attachment:
         self._handles.clear()
         for param in self._params:
             vars(param).pop("__deepcopy__", None)
-            param.grad = None
         for param, flag in self._as_found.items():
             param.requires_grad_(flag)
+        _take_off(self._module)
+
+
+_ON_ZERO_GRAD: WeakKeyDictionary[torch.nn.Module, WeakMethod[Any]] = WeakKeyDictionary()
+
+
+def zero_grad(module: torch.nn.Module, set_to_none: bool = True) -> None:
+    """The module's own, which finds no gradient on a parameter whose gradient has been reduced; then these go, too."""
+    type(module).zero_grad(module, set_to_none)
+    reference = _ON_ZERO_GRAD.get(module)
+    also = None if reference is None else reference()
+    if also is not None:
+        also()
+
+
+def _take_off(module: torch.nn.Module) -> None:
+    if getattr(vars(module).get("zero_grad"), "__func__", None) is zero_grad:
+        del module.zero_grad
 
 
 @contextmanager
@@ -86,6 +111,8 @@ def unchanged_on_failure(module: torch.nn.Module, flags: Flags | None = None) ->
                     del registered[key]
         for param, flag in flags.items():
             param.requires_grad_(flag)
+        if is_module:
+            _take_off(module)
         raise
 
 

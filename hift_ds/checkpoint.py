@@ -121,6 +121,7 @@ def check_manifest(optimizer: HiFTOptimizer, folder: Path, whole: bool, schedule
 def check_files(
     manifest: Mapping[str, Any] | None,
     files: Sequence[Path],
+    rank: int,
     parts: Sequence[str],
     module: torch.nn.Module | None,
     strict: bool,
@@ -130,6 +131,7 @@ def check_files(
     Args:
         manifest: The checkpoint's, whose save all files must be of; `None` if any will do.
         files: The one of model weights, and this rank's of the optimizer if the load takes anything from it.
+        rank: This one's, of those that share a block's state.
         parts: Keys of the first file that DeepSpeed will read.
         module: What takes the weights; `None` if the caller loads them in a way of its own.
         strict: Every name must be in both.
@@ -141,12 +143,18 @@ def check_files(
         RuntimeError: A file is missing or cut off, is of another save, or has other weights than the model.
     """
     contents = [_opened(path) for path in files]
-    marks = [content.get("optimizer_state_dict", {}).get("hift", {}).get("save") for content in contents[1:]]
-    for path, mark in zip(files, [contents[0].get(MARK), *marks], strict=True):
+    states = [content.get("optimizer_state_dict", {}).get("hift", {}) for content in contents[1:]]
+    for path, mark in zip(files, [contents[0].get(MARK), *(state.get("save") for state in states)], strict=True):
         if manifest is not None and mark != manifest["save"]:
             raise RuntimeError(
                 f"checkpoint file {str(path)!r} is of another save ({mark}) than {MANIFEST} beside it "
                 f"({manifest['save']}): a save was cut off while it wrote over an older one; load another tag"
+            )
+    for path, state in zip(files[1:], states, strict=True):
+        if manifest is not None and state.get("rank") != rank:
+            raise RuntimeError(
+                f"checkpoint file {str(path)!r} is of rank {state.get('rank')}, and rank {rank} would load it: files "
+                "were renamed; load another tag"
             )
     for part in parts:
         if contents[0].get(part) is None:
@@ -185,6 +193,7 @@ def optimizer_state(optimizer: HiFTOptimizer) -> dict[str, Any]:
     return {
         "hift": {
             "save": optimizer.save_mark,
+            "rank": optimizer.states[0].shard.rank,
             "identity": _identity(optimizer),
             "step": rotation.step,
             "rates": rate.rates,

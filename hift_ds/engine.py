@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,12 @@ from hift_ds.forms import Form
 from hift_ds.gradients import GradientReducer, accumulation_dtype
 from hift_ds.launching import agree, of_rank_0, require_alike
 from hift_ds.offload import WEIGHTS
-from hift_ds.optimizer import HiFTOptimizer
+from hift_ds.optimizer import ENDED, HiFTOptimizer
 from hift_ds.param_groups import (
     HyperParameters,
     check_coverage,
     check_inside,
+    check_step,
     trainable_groups,
 )
 from hift_ds.rotation import Rotation
@@ -66,6 +68,7 @@ class HiFTEngine(DeepSpeedEngine):
             self.tput_timer.config.synchronized = False
         holder, rule = self._hyper_parameters(client_optimizer, model_parameters)
         check_inside(holder, self.module)
+        check_step(holder)
         self._check_for_duplicates(holder)
         for group in holder.param_groups:
             rule.check_group(group)
@@ -112,6 +115,7 @@ class HiFTEngine(DeepSpeedEngine):
                 card_bytes=card_bytes(self.device),
             ),
         )
+        self.optimizer.end_window = self._end_window
         self.hift = HiFT(self)
         self._hook_outputs()
         LIVING.add(self)
@@ -225,7 +229,7 @@ class HiFTEngine(DeepSpeedEngine):
         batches may reach the block; `step` raises if that is so on every rank.
         """
         self._require_living()
-        self.optimizer.drop_interrupted()
+        self.optimizer.begin_backward()
         if isinstance(loss, torch.Tensor) and not loss.requires_grad:
             loss = self._as_leaf(loss.detach())
         if isinstance(loss, torch.Tensor) and loss.is_leaf:
@@ -243,6 +247,7 @@ class HiFTEngine(DeepSpeedEngine):
     def step(self, lr_kwargs: Any = None) -> None:
         """As DeepSpeedEngine.step."""
         self._require_living()
+        self.optimizer.require_states()
         reducer = self.optimizer.reducer
         inside = self.managed_gradient_accumulation() and not self.is_gradient_accumulation_boundary()
         if inside:
@@ -257,10 +262,15 @@ class HiFTEngine(DeepSpeedEngine):
             super()._take_model_step(lr_kwargs)
         except Exception:
             # The window has ended, though without an update: the next one begins with the next batch.
+            at = self.micro_steps
             self.optimizer.zero_grad()
-            self.micro_steps += 1
+            self.micro_steps = max(self.micro_steps, at + 1)
             self._running_engine_step = False
             raise
+
+    def _end_window(self) -> None:
+        """Micro steps that are left of a window whose gradients were dropped must not make an update by themselves."""
+        self.micro_steps += -self.micro_steps % self.gradient_accumulation_steps()
 
     def zero_grad(self) -> None:
         """Drops all gradients of the window, those that have been reduced too."""
@@ -297,10 +307,7 @@ class HiFTEngine(DeepSpeedEngine):
 
     def _require_living(self) -> None:
         if self._released:
-            raise RuntimeError(
-                "this engine has ended: destroy() was called, or a later hift_ds.initialize took its model over; use "
-                "the engine that it returned"
-            )
+            raise RuntimeError(ENDED)
 
     def clip_fp32_gradients(self) -> None:
         """Stage 0 in fp32: DeepSpeed would clip `.grad` of the whole module; the optimizer clips the block's shard."""
@@ -323,6 +330,7 @@ class HiFTEngine(DeepSpeedEngine):
         exclude_frozen_parameters: bool = False,
     ) -> bool:
         """As DeepSpeedEngine.save_checkpoint: position, masters and state of every block are in it. Collective."""
+        self._require_living()
         self.optimizer.require_states()
         self.optimizer.settle()  # what is wrong with the last step is said before an older save is written over
         tag = f"global_step{self.global_steps}" if tag is None else str(tag)
@@ -344,8 +352,14 @@ class HiFTEngine(DeepSpeedEngine):
 
     def save_16bit_model(self, *args: Any, **kwargs: Any) -> Any:
         """As DeepSpeedEngine.save_16bit_model. Collective."""
+        self._require_living()
         with self.optimizer.all_trainable():
             return super().save_16bit_model(*args, **kwargs)
+
+    def module_state_dict(self, *args: Any, exclude_frozen_parameters: bool = False, **kwargs: Any) -> Any:
+        """As DeepSpeedEngine.module_state_dict; what waits for its turn is not frozen."""
+        with self.optimizer.all_trainable() if exclude_frozen_parameters else nullcontext():
+            return super().module_state_dict(*args, exclude_frozen_parameters=exclude_frozen_parameters, **kwargs)
 
     def _zero3_consolidated_16bit_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         with self.optimizer.all_trainable():  # Trainer asks for it without the frozen parameters
@@ -366,7 +380,8 @@ class HiFTEngine(DeepSpeedEngine):
         read = {"lr_scheduler": schedule and self.lr_scheduler is not None, "data_sampler": schedule and samples}
         parts = [part for part, is_read in read.items() if is_read]
         whose = manifest if through_optimizer else None
-        content = checkpoint.check_files(whose, [*map(Path, files)], parts, module, strict)
+        rank = self.optimizer.states[0].shard.rank
+        content = checkpoint.check_files(whose, [*map(Path, files)], rank, parts, module, strict)
         if read["lr_scheduler"]:
             checkpoint.check_schedule(content["lr_scheduler"], self.lr_scheduler, self.optimizer.param_groups)
         return through_optimizer
@@ -392,6 +407,7 @@ class HiFTEngine(DeepSpeedEngine):
             ValueError: There is no such checkpoint.
             RuntimeError: It does not fit this run; the message says why. On every rank, whichever found it.
         """
+        self._require_living()
         self.optimizer.finish("load_checkpoint()")
         whole = load_optimizer_states and not load_module_only
         counters = (self.global_steps, self.global_samples, self.skipped_steps)
@@ -417,6 +433,7 @@ class HiFTEngine(DeepSpeedEngine):
         with self.optimizer.loading(not whole, self.module.parameters()):
             result = agree(load)
         (result[1] or {}).pop(checkpoint.MARK, None)
+        self.micro_steps -= self.micro_steps % self.gradient_accumulation_steps()  # a window that had begun is dropped
         if result[0] is not None and not whole:
             self.optimizer.refresh_fp32_params()
             if load_module_only:

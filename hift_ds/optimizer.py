@@ -22,7 +22,7 @@ from hift_ds.guard import ModuleGuard
 from hift_ds.host_update import HostUpdate
 from hift_ds.measure import Measurement, Verdict
 from hift_ds.offload import STATES, WEIGHTS, Offloaded
-from hift_ds.param_groups import group_indices
+from hift_ds.param_groups import group_indices, groups_fault
 from hift_ds.reach import Reach
 from hift_ds.rotation import Rotation
 from hift_ds.rules import Rule
@@ -30,10 +30,15 @@ from hift_ds.schedule import DelayedRate
 from hift_ds.settings import Settings
 from hift_ds.shards import BlockShard
 from hift_ds.state import BlockState, Storage, layout_fault, make_states
+from hift_ds.step_hooks import StepHooks
 from hift_ds.traces import Traces
 from hift_ds.update import BlockUpdate, Scaling
 
 logger = logging.getLogger(__name__)
+ENDED = (
+    "this engine has ended: destroy() was called, or a later hift_ds.initialize took its model over; use the engine "
+    "that it returned"
+)
 
 
 class HiFTOptimizer(ZeROOptimizer):
@@ -116,6 +121,7 @@ class HiFTOptimizer(ZeROOptimizer):
         self.host_update = None
         if settings.on_host:
             self.host_update = HostUpdate(rule, holder.param_groups, device, self._sum_over_shards, self.states)
+        self.hooks = StepHooks(holder)
         self.reach = Reach(plan, settings.no_gradient)
         self.guard = ModuleGuard(module, params)
         # Where nothing needs to know on the host how a step's gradients are, it does not wait for the device.
@@ -125,23 +131,28 @@ class HiFTOptimizer(ZeROOptimizer):
         self._unread: tuple[Measurement, int, list[BlockState]] | None = None
         self._offloaded = Offloaded(device)
         self._traces = None if offload is None else Traces(offload)
-        self._attachment = Attachment(params.values(), self._on_gradient, as_found)
+        self._attachment = Attachment(module, params.values(), self._on_gradient, self.zero_grad, as_found)
         self._fragments = Fragments(self)  # deepspeed.utils.safe_get_full_fp32_param and its kin
-        self.attach()
-
-    def attach(self) -> None:
-        """Takes the module: hooks, flags, and what DeepSpeed's tools look for. Collective at stage 3."""
+        self._grouped = [list(map(id, group["params"])) for group in holder.param_groups]
+        self._begun = self._warned_of_direct = False
+        for param in params.values():
+            param.grad = None
         self._attachment.attach()
-        self._fragments.attach()
-        holder = self.optimizer
-        holder.zero_grad = self.zero_grad  # a client optimizer's own would leave what has been reduced
+        self._take()
         self.activate()
 
+    def _take(self) -> None:
+        self._fragments.attach()
+        self.optimizer.zero_grad = self.zero_grad  # a client optimizer's own would leave what has been reduced
+
+    def attach(self) -> None:
+        """After `detach`: takes the module again, in the middle of a window if it was there. Collective at stage 3."""
+        self._attachment.attach()
+        self._take()
+        self._set_flags()
+
     def detach(self) -> None:
-        """The module is as it was before `attach`; stage 3 leaves its parameters partitioned."""
-        self.reload_states()
-        self.reducer.discard()
-        self.reducer.open(())
+        """The module is as it was before; stage 3 leaves its parameters partitioned. Gradients stay where they are."""
         self._fragments.detach()
         self._attachment.detach()
         vars(self.optimizer).pop("zero_grad", None)
@@ -150,6 +161,8 @@ class HiFTOptimizer(ZeROOptimizer):
         """Detaches and frees masters and state. A last step that was not good is a warning."""
         self.reload_states()  # `finish` reads them
         self.finish("destroy()")
+        self.reducer.discard()
+        self.reducer.open(())
         self.detach()
         if self.offload is not None:
             self.offload.partition_all_parameters()
@@ -211,14 +224,20 @@ class HiFTOptimizer(ZeROOptimizer):
         self.clear_backward_seen_flag()
         interrupted = self.interrupted
         self.exit_backward()
-        if interrupted and self.offload is not None:
-            self.offload.partition_all_parameters()
-            self._traces.forget()
+        if interrupted:
+            self.end_window()
+            if self.offload is not None:
+                self.offload.partition_all_parameters()
+                self._traces.forget()
+
+    def end_window(self) -> None:
+        """The next window begins with the next batch; the engine, which counts micro steps, puts its own here."""
 
     def begin_forward(self) -> None:
         """Before a forward that may have a backward."""
         if torch._C._current_graph_task_id() == -1:  # else a checkpointed forward runs again, inside its backward
             self.drop_interrupted()
+        self._begun = True
         self.guard.stop_inactive(self._active_params)
 
     @property
@@ -226,6 +245,11 @@ class HiFTOptimizer(ZeROOptimizer):
         """Whether the last backward was entered and never left: it ended with an error and has left a part of a
         gradient."""
         return self._backward_active_depth > 0
+
+    def begin_backward(self) -> None:
+        """Before `engine.backward`."""
+        self.drop_interrupted()
+        self._begun = True
 
     def drop_interrupted(self) -> None:
         """Before the next backward: what an interrupted one has left must not enter an update."""
@@ -338,10 +362,13 @@ class HiFTOptimizer(ZeROOptimizer):
         self._active_params = {param for state in active for param in state.shard.params}
         if self._traces is not None:
             self._traces.enter(self.rotation.active_block)
+        self._set_flags()
+        self.reducer.open(state.shard for state in active)
+
+    def _set_flags(self) -> None:
         for state in self._all_states():
             for param in state.shard.params:
                 param.requires_grad_(param in self._active_params)
-        self.reducer.open(state.shard for state in active)
 
     @contextmanager
     def all_trainable(self, also: Iterable[torch.nn.Parameter] = ()) -> Iterator[None]:
@@ -383,6 +410,13 @@ class HiFTOptimizer(ZeROOptimizer):
         return self.states if self.always is None else [*self.states, self.always]
 
     def _on_gradient(self, param: torch.nn.Parameter) -> None:
+        if not self._begun and not self._warned_of_direct:
+            self._warned_of_direct = True
+            logger.warning(
+                "a backward came through the model that neither engine(...) nor engine.backward began: its gradients "
+                "are kept for the engine's next step and are not in param.grad; to train the model in another way, end "
+                "the engine with engine.destroy()"
+            )
         self.reducer.on_gradient(param)
         self.queue_post_backward_callback()
 
@@ -397,8 +431,11 @@ class HiFTOptimizer(ZeROOptimizer):
         rotation. Otherwise the kernels leave the update out by themselves, the block's turn passes, and the host hears
         of it at the next step.
         """
+        if not self.states:
+            raise RuntimeError(ENDED)
         self._hear()
         self.require_states()
+        self._begun = False
         if self.interrupted:
             raise RuntimeError(
                 "the last backward ended with an error, so there is no whole gradient to step with: its window is "
@@ -407,7 +444,8 @@ class HiFTOptimizer(ZeROOptimizer):
         if not self.reducer.finished:  # a direct call, a loss that no engine's output led to, `no_sync` everywhere
             self.reducer.finish_backward(True)
         states, block = self.active_states(), self.rotation.active_block
-        fault = self.guard.fault() or layout_fault(self.rule, self.param_groups, states)
+        fault = self.guard.fault() or groups_fault(self.param_groups, self._grouped)
+        fault = fault or layout_fault(self.rule, self.param_groups, states)
         self.guard.warn_of_stopped(self._active_params)
         grads, touched = map(list, zip(*(self.reducer.take(state.shard) for state in states), strict=True))
         if self.offload is not None:
@@ -434,9 +472,12 @@ class HiFTOptimizer(ZeROOptimizer):
             dtype = torch.float64 if self.settings.stage == 3 else torch.float32
             self._global_grad_norm = measured.square.sqrt().squeeze().to(dtype) / self.loss_scale
             self._adopt_writes(states)
-            self._run_hooks("_optimizer_step_pre_hooks")
+            updates = reached or self.always is not None
+            if updates:
+                self.hooks.before()
             self._apply(states, grads, Scaling(self.loss_scale, self.settings.clip, norm, measured.square), reached)
-            self._run_hooks("_optimizer_step_post_hooks")
+            if updates:
+                self.hooks.after()
         if not self._waits:
             measured.send()
             self._unread = (measured, block, states)
@@ -456,11 +497,6 @@ class HiFTOptimizer(ZeROOptimizer):
         if self.ring is not None:
             # During the coming forward and backward.
             self.ring.prefetch(self.active_states()[0].tiles, self._begins_anew())
-
-    def _run_hooks(self, name: str) -> None:
-        """Step hooks of a client optimizer (EMA, projections), as its own `step` would call them."""
-        for hook in list(getattr(self.optimizer, name).values()):
-            hook(self.optimizer, (), {})
 
     def _adopt_writes(self, states: list[BlockState]) -> None:
         """Weights that the user has written since the last update become the masters; only those elements change."""

@@ -51,6 +51,33 @@ def check_inside(holder: torch.optim.Optimizer, module: torch.nn.Module) -> None
                 )
 
 
+def check_step(optimizer: torch.optim.Optimizer) -> None:
+    """Raises ValueError if an optimizer object has a `step` of its own, which nothing would call."""
+    step = vars(optimizer).get("step")
+    if step is not None and not hasattr(step, "_wrapped_by_lr_sched"):  # torch's schedulers only count its calls
+        raise ValueError(
+            f"optimizer: the step() of this {type(optimizer).__name__} object was replaced, and HiFT, which makes the "
+            "update itself, would never call it; use register_step_pre_hook and register_step_post_hook"
+        )
+
+
+def groups_fault(param_groups: list[dict], known: list[list[int]]) -> str | None:
+    """What has been changed in the sets of parameters since `initialize`, as a sentence, or `None`.
+
+    Args:
+        param_groups: The holder's.
+        known: The ids of their parameters then.
+    """
+    present = [list(map(id, group["params"])) for group in param_groups]
+    if present == known:
+        return None
+    index = next((i for i, (now, then) in enumerate(zip(present, known, strict=False)) if now != then), len(known))
+    return (
+        f"param group {index} was added or has other parameters than at initialize, and these would never train: call "
+        "engine.destroy() and hift_ds.initialize again"
+    )
+
+
 def check_trainable(model: torch.nn.Module, plan: BlockPlan, stage: int) -> None:
     """Raises ValueError if the model has trained parameters that HiFT cannot train at this ZeRO stage."""
     names = {fqn for block in plan.blocks for fqn in block.fqns} | set(plan.always_active)

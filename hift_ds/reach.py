@@ -49,7 +49,17 @@ class Reach:
         unseen = [param for param in shard.params if param not in self._seen]
         if turn_ends:
             self._silent.update(unseen)
+            if self.skips:
+                self._warn_of_silent(shard, [param for param in unseen if self._silent[param] == TURNS])
         return 0 if self.skips else sum(self._silent[param] >= TURNS for param in unseen)
+
+    def _warn_of_silent(self, shard: BlockShard, params: list[torch.nn.Parameter]) -> None:
+        if params:
+            logger.warning(
+                "%s received no gradient on this rank in %d whole turns: either batches reach it rarely, or it never "
+                "trains (reentrant activation checkpointing cuts parameters off: pass use_reentrant=False)",
+                _some([shard.fqns[shard.position[param]] for param in params]), TURNS,
+            )  # fmt: skip
 
     def check(self, shards: list[BlockShard]) -> None:
         """Called on every rank when one has counted such parameters of the blocks that train. Collective.

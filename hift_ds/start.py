@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -27,7 +28,7 @@ from hift_ds.engine import LIVING, HiFTEngine
 from hift_ds.launching import agree, init_distributed, load_ds_config, require_alike
 from hift_ds.memory.choose import agreed_layers_per_block
 from hift_ds.memory.request import precision_of, zero_section
-from hift_ds.param_groups import check_inside, check_trainable, freeze_left_out
+from hift_ds.param_groups import check_inside, check_step, check_trainable, freeze_left_out
 from hift_ds.rules import KernelChoice, check_form, choose_kernel, rule_from_config, rule_from_optimizer
 from hift_ds.settings import updates_on_host
 
@@ -142,12 +143,7 @@ def _prepare(
     DeepSpeedConfig(copy.deepcopy(dict(ds_config)))  # what DeepSpeed refuses in it, before anything is touched
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model={type(model).__name__}: must be a torch.nn.Module")
-    scheduler = (ds_config.get("scheduler") or {}).get("type")
-    if scheduler and not hasattr(lr_schedules, scheduler) and not hasattr(torch.optim.lr_scheduler, scheduler):
-        raise ValueError(
-            f"scheduler.type={scheduler!r}: must be one of {', '.join(lr_schedules.VALID_LR_SCHEDULES)}, or a class of "
-            "torch.optim.lr_scheduler"
-        )
+    _check_scheduler(ds_config.get("scheduler") or {})
     if mpu is not None:
         raise ValueError(f"mpu={type(mpu).__name__}: HiFT has no model parallelism; leave mpu out")
     if mesh_param is not None:
@@ -162,6 +158,7 @@ def _prepare(
         rule = rule_from_optimizer(optimizer)
         check_form(config.state.master, config.state.moments, rule, _weight_dtype(ds_config))
         check_inside(optimizer, model)
+        check_step(optimizer)
         freeze_left_out(model, optimizer)
     on_host = updates_on_host(ds_config)
     if on_host and config.state.residency == "device":
@@ -176,6 +173,22 @@ def _prepare(
         if name in frozen:
             param.requires_grad_(False)
     return config, plan, notes, choice
+
+
+def _check_scheduler(section: Mapping[str, Any]) -> None:
+    name, params = section.get("type"), section.get("params") or {}
+    if not name:
+        return
+    kind = getattr(lr_schedules, name, None) or getattr(torch.optim.lr_scheduler, name, None)
+    if kind is None:
+        raise ValueError(
+            f"scheduler.type={name!r}: must be one of {', '.join(lr_schedules.VALID_LR_SCHEDULES)}, or a class of "
+            "torch.optim.lr_scheduler"
+        )
+    try:
+        inspect.signature(kind).bind(None, **params)
+    except TypeError as error:
+        raise ValueError(f"scheduler.params={dict(params)!r}: not those of {name} ({error}); correct them") from None
 
 
 def _agreed_kernel(mine: KernelChoice) -> str:

@@ -28,7 +28,7 @@ SURFACE: dict[str, dict[str, tuple[str, ...]]] = {
             "_backward_post_hook", "_configure_optimizer", "_configure_lr_scheduler", "_copy_recovery_script",
             "_take_model_step", "_zero3_consolidated_16bit_state_dict", "allreduce_gradients", "backward",
             "clip_fp32_gradients", "destroy", "forward", "get_global_grad_norm", "get_lr", "load_checkpoint",
-            "save_checkpoint", "save_16bit_model", "step", "zero_grad",
+            "module_state_dict", "save_checkpoint", "save_16bit_model", "step", "zero_grad",
             # called
             "_backward_prologue", "_check_for_duplicates", "_configure_zero_optimizer",
             "_create_module_forward_post_hook", "_create_module_forward_pre_hook", "_get_ckpt_name",

@@ -109,6 +109,7 @@ def loaded_within_a_window(folder: str, stage: int) -> list[str]:
         run_steps(engine, 2, start=3)
         found.append(digest_of(weights_by_block(engine)) + digest_of(state_by_block(engine)))
         engine.backward(engine(**batch_of(9, 0, dist.get_rank())).loss)
+        engine.step()  # of the first of two micro steps
         engine.load_checkpoint(folder)
     return found
 
@@ -281,10 +282,16 @@ def damaged(folder: str, stage: int) -> dict[str, str]:
         if stage:  # another engine has saved over the tag, and was cut off
             shutil.copytree(root / "new", root / "foreign state")
             torch.save({"optimizer_state_dict": {"zero_stage": stage}}, next((root / "foreign state").glob(state)))
+            shutil.copytree(root / "new", root / "swapped state")
+            first, second = sorted((root / "swapped state").glob("*optim_states.pt"))
+            first.rename(root / "aside")
+            second.rename(first)
+            (root / "aside").rename(second)
     dist.barrier()
     fresh = _engine(stage, "bf16", {}, seed=1, scheduler=True)
     run_steps(fresh, 3)
-    tags = {"older state": "", "older weights": "", "newer manifest": "", **({"foreign state": ""} if stage else {})}
+    of_ranks = ("foreign state", "swapped state") if stage else ()
+    tags = dict.fromkeys(("older state", "older weights", "newer manifest", *of_ranks), "")
     for kind in ("no", "cut"):
         tags.update({f"{kind} {name}": f"{kind} {what}" for name, what in ((state, "state"), (weights, "weights"))})
         tags[f"{kind} hift.json"] = f"{kind} manifest"

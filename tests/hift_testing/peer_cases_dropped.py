@@ -93,7 +93,7 @@ SCRIPTS = {
 
 
 def dropped(name: str, by: str, stage: int, dtype: str = "fp32", gas: int = 1) -> dict[str, Any]:
-    """A script with `zero_grad` of the `engine`, of the returned `optimizer`, or of the caller's own (`client`)."""
+    """A script with `zero_grad` of the `engine`, the `module`, the returned `optimizer` or the caller's (`client`)."""
     found = {}
     for way, hift in (("rotating", {}), ("one block", ONE_BLOCK), ("plain", None)):
         module = Stack()
@@ -102,7 +102,7 @@ def dropped(name: str, by: str, stage: int, dtype: str = "fp32", gas: int = 1) -
         config.pop("optimizer", None)
         initialize = deepspeed.initialize if hift is None else hift_ds.initialize
         engine, optimizer, _, _ = initialize(model=module, config=config, optimizer=client)
-        zero = {"engine": engine, "optimizer": optimizer, "client": client}[by].zero_grad
+        zero = {"engine": engine, "optimizer": optimizer, "client": client, "module": module}[by].zero_grad
         blocks = [[fqn for fqn, _ in module.named_parameters()]] if hift is None else blocks_of(engine)
         oracle = TorchHiFT(Stack(), blocks, dtype, gas)
         found[way] = beside_oracle(SCRIPTS[name], Contestant(engine, zero), oracle, 2 * len(blocks) + 1)
@@ -163,6 +163,28 @@ def failing_backwards(stage: int, where: int, hift: dict[str, Any], gas: int = 1
     # With the active block above the fuse, backward never comes to it.
     found["raised"] = sorted(set(raised))
     return found
+
+
+def failing_second_micro_step(stage: int, zeroes: bool) -> dict[str, Any]:
+    """With accumulation, a backward fails where half of a window is there; the oracle never sees that window."""
+    module = Fused(2)
+    engine = hift_engine(module, stage, "fp32", {}, 2)
+    oracle = TorchHiFT(Fused(2), blocks_of(engine), "fp32", 2)
+    raised = []
+
+    def script(contestant: Any, step: int) -> None:
+        if contestant is engine and engine.hift.active_block < 3:  # the head's backward would not come so far
+            engine.backward(1e3 * loss_of(engine(data(step, 7))))
+            engine.step()
+            module.switch[0] = True
+            raised.append(error_of(lambda: engine.backward(loss_of(engine(data(step, 8))))))
+            module.switch[0] = False
+            if zeroes:
+                engine.zero_grad()
+        train_step(contestant, step)
+
+    found = beside_oracle(script, engine, oracle, 2 * len(engine.hift.blocks) + 1)
+    return {**found, "raised": raised}
 
 
 def step_after_a_failed_backward(stage: int, torch_style: bool) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from hift_testing.peer_cases import (
     weights_of,
 )
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import hift_ds
 
@@ -62,11 +63,12 @@ def step_hooks(stage: int, gas: int, spoilt: int | None, steps: int = 6) -> dict
         spoilt: Step at which a gradient is not finite: it is not applied.
     """
     module = Stack()
-    client, calls, seen = adamw(module.parameters()), [], []
+    client, calls, seen, of_all = adamw(module.parameters()), [], [], []
     client.register_step_pre_hook(lambda *_: calls.append("pre"))
     client.register_step_post_hook(lambda *_: calls.append("post"))
     engine = _initialize(module, stage, gas=gas, optimizer=client)
     client.register_step_post_hook(lambda *_: seen.append(True))
+    handle = register_optimizer_step_post_hook(lambda *_: of_all.append(True))
     by_step = []
     for step in range(steps):
         calls.clear()
@@ -77,7 +79,8 @@ def step_hooks(stage: int, gas: int, spoilt: int | None, steps: int = 6) -> dict
             if micro + 1 < gas and calls:
                 calls.append("within the window")
         by_step.append(list(calls))
-    return {"calls": by_step, "late hook": len(seen)}
+    handle.remove()
+    return {"calls": by_step, "late hook": len(seen), "of all optimizers": len(of_all)}
 
 
 def projecting_hook(stage: int) -> dict[str, Any]:
@@ -100,6 +103,46 @@ def projecting_hook(stage: int) -> dict[str, Any]:
         for name, param in oracle.named.items():
             oracle.write(name, param.detach().clamp(-0.2, 0.2))
     return {"distance": distance(weights_of(engine), weights_of(oracle), start)}
+
+
+def changed_groups(stage: int, how: str) -> dict[str, Any]:
+    """Parameters that come to a client optimizer during a run; then they are taken away again."""
+    module = Stack()
+    client = adamw([param for name, param in module.named_parameters() if not name.startswith("head")])
+    engine = _initialize(module, stage, optimizer=client)
+    run(train_step, engine, 2)
+    start, head = weights_of(engine), list(module.head.parameters())
+    if how == "group":
+        client.add_param_group({"params": head})
+    else:
+        client.param_groups[0]["params"].extend(head)
+    error = error_of(lambda: train_step(engine, 2))
+    moved = [name for name, weight in weights_of(engine).items() if not torch.equal(weight, start[name])]
+    if how == "group":
+        del client.param_groups[1]
+    else:
+        del client.param_groups[0]["params"][-len(head):]
+    return {"error": error, "moved": moved, "again": error_of(lambda: run(train_step, engine, 3, 2))}
+
+
+def replaced_step(stage: int, by: str) -> str:
+    """`step` of a client optimizer object is another one: the user's, or what torch's schedulers put there."""
+    module = Stack()
+    client = adamw(module.parameters())
+    if by == "user":
+        own = client.step
+        client.step = lambda closure=None: own(closure)
+    else:
+        torch.optim.lr_scheduler.ConstantLR(client)
+    return error_of(lambda: _initialize(module, stage, optimizer=client))
+
+
+def wrong_schedule(stage: int) -> dict[str, Any]:
+    """A config whose scheduler has no such parameter, for the model of a living engine."""
+    module = Stack()
+    engine = _initialize(module, stage)
+    error = error_of(lambda: _initialize(module, stage, SCHEDULER={"type": "WarmupLR", "params": {"steps": 4}}))
+    return {"error": error, "goes on": error_of(lambda: run(train_step, engine, 3))}
 
 
 def used_optimizer(stage: int) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import copy
 import gc
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from hift_testing.peer_cases import (
     fresh_copy,
     hift_engine,
     loss_of,
+    messages,
     originals,
     plain_engine,
     run,
@@ -289,3 +291,62 @@ def fails_in_the_build(stage: int) -> dict[str, Any]:
     after = originals(module)
     kept = ("requires_grad", "hooks") if stage < 3 else ("requires_grad",)
     return {"error": error, "left": [name for name in kept if before[name] != after[name]]}
+
+
+def refused_within_a_window(stage: int) -> dict[str, Any]:
+    """With accumulation, a bad config after each micro step of an engine, and between backward and step."""
+    module = Stack()
+    engine = hift_engine(module, stage, gas=2)
+    other = hift_engine(fresh_copy(weights_of(engine)), stage, gas=2)
+    start = weights_of(other)
+    wrong = config_of(stage, "fp32", {"order": "sideways"})
+    for step in range(CYCLE):
+        for micro in range(2):
+            for contestant in (engine, other):
+                contestant.backward(loss_of(contestant(data(step, micro))))
+            refused = error_of(lambda: hift_ds.initialize(model=module, config=wrong))
+            engine.step()
+            other.step()
+    return {"refused": refused, "distance": distance(weights_of(engine), weights_of(other), start)}
+
+
+def ended(stage: int, folder: str) -> dict[str, Any]:
+    """What is asked of an engine that another one has followed, after it has saved a checkpoint."""
+    module = Stack()
+    engine = hift_engine(module, stage)
+    run(train_step, engine, 2)
+    optimizer = engine.optimizer
+    engine.save_checkpoint(folder, tag="good")
+    dist.barrier()
+    saved = {path.name: path.read_bytes() for path in Path(folder, "good").iterdir()}
+    second = hift_engine(module, stage)
+    flags = [param.requires_grad for param in module.parameters()]
+    asked = {
+        "forward": lambda: engine(data(0)),
+        "step": engine.step,
+        "optimizer.step": optimizer.step,
+        "save": lambda: engine.save_checkpoint(folder, tag="good"),
+        "save weights": lambda: engine.save_16bit_model(folder),
+        "load": lambda: engine.load_checkpoint(folder, tag="good"),
+    }
+    errors = {name: error_of(ask) for name, ask in asked.items()}
+    dist.barrier()
+    kept = saved == {path.name: path.read_bytes() for path in Path(folder, "good").iterdir()}
+    same = flags == [param.requires_grad for param in module.parameters()]
+    return {"errors": errors, "kept": kept, "flags": same, "goes on": error_of(lambda: run(train_step, second, CYCLE))}
+
+
+def backward_without_the_engine(stage: int) -> list[str]:
+    """A torch loop on the module of a living engine, twice: what it reads; before that the engine's own loops."""
+    module = Stack()
+    engine = hift_engine(module, stage)
+    with messages() as read:
+        train_step(engine, 0)
+        loss_of(engine(data(1))).backward()
+        engine.step()
+        engine.backward(loss_of(module(data(2))))
+        engine.step()
+        before = len(read)
+        for step in (3, 4):
+            loss_of(module(data(step))).backward()
+    return [text for text in read[before:] if "backward came through" in text] + read[:before]

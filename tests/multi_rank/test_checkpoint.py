@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hift_testing import checkpoint_cases as cases
 
@@ -45,7 +47,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_by_bit(two_ranks, tmp_pa
 
 
 @pytest.mark.parametrize("stage", range(4))
-def test_gradients_of_a_window_that_a_load_cuts_short_are_forgotten(two_ranks, tmp_path, stage):
+def test_a_load_within_a_window_forgets_its_gradients_and_begins_a_new_one(two_ranks, tmp_path, stage):
     for straight, loaded in two_ranks.run(cases.loaded_within_a_window, str(tmp_path), stage):
         assert straight == loaded
 
@@ -156,6 +158,9 @@ def test_files_that_are_missing_cut_off_or_of_another_save_are_refused_before_an
         another = "is of another save"
         says = {"older": another, "newer": another, "foreign": f"{another} (None)"}
         says |= {"no": "is missing", "cut": "cannot be read"}
+        if stage:
+            swapped = found.pop("swapped state")
+            assert re.search("is of rank (0, and rank 1|1, and rank 0) would load it: files were renamed", swapped)
         named = {"state": optimizer_file, "weights": model_file, "manifest": "_states.pt"}
         for name, sentence in found.items():
             kind, what = name.split()

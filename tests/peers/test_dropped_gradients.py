@@ -17,7 +17,7 @@ def ranks(request):
     return request.getfixturevalue(request.param)
 
 
-@pytest.mark.parametrize("by", ("engine", "optimizer", "client"))
+@pytest.mark.parametrize("by", ("engine", "optimizer", "client", "module"))
 @pytest.mark.parametrize("gas", (1, 2))
 @pytest.mark.parametrize("stage", STAGES)
 def test_zero_grad_drops_what_was_computed(ranks, stage, gas, by):
@@ -49,6 +49,15 @@ def test_zero_grad_drops_what_was_computed_in_bf16(ranks, stage, gas):
 def test_a_backward_that_failed_leaves_nothing_behind(ranks, stage, gas, hift):
     for found in on(ranks, cases.failing_backwards, stage, 1, hift, gas):
         assert any("out of memory" in error for error in found["raised"]), "the case must fail as planned"
+        assert not found["error"], found["error"]
+        assert found["distance"] <= BOUNDS["fp32"]
+
+
+@pytest.mark.parametrize("zeroes", (False, True), ids=("goes on", "zero_grad"))
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_backward_that_failed_ends_its_window_and_the_next_one_is_whole(ranks, stage, zeroes):
+    for found in on(ranks, cases.failing_second_micro_step, stage, zeroes):
+        assert all("out of memory" in error for error in found["raised"]), "the case must fail as planned"
         assert not found["error"], found["error"]
         assert found["distance"] <= BOUNDS["fp32"]
 

@@ -33,13 +33,35 @@ def test_step_hooks_of_a_client_optimizer_run_once_an_applied_step(ranks, stage,
     for found in on(ranks, cases.step_hooks, stage, gas, spoilt):
         applied = [step != spoilt for step in range(len(found["calls"]))]
         assert found["calls"] == [["pre", "post"] if done else [] for done in applied]
-        assert found["late hook"] == sum(applied)
+        assert found["late hook"] == found["of all optimizers"] == sum(applied)
 
 
-@pytest.mark.parametrize("stage", (0, 1, 2))
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_post_hook_may_write_weights(ranks, stage):
     for found in on(ranks, cases.projecting_hook, stage):
         assert found["distance"] <= BOUNDS["fp32"]
+
+
+@pytest.mark.parametrize("how", ("group", "within a group"))
+@pytest.mark.parametrize("stage", STAGES)
+def test_parameters_that_come_to_an_optimizer_during_a_run_are_refused_at_the_step(ranks, stage, how):
+    for found in on(ranks, cases.changed_groups, stage, how):
+        assert re.match(r"RuntimeError: param group [01] was added or has other parameters", found["error"]), found
+        assert not found["moved"] and not found["again"], found
+
+
+@pytest.mark.parametrize("stage", (0, 3))
+def test_a_step_that_the_user_has_replaced_is_refused_and_a_schedulers_is_not(one_rank, stage):
+    (error,) = on(one_rank, cases.replaced_step, stage, "user")
+    assert error.startswith("ValueError: optimizer: the step() of this AdamW object was replaced")
+    assert on(one_rank, cases.replaced_step, stage, "scheduler") == [""]
+
+
+@pytest.mark.parametrize("stage", (0, 3))
+def test_a_schedulers_parameters_are_checked_before_a_living_engine_ends(two_ranks, stage):
+    for found in on(two_ranks, cases.wrong_schedule, stage):
+        assert found["error"].startswith("ValueError: scheduler.params={'steps': 4}: not those of WarmupLR")
+        assert not found["goes on"]
 
 
 @pytest.mark.parametrize("stage", (1, 3))

@@ -131,3 +131,23 @@ def test_an_initialize_that_fails_after_all_checks_leaves_flags_and_hooks_as_fou
     for found in on(ranks, cases.fails_in_the_build, stage):
         assert "no optimizer today" in found["error"]
         assert found["left"] == []
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_refused_initialize_within_a_window_leaves_its_gradients(ranks, stage):
+    for found in on(ranks, cases.refused_within_a_window, stage):
+        assert "hift.order" in found["refused"]
+        assert found["distance"] <= BOUNDS["fp32"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_ended_engine_refuses_everything_and_writes_over_no_checkpoint(ranks, stage, tmp_path):
+    for found in on(ranks, cases.ended, stage, str(tmp_path)):
+        assert all(error.startswith("RuntimeError: this engine has ended") for error in found["errors"].values()), found
+        assert (found["kept"], found["flags"], found["goes on"]) == (True, True, "")
+
+
+@pytest.mark.parametrize("stage", STAGES[:3])
+def test_a_backward_that_the_engine_has_not_begun_is_warned_of_once(one_rank, stage):
+    (read,) = on(one_rank, cases.backward_without_the_engine, stage)
+    assert len(read) == 1 and "end the engine with engine.destroy()" in read[0]

@@ -56,9 +56,18 @@ def test_what_cannot_be_trained_is_refused_by_name(one_rank, stage, kind, senten
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_parameter_without_gradients_in_two_whole_turns_is_an_error_that_names_it(two_ranks, stage):
-    for found in on(two_ranks, cases.half_a_layer_reentrant, stage):
+    for found in on(two_ranks, cases.half_a_layer_reentrant, stage, "error"):
         assert found["steps"] == 2
         assert found["error"].startswith("RuntimeError: 0.inside.weight, 0.inside.bias received no gradient on any")
+
+
+@pytest.mark.parametrize("stage", (0, 3))
+def test_with_skip_such_a_parameter_is_named_in_one_warning(two_ranks, stage):
+    for found in on(two_ranks, cases.half_a_layer_reentrant, stage, "skip"):
+        assert (found["steps"], found["error"]) == (8, "")
+        assert [text.partition(" received")[0] for text in found["warnings"]] == [
+            "0.inside.weight, 0.inside.bias", "1.inside.weight, 1.inside.bias"
+        ]  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
