@@ -262,7 +262,8 @@ RULES: tuple[Rule, ...] = (
     # activation checkpointing
     Rule("activation_checkpointing", _names("partition_activations", "cpu_checkpointing", "number_checkpoints",
                                             "synchronize_checkpoint_boundary", "profile"), HONOURED,
-         "for models that call `deepspeed.checkpointing`; those of Hugging Face do not",
+         "for models that call `deepspeed.checkpointing.non_reentrant_checkpoint` (its `checkpoint` is reentrant); "
+         "those of Hugging Face do not",
          label="`activation_checkpointing.*`"),
     Rule("activation_checkpointing", {"contiguous_memory_optimization": False}, REFUSED, "its buffers are freed by the "
          "backward of a checkpointed layer, and with HiFT a backward may reach none"),

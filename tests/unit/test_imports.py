@@ -24,7 +24,7 @@ LAYERS = (
     ("rewind",),
     ("config", "blocks", "rotation", "schedule", "ds_keys", "surface", "activations", "traces"),
     ("host_memory", "ring", "forms", "offload", "param_groups", "shards", "gradients", "launching"),
-    ("state", "measure", "attachment", "guard", "reach"),
+    ("state", "measure", "attachment", "guard", "reach", "step_hooks"),
     ("settings",),
     ("memory",),
     ("checkpoint", "update", "host_update", "optimizer", "fragments"),
