@@ -255,16 +255,16 @@ class HiFTEngine(DeepSpeedEngine):
             if not reducer.finished:
                 reducer.finish_backward(False)  # other ranks have reduced theirs
         super().step(lr_kwargs)
-        reducer.finished = False
+        self.optimizer.window_cut = reducer.finished = False
 
     def _take_model_step(self, lr_kwargs: Any) -> None:
         try:
             super()._take_model_step(lr_kwargs)
         except Exception:
             # The window has ended, though without an update: the next one begins with the next batch.
-            at = self.micro_steps
             self.optimizer.zero_grad()
-            self.micro_steps = max(self.micro_steps, at + 1)
+            self.optimizer.window_cut = False
+            self.micro_steps += 1
             self._running_engine_step = False
             raise
 

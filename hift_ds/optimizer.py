@@ -135,6 +135,7 @@ class HiFTOptimizer(ZeROOptimizer):
         self._fragments = Fragments(self)  # deepspeed.utils.safe_get_full_fp32_param and its kin
         self._grouped = [list(map(id, group["params"])) for group in holder.param_groups]
         self._begun = self._warned_of_direct = False
+        self.window_cut = False  # the window's gradients were dropped with an interrupted backward
         for param in params.values():
             param.grad = None
         self._attachment.attach()
@@ -225,7 +226,7 @@ class HiFTOptimizer(ZeROOptimizer):
         interrupted = self.interrupted
         self.exit_backward()
         if interrupted:
-            self.end_window()
+            self.window_cut = True
             if self.offload is not None:
                 self.offload.partition_all_parameters()
                 self._traces.forget()
@@ -236,7 +237,7 @@ class HiFTOptimizer(ZeROOptimizer):
     def begin_forward(self) -> None:
         """Before a forward that may have a backward."""
         if torch._C._current_graph_task_id() == -1:  # else a checkpointed forward runs again, inside its backward
-            self.drop_interrupted()
+            self._leave_interrupted()
         self._begun = True
         self.guard.stop_inactive(self._active_params)
 
@@ -248,8 +249,14 @@ class HiFTOptimizer(ZeROOptimizer):
 
     def begin_backward(self) -> None:
         """Before `engine.backward`."""
-        self.drop_interrupted()
+        self._leave_interrupted()
         self._begun = True
+
+    def _leave_interrupted(self) -> None:
+        self.drop_interrupted()
+        if self.window_cut:  # and no `step` of the engine has counted it as a micro step
+            self.window_cut = False
+            self.end_window()
 
     def drop_interrupted(self) -> None:
         """Before the next backward: what an interrupted one has left must not enter an update."""

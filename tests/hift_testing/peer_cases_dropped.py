@@ -7,6 +7,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed import comm as dist
 from hift_testing.peer_cases import (
     ONE_BLOCK,
     Layer,
@@ -185,6 +186,24 @@ def failing_second_micro_step(stage: int, zeroes: bool) -> dict[str, Any]:
 
     found = beside_oracle(script, engine, oracle, 2 * len(engine.hift.blocks) + 1)
     return {**found, "raised": raised}
+
+
+def one_rank_fails(stage: int, zeroes: bool) -> dict[str, Any]:
+    """The backward of one micro step fails on rank 0 alone, which steps all the same: its part is missing, no more."""
+    module = Fused(2)
+    engine = hift_engine(module, stage, "fp32", ONE_BLOCK, 3)
+    start, raised = weights_of(engine), ""
+    for step in range(3):
+        for micro in range(3):
+            module.switch[0] = fails = (dist.get_rank(), step, micro) == (0, 1, 1)
+            error = error_of(lambda s=step, m=micro: engine.backward(loss_of(engine(data(s, m)))))
+            raised = raised or error
+            if fails and zeroes:
+                engine.zero_grad()
+            engine.step()
+    weights = weights_of(engine)
+    sums = {name: float(weight.double().sum()) for name, weight in weights.items()}
+    return {"raised": raised, "sums": sums, "steps": engine.global_steps, "unmoved": unmoved(weights, start)}
 
 
 def step_after_a_failed_backward(stage: int, torch_style: bool) -> dict[str, Any]:

@@ -62,6 +62,15 @@ def test_a_backward_that_failed_ends_its_window_and_the_next_one_is_whole(ranks,
         assert found["distance"] <= BOUNDS["fp32"]
 
 
+@pytest.mark.parametrize("zeroes", (False, True), ids=("goes on", "zero_grad"))
+@pytest.mark.parametrize("stage", (0, 1))
+def test_a_rank_whose_backward_failed_and_that_steps_stays_in_step_with_the_others(two_ranks, stage, zeroes):
+    first, second = on(two_ranks, cases.one_rank_fails, stage, zeroes)
+    assert "out of memory" in first.pop("raised") and not second.pop("raised")
+    assert first == second
+    assert (first["steps"], first["unmoved"]) == (3, [])
+
+
 @pytest.mark.parametrize("torch_style", (False, True), ids=("engine.backward", "loss.backward"))
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_step_after_a_backward_that_failed_is_an_error_and_no_half_update(ranks, stage, torch_style):
