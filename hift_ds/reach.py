@@ -47,7 +47,7 @@ class Reach:
         """
         self._seen |= touched
         unseen = [param for param in shard.params if param not in self._seen]
-        if turn_ends:
+        if turn_ends and (touched or not self.skips):  # turns that are skipped whole are counted by `skip`
             self._silent.update(unseen)
             if self.skips:
                 self._warn_of_silent(shard, [param for param in unseen if self._silent[param] == TURNS])
