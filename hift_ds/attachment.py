@@ -67,9 +67,18 @@ class Attachment:
         self._handles.clear()
         for param in self._params:
             vars(param).pop("__deepcopy__", None)
+        self.restore_flags()
+        _take_off(self._module)
+
+    def restore_flags(self) -> None:
+        """`requires_grad` is as the user had it."""
         for param, flag in self._as_found.items():
             param.requires_grad_(flag)
-        _take_off(self._module)
+
+    def freeze_untrained(self) -> None:
+        """What was left out or frozen does not require gradients."""
+        for param in self._as_found.keys() - set(self._params):
+            param.requires_grad_(False)
 
 
 _ON_ZERO_GRAD: WeakKeyDictionary[torch.nn.Module, WeakMethod[Any]] = WeakKeyDictionary()

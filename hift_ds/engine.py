@@ -297,12 +297,11 @@ class HiFTEngine(DeepSpeedEngine):
                 handle.remove()
 
     def _take_back(self) -> None:
-        """The inverse of `_release`, and of the optimizer's `detach`."""
+        """The inverse of `_release`."""
         self._released = False
         self.module_forward_pre_hook = self._create_module_forward_pre_hook()
         self.module_forward_post_hook = self._create_module_forward_post_hook()
         self._hook_outputs()
-        self.optimizer.attach()
         LIVING.add(self)
 
     def _require_living(self) -> None:

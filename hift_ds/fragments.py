@@ -66,8 +66,8 @@ class Fragments:
     def set_full_hp_param(self, value: torch.Tensor, param: Parameter, optim_state_key: str | None = None) -> None:
         """Writes a whole master weight (and model weight) or a whole slot; every rank passes the same `value`."""
         self.set_local_hp_param(self._mine(param, value), param, optim_state_key)
-        if optim_state_key is None and not is_partitioned(param):
-            param.copy_(self._place[param][0].rounded(value).view(param.shape))
+        if optim_state_key is None and param.numel():  # at stage 3, where it is gathered now
+            param.data.copy_(self._place[param][0].rounded(value).view(param.shape))
 
     def get_fp32_grad_for_param(self, param: Parameter) -> torch.Tensor | None:
         """The whole averaged gradient of an active parameter, in fp32; `None` where there is none. Collective."""

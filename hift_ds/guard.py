@@ -63,8 +63,8 @@ class ModuleGuard:
         self._written.update((param, _writes(param)) for param in shard.params)
 
     def stop_inactive(self, active: set[torch.nn.Parameter]) -> None:
-        """Before a forward: `requires_grad_(True)` on an inactive block would cost its gradients, which nobody uses."""
-        stray = [p for p in self._trained.values() if p.requires_grad and p not in active]
+        """Before a forward or a save: `requires_grad_(True)` on anything else would cost gradients that nobody uses."""
+        stray = [param for param in self._known if param.requires_grad and param not in active]
         for param in stray:
             param.requires_grad_(False)
         if stray:
@@ -79,7 +79,7 @@ class ModuleGuard:
         if not self._warned:
             self._warned = True
             logger.warning(
-                "requires_grad was set to %s from outside on parameters that HiFT trains: the rotation sets it anew at "
+                "requires_grad was set to %s from outside on parameters of the model: the rotation sets it anew at "
                 "each turn (%s)", flag, why,
             )  # fmt: skip
 

@@ -139,32 +139,33 @@ class HiFTOptimizer(ZeROOptimizer):
         for param in params.values():
             param.grad = None
         self._attachment.attach()
-        self._take()
+        self._fragments.attach()
+        holder.zero_grad = self.zero_grad  # a client optimizer's own would leave what has been reduced
         self.activate()
 
-    def _take(self) -> None:
-        self._fragments.attach()
-        self.optimizer.zero_grad = self.zero_grad  # a client optimizer's own would leave what has been reduced
+    def step_aside(self) -> None:
+        """Until `step_back` the model's flags are as the user had them; a window that has begun stays as it is."""
+        self._attachment.restore_flags()
 
-    def attach(self) -> None:
-        """After `detach`: takes the module again, in the middle of a window if it was there. Collective at stage 3."""
-        self._attachment.attach()
-        self._take()
-        self._set_flags()
-
-    def detach(self) -> None:
-        """The module is as it was before; stage 3 leaves its parameters partitioned. Gradients stay where they are."""
-        self._fragments.detach()
-        self._attachment.detach()
-        vars(self.optimizer).pop("zero_grad", None)
+    def step_back(self) -> None:
+        """The flags are those of the present turn again."""
+        self._attachment.freeze_untrained()
+        for state in self._all_states():
+            for param in state.shard.params:
+                param.requires_grad_(param in self._active_params)
 
     def destroy(self) -> None:
-        """Detaches and frees masters and state. A last step that was not good is a warning."""
+        """The module is as it was before, at stage 3 partitioned; frees masters and state.
+
+        A last step that was not good is a warning.
+        """
         self.reload_states()  # `finish` reads them
         self.finish("destroy()")
         self.reducer.discard()
         self.reducer.open(())
-        self.detach()
+        self._fragments.detach()
+        self._attachment.detach()
+        vars(self.optimizer).pop("zero_grad", None)
         if self.offload is not None:
             self.offload.partition_all_parameters()
             self._traces.end()
@@ -369,18 +370,14 @@ class HiFTOptimizer(ZeROOptimizer):
         self._active_params = {param for state in active for param in state.shard.params}
         if self._traces is not None:
             self._traces.enter(self.rotation.active_block)
-        self._set_flags()
+        self.step_back()
         self.reducer.open(state.shard for state in active)
-
-    def _set_flags(self) -> None:
-        for state in self._all_states():
-            for param in state.shard.params:
-                param.requires_grad_(param in self._active_params)
 
     @contextmanager
     def all_trainable(self, also: Iterable[torch.nn.Parameter] = ()) -> Iterator[None]:
         """Inside, inactive parameters (`also` others) do not look frozen to DeepSpeed's checkpoint code."""
         self.require_states()
+        self.guard.stop_inactive(self._active_params)
         params = {param: param.requires_grad for state in self._all_states() for param in state.shard.params}
         params.update((param, param.requires_grad) for param in also if param.is_floating_point())
         try:

@@ -119,14 +119,15 @@ def _share_parameters(trained: torch.nn.Module, model: Any) -> bool:
 
 @contextmanager
 def _detached(engines: list[HiFTEngine]) -> Iterator[None]:
-    """Inside, their modules are as they were before `initialize`; after a failure the engines have them again."""
+    """Inside, their modules look as before `initialize`; after a failure the engines have them again."""
     for engine in engines:
-        engine.optimizer.detach()
+        engine.optimizer.step_aside()
         engine._release()
     try:
         yield
     except BaseException:
         for engine in engines:
+            engine.optimizer.step_back()
             engine._take_back()
         raise
 

@@ -34,7 +34,7 @@ from hift_testing.invariant_cases import (
     weights_by_block,
 )
 from hift_testing.parity_cases import RULES
-from hift_testing.training import batch_of, ds_config, engine_of, run_steps, small_llama, whole_weights
+from hift_testing.training import batch_of, cast_parameters, ds_config, engine_of, run_steps, small_llama, whole_weights
 from torch.optim.lr_scheduler import LinearLR, SequentialLR
 
 from hift_ds.forms import split_master
@@ -112,6 +112,24 @@ def loaded_within_a_window(folder: str, stage: int) -> list[str]:
         engine.step()  # of the first of two micro steps
         engine.load_checkpoint(folder)
     return found
+
+
+def set_after_a_save(folder: str, stage: int) -> dict[str, Any]:
+    """Weights written with `safe_set_full_fp32_param` where stage 3 has just gathered small parameters."""
+    engine = _engine(stage, "bf16", {}, seed=0)
+    run_steps(engine, 2)
+    engine.save_checkpoint(folder)
+    named = dict(engine.module.named_parameters())
+    generator = torch.Generator().manual_seed(1)
+    wanted = {name: torch.randn(weight.shape, generator=generator) for name, weight in whole_weights(engine).items()}
+    engine.save_checkpoint(folder)
+    for name, param in named.items():
+        safe_set_full_fp32_param(param, wanted[name])
+    right = cast_parameters(small_llama(0), torch.bfloat16)
+    right.load_state_dict(wanted)
+    with torch.no_grad():
+        losses = [model(**batch_of(3, 0, 0)).loss.item() for model in (engine, right)]
+    return {"losses": losses}
 
 
 def weights_alone(folder: str, stage: int, dtype: str, load: dict[str, bool]) -> dict[str, Any]:

@@ -293,11 +293,12 @@ def fails_in_the_build(stage: int) -> dict[str, Any]:
     return {"error": error, "left": [name for name in kept if before[name] != after[name]]}
 
 
-def refused_within_a_window(stage: int) -> dict[str, Any]:
-    """With accumulation, a bad config after each micro step of an engine, and between backward and step."""
-    module = Stack()
-    engine = hift_engine(module, stage, gas=2)
-    other = hift_engine(fresh_copy(weights_of(engine)), stage, gas=2)
+def refused_within_a_window(stage: int, folder: str) -> dict[str, Any]:
+    """A bad config between each backward and step of a module's second engine; then all flags on, a save and a load."""
+    module, frozen = Stack(), {"frozen": [r"layers\.0"]}
+    hift_engine(module, stage, hift=frozen).destroy()
+    engine = hift_engine(module, stage, hift=frozen, gas=2)
+    other = hift_engine(fresh_copy(weights_of(engine)), stage, hift=frozen, gas=2)
     start = weights_of(other)
     wrong = config_of(stage, "fp32", {"order": "sideways"})
     for step in range(CYCLE):
@@ -307,7 +308,15 @@ def refused_within_a_window(stage: int) -> dict[str, Any]:
             refused = error_of(lambda: hift_ds.initialize(model=module, config=wrong))
             engine.step()
             other.step()
-    return {"refused": refused, "distance": distance(weights_of(engine), weights_of(other), start)}
+    flags = [param.requires_grad for param in module.layers[0].parameters()]
+    far = distance(weights_of(engine), weights_of(other), start)
+    module.requires_grad_(True)
+    engine.save_checkpoint(folder)
+    dist.barrier()
+    loaded = hift_engine(Stack(1), stage, hift=frozen, gas=2)
+    loaded.load_checkpoint(folder)
+    missed = distance(weights_of(loaded), weights_of(engine), weights_of(engine))
+    return {"refused": refused, "distance": far, "flags": flags, "loaded": missed}
 
 
 def ended(stage: int, folder: str) -> dict[str, Any]:

@@ -52,6 +52,12 @@ def test_a_load_within_a_window_forgets_its_gradients_and_begins_a_new_one(two_r
         assert straight == loaded
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_weights_set_after_a_save_are_those_of_the_next_forward(two_ranks, tmp_path, stage):
+    for found in two_ranks.run(cases.set_after_a_save, str(tmp_path), stage):
+        assert found["losses"][0] == pytest.approx(found["losses"][1], rel=1e-3)
+
+
 @pytest.mark.parametrize("stage", range(4))
 @pytest.mark.parametrize(("argument", "value"), [("load_module_only", True), ("load_optimizer_states", False)])
 def test_weights_alone_are_taken_by_a_run_with_other_blocks(two_ranks, tmp_path, stage, argument, value):

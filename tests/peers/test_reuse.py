@@ -134,10 +134,11 @@ def test_an_initialize_that_fails_after_all_checks_leaves_flags_and_hooks_as_fou
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_refused_initialize_within_a_window_leaves_its_gradients(ranks, stage):
-    for found in on(ranks, cases.refused_within_a_window, stage):
+def test_a_refused_initialize_within_a_window_leaves_its_gradients_and_what_is_frozen(ranks, stage, tmp_path):
+    for found in on(ranks, cases.refused_within_a_window, stage, str(tmp_path)):
         assert "hift.order" in found["refused"]
         assert found["distance"] <= BOUNDS["fp32"]
+        assert not any(found["flags"]) and found["loaded"] == 0.0
 
 
 @pytest.mark.parametrize("stage", STAGES)
