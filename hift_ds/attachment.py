@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary, WeakMethod
 import torch
 
 from hift_ds.shards import is_partitioned
+from hift_ds.traces import leave_inference_mode
 
 Flags = dict[torch.nn.Parameter, bool]
 # where torch keeps the hooks of a module
@@ -72,6 +73,7 @@ class Attachment:
 
     def restore_flags(self) -> None:
         """`requires_grad` is as the user had it."""
+        leave_inference_mode(self._as_found)
         for param, flag in self._as_found.items():
             param.requires_grad_(flag)
 

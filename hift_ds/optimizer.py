@@ -31,7 +31,7 @@ from hift_ds.settings import Settings
 from hift_ds.shards import BlockShard
 from hift_ds.state import BlockState, Storage, layout_fault, make_states
 from hift_ds.step_hooks import StepHooks
-from hift_ds.traces import Traces
+from hift_ds.traces import Traces, leave_inference_mode
 from hift_ds.update import BlockUpdate, Scaling
 
 logger = logging.getLogger(__name__)
@@ -377,6 +377,7 @@ class HiFTOptimizer(ZeROOptimizer):
     def all_trainable(self, also: Iterable[torch.nn.Parameter] = ()) -> Iterator[None]:
         """Inside, inactive parameters (`also` others) do not look frozen to DeepSpeed's checkpoint code."""
         self.require_states()
+        leave_inference_mode(self._module.parameters())
         self.guard.stop_inactive(self._active_params)
         params = {param: param.requires_grad for state in self._all_states() for param in state.shard.params}
         params.update((param, param.requires_grad) for param in also if param.is_floating_point())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -54,7 +55,12 @@ class Traces:
         if self._block not in self._coordinators:
             self._coordinators[self._block] = self._offload.new_coordinator()
         self._offload.param_coordinator = self._coordinators[self._block]
-        if not torch.is_inference_mode_enabled():
-            for param in self._offload.module.parameters():
-                if param.is_inference():  # gathered or released by a forward under torch.inference_mode()
-                    param.data = param.data.clone()
+        leave_inference_mode(self._offload.module.parameters())
+
+
+def leave_inference_mode(params: Iterable[torch.nn.Parameter]) -> None:
+    """Outside of it: what stage 3 has gathered or released in a forward under it can require gradients again."""
+    if not torch.is_inference_mode_enabled():
+        for param in params:
+            if param.is_inference():
+                param.data = param.data.clone()

@@ -328,6 +328,37 @@ def refused_within_a_window(stage: int, folder: str) -> dict[str, Any]:
     return {"refused": refused, "distance": far, "flags": flags, "loaded": missed}
 
 
+def after_inference(stage: int, folder: str) -> dict[str, str]:
+    """What follows a forward under inference mode, which at stage 3 leaves parameters of its kind."""
+    module = Stack()
+    engine = hift_engine(module, stage)
+    found = {}
+
+    def ask() -> None:
+        with torch.inference_mode():
+            engine(data(0))
+
+    train_step(engine, 0)
+    ask()
+    wrong = config_of(stage, "fp32", {"order": "sideways"})
+    found["refused"] = error_of(lambda: hift_ds.initialize(model=module, config=wrong))
+    found["goes on"] = error_of(lambda: run(train_step, engine, CYCLE))
+    for name in ("save_checkpoint", "load_checkpoint"):
+        ask()
+        found[name] = error_of(lambda n=name: getattr(engine, n)(folder))
+        dist.barrier()
+    ask()
+    found["module_state_dict"] = error_of(lambda: engine.module_state_dict(exclude_frozen_parameters=True))
+    ask()
+    engine = hift_engine(module, stage)
+    found["taken over"] = error_of(lambda: run(train_step, engine, CYCLE))
+    ask()
+    engine.destroy()
+    engine = hift_engine(module, stage)
+    found["destroyed"] = error_of(lambda: run(train_step, engine, CYCLE))
+    return found
+
+
 def ended(stage: int, folder: str) -> dict[str, Any]:
     """What is asked of an engine that another one has followed, after it has saved a checkpoint."""
     module = Stack()

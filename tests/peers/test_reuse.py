@@ -152,3 +152,10 @@ def test_an_ended_engine_refuses_everything_and_writes_over_no_checkpoint(ranks,
 def test_a_backward_that_the_engine_has_not_begun_is_warned_of_once(one_rank, stage):
     (read,) = on(one_rank, cases.backward_without_the_engine, stage)
     assert len(read) == 1 and "end the engine with engine.destroy()" in read[0]
+
+
+@pytest.mark.parametrize("stage", (0, 3))
+def test_after_a_forward_under_inference_mode_an_engine_saves_loads_and_ends_as_ever(ranks, stage, tmp_path):
+    for found in on(ranks, cases.after_inference, stage, str(tmp_path)):
+        assert "hift.order" in found.pop("refused")
+        assert not any(found.values()), found
