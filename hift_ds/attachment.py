@@ -111,6 +111,7 @@ def unchanged_on_failure(module: torch.nn.Module, flags: Flags | None = None) ->
     if flags is None:
         flags = {param: param.requires_grad for param in module.parameters()} if is_module else {}
     parts = module.modules() if is_module else ()
+    untouched = is_module and "zero_grad" not in vars(module)  # else a living engine's
     hooks = {part: {name: set(getattr(part, name)) for name in _HOOKS} for part in parts}
     try:
         yield flags
@@ -122,7 +123,7 @@ def unchanged_on_failure(module: torch.nn.Module, flags: Flags | None = None) ->
                     del registered[key]
         for param, flag in flags.items():
             param.requires_grad_(flag)
-        if is_module:
+        if untouched:
             _take_off(module)
         raise
 

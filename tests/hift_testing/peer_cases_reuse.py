@@ -313,6 +313,9 @@ def refused_within_a_window(stage: int, folder: str) -> dict[str, Any]:
     for step in range(CYCLE):
         for micro in range(2):
             for contestant in (engine, other):
+                if micro == 0:
+                    contestant.backward(loss_of(contestant(data(step, 7))))
+                    contestant.module.zero_grad()  # what is put on the module stays there, too
                 contestant.backward(loss_of(contestant(data(step, micro))))
             refused = error_of(lambda: hift_ds.initialize(model=module, config=wrong))
             engine.step()
