@@ -54,11 +54,11 @@ class StepHooks:
 
 @contextmanager
 def _as_parts(params: Iterable[torch.nn.Parameter]) -> Iterator[None]:
-    partitioned = [param for param in params if is_partitioned(param) and not param.numel()]
-    for param in partitioned:
-        param.data = param.ds_tensor.data
+    placeholders = {param: param.data for param in params if is_partitioned(param) and not param.numel()}
+    for param in placeholders:
+        param.data = param.ds_tensor.data  # with offload_param on another device than the placeholder
     try:
         yield
     finally:
-        for param in partitioned:
-            param.data = torch.empty(0, dtype=param.dtype, device=param.ds_tensor.device)
+        for param, placeholder in placeholders.items():
+            param.data = placeholder
