@@ -432,7 +432,7 @@ class HiFTEngine(DeepSpeedEngine):
         with self.optimizer.loading(not whole, self.module.parameters()):
             result = agree(load)
         (result[1] or {}).pop(checkpoint.MARK, None)
-        self.micro_steps -= self.micro_steps % self.gradient_accumulation_steps()  # a window that had begun is dropped
+        self._end_window()
         if result[0] is not None and not whole:
             self.optimizer.refresh_fp32_params()
             if load_module_only:
