@@ -9,6 +9,7 @@ import torch
 from deepspeed import comm as dist
 
 from hift_ds.gradients import sum_of_squares
+from hift_ds.ring import Lane
 
 NORM_TILE = 1 << 23  # elements whose rows are summed at a time
 _NUM_FACTS = 7
@@ -79,12 +80,19 @@ class Measurement:
         self.square = facts[0:1].masked_fill(~good, torch.nan)  # torch.where would bring its scalar there, and wait
         self._host, self._sent = facts, None
 
-    def send(self) -> None:
-        """Begins to copy the facts to the host, so that a later `verdict` finds them there."""
+    def send(self, lane: Lane) -> None:
+        """Begins to copy the facts to the host, so that a later `verdict` finds them there.
+
+        Before the update, and on a lane of its own: copies in one direction are made in the order in which they are
+        ready, whatever their streams, so behind a block's state on its way out these bytes would hold up the whole lane
+        that they are on, and the next forward with it.
+        """
         if self._facts.device.type == "cuda":
             self._host = torch.empty(_NUM_FACTS, dtype=torch.float64, pin_memory=True)
-            self._host.copy_(self._facts, non_blocking=True)
-            self._sent = torch.cuda.current_stream(self._facts.device).record_event()
+            lane.wait(torch.cuda.current_stream(self._facts.device).record_event())
+            lane.run(lambda: self._host.copy_(self._facts, non_blocking=True))
+            lane.uses(self._facts)
+            self._sent = lane.record()
 
     def verdict(self) -> Verdict:
         """Waits until the facts are on the host."""

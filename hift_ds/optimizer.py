@@ -24,6 +24,7 @@ from hift_ds.measure import Measurement, Verdict
 from hift_ds.offload import STATES, WEIGHTS, Offloaded
 from hift_ds.param_groups import group_indices, groups_fault
 from hift_ds.reach import Reach
+from hift_ds.ring import lane_of
 from hift_ds.rotation import Rotation
 from hift_ds.rules import Rule
 from hift_ds.schedule import DelayedRate
@@ -129,6 +130,7 @@ class HiFTOptimizer(ZeROOptimizer):
             settings.kernel != "triton" or settings.on_host or bool(loss_scaler.dynamic) or self.reach.skips
         )
         self._unread: tuple[Measurement, int, list[BlockState]] | None = None
+        self._facts_out = lane_of(device)
         self._offloaded = Offloaded(device)
         self._traces = None if offload is None else Traces(offload)
         self._attachment = Attachment(module, params.values(), self._on_gradient, self.zero_grad, as_found)
@@ -470,6 +472,8 @@ class HiFTOptimizer(ZeROOptimizer):
             self._refuse(verdict, block, states)
             self.overflow, reached = not verdict.finite, verdict.reached > 0
             norm = verdict.norm / self.loss_scale
+        else:
+            measured.send(self._facts_out)
         self.reach.warn_partial(block, states[0].shard, touched[0])
         if self.overflow:
             self._global_grad_norm = float("inf")  # this and the dtypes are DeepSpeed's
@@ -484,7 +488,6 @@ class HiFTOptimizer(ZeROOptimizer):
             if updates:
                 self.hooks.after()
         if not self._waits:
-            measured.send()
             self._unread = (measured, block, states)
         self.loss_scaler.update_scale(self.overflow)
         if self.offload is not None and self.offload.allgather_stream is not None:

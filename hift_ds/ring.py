@@ -92,9 +92,12 @@ class Lanes:
 
     @classmethod
     def of(cls, device: torch.device) -> Lanes:
-        if device.type == "cuda":
-            return cls(CudaLane(device, own=True), CudaLane(device, own=False), CudaLane(device, own=True))
-        return cls(DirectLane(), DirectLane(), DirectLane())
+        return cls(lane_of(device), lane_of(device, own=False), lane_of(device))
+
+
+def lane_of(device: torch.device, own: bool = True) -> Lane:
+    """A queue of the device: one of its own, or whatever stream is current."""
+    return CudaLane(device, own) if device.type == "cuda" else DirectLane()
 
 
 @dataclass(eq=False)

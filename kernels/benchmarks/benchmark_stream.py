@@ -97,8 +97,9 @@ def busy(milliseconds: float, device: torch.device) -> Callable[[], None]:
 
 
 def wait(device: torch.device) -> None:
+    """Until the updates are done. Copies of state may go on: a step waits for none of the step before."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        torch.cuda.current_stream(device).synchronize()
 
 
 def measure(run: Run, device: torch.device, repeats: int) -> list[float]:
@@ -124,7 +125,7 @@ def overlaps(run: Run, device: torch.device) -> tuple[float | None, float | None
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         for index in range(2 * NUM_BLOCKS):
             run.step(index)
-        wait(device)
+        torch.cuda.synchronize(device)
     on_device = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
     spans = {"HtoD": [], "DtoH": [], "": []}
     for event in on_device:

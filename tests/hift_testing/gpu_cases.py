@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import os
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from hift_testing.training import batch_of, ds_config, engine_of, whole_weights
+from hift_testing.training import DEVICE, batch_of, ds_config, engine_of, whole_weights
 
 from hift_ds.forms import Form
 from hift_ds.host_memory import HostMemory
@@ -17,7 +16,6 @@ from hift_ds.shards import BlockShard
 from hift_ds.state import BlockState, Storage, make_states
 from hift_ds.update import BlockUpdate, Scaling
 
-DEVICE = torch.device(os.environ.get("HIFT_TEST_DEVICE", "cpu"))
 BLOCKS, NUMEL, STEPS = 3, 100_003, 12
 _made: list[Any] = []  # the engine whose peaks were measured in this process
 
@@ -73,8 +71,7 @@ def engine_steps(stage: int, dtype: str, hift: dict[str, Any], steps: int, stric
     engine = engine_of(ds_config(stage, dtype, hift))
     losses = []
     for step in range(steps):
-        batch = {key: tensor.to(engine.device) for key, tensor in batch_of(step, 0, 0).items()}
-        loss = engine(**batch).loss
+        loss = engine(**batch_of(step, 0, 0)).loss
         losses.append(loss.item())
         engine.backward(loss)
         with waiting_is_an_error() if strict and step > 0 else nullcontext():
@@ -87,6 +84,37 @@ def engine_steps(stage: int, dtype: str, hift: dict[str, Any], steps: int, stric
         "weights": {name: weight.float().cpu() for name, weight in whole_weights(engine).items()},
         "pinned": all(tensor.is_pinned() for tensor in tensors) if engine.device.type == "cuda" else None,
     }
+
+
+class Wide(torch.nn.Module):
+    """Layers whose state takes the bus longer than anything else in a step takes."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        pairs = (torch.nn.Sequential(*(torch.nn.Linear(width, width) for _ in range(4))) for _ in range(3))
+        self.layers = torch.nn.ModuleList(pairs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+def copies_out_behind_a_step(width: int, steps: int) -> list[bool | None]:
+    """After each step, when all work of the compute stream is done: whether state is still on its way to the host
+    (`None`: a CPU). What of this step goes to the host on that stream would have waited for it."""
+    engine = engine_of(ds_config(0, "bf16", {"kernel": "triton"}, gradient_clipping=1.0), Wide(width))
+    found: list[bool | None] = []
+    x = torch.ones(1, width, device=engine.device, dtype=torch.bfloat16)
+    for _ in range(steps):
+        engine.backward(engine(x).float().square().mean())
+        engine.step()
+        if engine.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+            found.append(not engine.optimizer.ring.lanes.copy_out._stream.query())
+        else:
+            found.append(None)
+    return found
 
 
 def device_bytes_of_state(ring_bytes: int) -> dict[str, int]:

@@ -15,6 +15,7 @@ from hift_testing.reference import LionByHand, ReferenceHiFT
 from hift_testing.tiny_models import tiny_model
 from hift_testing.training import (
     ADAMW,
+    DEVICE,
     DTYPES,
     batch_of,
     cast_parameters,
@@ -263,7 +264,7 @@ def build(family: str) -> torch.nn.Module:
     if family in ("llama4", "llama4_tied"):
         return small_llama(tied=family.endswith("tied"))
     torch.manual_seed(0)
-    return RoutedByHand() if family == "moe" else tiny_model(family)
+    return (RoutedByHand() if family == "moe" else tiny_model(family)).to(DEVICE)
 
 
 def batch(family: str, step: int, micro: int, rank: int) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ import deepspeed
 import torch
 from deepspeed import comm as dist
 from hift_testing.ranks import RankPool
-from hift_testing.training import DTYPES, cast_parameters, ds_config, whole_weights
+from hift_testing.training import DEVICE, DTYPES, cast_parameters, ds_config, whole_weights
 from torch import nn
 
 import hift_ds
@@ -51,6 +51,7 @@ class Stack(nn.Module):
         torch.manual_seed(seed)
         self.layers = nn.ModuleList(Layer(width) for _ in range(layers))
         self.head = nn.Linear(width, width)
+        self.to(DEVICE)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.to(self.head.weight.dtype)
@@ -62,7 +63,7 @@ class Stack(nn.Module):
 def data(step: int, micro: int = 0, rows: int = 3, width: int = WIDTH) -> torch.Tensor:
     """This rank's batch."""
     seed = 1000 * step + 10 * micro + dist.get_rank()
-    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
 def loss_of(output: torch.Tensor) -> torch.Tensor:
@@ -109,7 +110,7 @@ class TorchHiFT:
         self, module: nn.Module, blocks: Sequence[Sequence[str]], dtype: str = "fp32", gas: int = 1, skip: bool = False,
         **changes: Any,
     ) -> None:  # fmt: skip
-        self.module = cast_parameters(module, DTYPES[dtype])
+        self.module = cast_parameters(module.to(DEVICE), DTYPES[dtype])
         self.gas, self.skip, self.micro, self.turn, self.skipped = gas, skip, 0, 0, []
         self.named = dict(module.named_parameters())
         self.blocks = [list(block) for block in blocks]
@@ -145,7 +146,7 @@ class TorchHiFT:
     def update(self) -> None:
         """The mean gradient of all ranks into the active block, then the next block's turn."""
         active = self.blocks[self.turn % len(self.blocks)]
-        reached = torch.tensor([self.named[name].grad is not None for name in active]).any().float()
+        reached = torch.tensor([self.named[name].grad is not None for name in active], device=DEVICE).any().float()
         dist.all_reduce(reached)
         if reached or not self.skip:
             assert reached, f"no gradient for {active}"

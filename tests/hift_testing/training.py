@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from typing import Any
 
 import deepspeed
@@ -12,6 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import hift_ds
 
+# `make gpu` runs cases of one rank on the card.
+DEVICE = torch.device(os.environ.get("HIFT_TEST_DEVICE", "cpu"))
 VOCAB = 96
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # eps >= 1e-6: with 1e-8 a single element with |grad| < 1e-8 differs by 1e-4 between summation orders (design.md, 3).
@@ -26,7 +29,7 @@ def small_llama(seed: int = 0, layers: int = 4, tied: bool = False) -> LlamaForC
         num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=tied, use_cache=False,
         attn_implementation="eager",
     )  # fmt: skip
-    return LlamaForCausalLM(config)
+    return LlamaForCausalLM(config).to(DEVICE)
 
 
 def cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
@@ -39,7 +42,7 @@ def cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Modu
 def batch_of(step: int, micro: int, rank: int, seq: int = 12) -> dict[str, torch.Tensor]:
     """The batch of a rank at a micro step; the same in every process."""
     generator = torch.Generator().manual_seed(1000 * step + 10 * micro + rank)
-    ids = torch.randint(0, VOCAB, (2, seq), generator=generator)
+    ids = torch.randint(0, VOCAB, (2, seq), generator=generator).to(DEVICE)
     return {"input_ids": ids, "labels": ids}
 
 

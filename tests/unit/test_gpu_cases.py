@@ -24,6 +24,10 @@ def test_an_engine_of_the_gpu_cases_trains(one_rank):
     assert len(facts["losses"]) == 7 and facts["pinned"] is None
 
 
+def test_the_case_of_copies_behind_a_step_trains(one_rank):
+    assert one_rank.run(cases.copies_out_behind_a_step, 16, 4) == [[None] * 4]
+
+
 def test_the_forecast_that_a_gpu_checks_is_met_on_a_cpu_once_in_a_process(fresh_rank):
     llama = dict(vocab_size=500, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
                  max_position_embeddings=64)  # fmt: skip
