@@ -6,7 +6,8 @@ READY = $(VENV)/.ready
 # absolute, because the deepspeed launcher starts `python` and `ninja` by name
 RUN = PATH="$(abspath $(BIN)):$$PATH"
 
-.PHONY: demo demo-results test slow gpu gpu-kernels gpu-streaming gpu-forecast gpu-benchmarks lint speed compare clean
+.PHONY: demo demo-results test slow gpu gpu-kernels gpu-streaming gpu-training gpu-peers gpu-forecast gpu-benchmarks
+.PHONY: lint speed compare clean
 
 demo: $(READY)
 	$(RUN) launch/demo.sh
@@ -30,13 +31,20 @@ GPU = PYTHONPATH="$(CURDIR):$(CURDIR)/kernels:$(CURDIR)/tests$${PYTHONPATH:+:$$P
 	TRITON_INTERPRET=0 HIFT_TEST_DEVICE=cuda DS_ACCELERATOR=cuda \
 	timeout 540 $(PYTHON) -m pytest -q -p no:cacheprovider --durations 5
 
-gpu: gpu-kernels gpu-streaming gpu-forecast gpu-benchmarks
+gpu: gpu-kernels gpu-streaming gpu-training gpu-peers gpu-forecast gpu-benchmarks
 
 gpu-kernels:
 	$(GPU) -n $(GPU_WORKERS) tests/fused --ignore tests/fused/test_ahead_of_time.py --ignore tests/fused/test_benchmarks.py
 
 gpu-streaming:
 	$(GPU) tests/gpu/test_streaming.py
+
+# One rank on the card, beside plain torch there
+gpu-training:
+	$(GPU) tests/gpu/test_training.py
+
+gpu-peers:
+	$(GPU) tests/peers -k one_rank
 
 gpu-forecast:
 	$(GPU) -n $(GPU_WORKERS) tests/gpu/test_forecast.py

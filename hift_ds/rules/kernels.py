@@ -51,7 +51,7 @@ def choose_kernel(
         return KernelChoice("triton")
     if kernel is None and not compact:
         return KernelChoice("torch", why_not)
-    asked = "hift.kernel='triton'" if kernel == "triton" else "hift.state, which needs hift.kernel 'triton',"
+    asked = "hift.kernel='triton'" if kernel == "triton" else "hift.state (which needs hift.kernel 'triton')"
     remedy = "use null or 'torch'" if kernel == "triton" else "leave master and moments at 'fp32'"
     raise ValueError(f"{asked}: {why_not}; {remedy}")
 

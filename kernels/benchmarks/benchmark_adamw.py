@@ -10,6 +10,7 @@ for the others they are counted alike, so that GB/s and the share of a copy comp
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -62,6 +63,8 @@ def _fused(grad: torch.Tensor, form: str, dtype: torch.dtype, whole_step: bool =
 def _deepspeed_adam(params: list[torch.nn.Parameter]) -> Any:
     if params[0].device.type != "cuda":
         raise Missing("needs CUDA")
+    # An image's list may have architectures, as 10.0a, that DeepSpeed's builder does not understand.
+    os.environ["TORCH_CUDA_ARCH_LIST"] = "{}.{}".format(*torch.cuda.get_device_capability(params[0].device))
     try:
         from deepspeed.ops.adam import FusedAdam
 

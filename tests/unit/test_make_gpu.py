@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 NO_GPU_NEEDED = {"tests/fused/test_ahead_of_time.py"}  # compiles for cards that are not there
-PARTS = ("gpu-kernels", "gpu-streaming", "gpu-forecast", "gpu-benchmarks")
+PARTS = ("gpu-kernels", "gpu-streaming", "gpu-training", "gpu-peers", "gpu-forecast", "gpu-benchmarks")
 # PYTHON as make calls it: arguments and environment are noted, nothing is run.
 NOTE = """#!/usr/bin/env bash
 echo "$*" >> "$NOTES"
@@ -50,6 +50,6 @@ def test_the_parts_together_run_every_test_for_a_device_once(tmp_path):
             files = [path] if path.is_file() else path.glob("test_*.py")
             found += [file.relative_to(ROOT).as_posix() for file in files]
         found = [name for name in found if name not in left_out]
-    rooms = [ROOT / "tests" / room for room in ("fused", "gpu")]
+    rooms = [ROOT / "tests" / room for room in ("fused", "gpu", "peers")]
     wanted = {path.relative_to(ROOT).as_posix() for room in rooms for path in room.glob("test_*.py")}
     assert sorted(found) == sorted(wanted - NO_GPU_NEEDED)

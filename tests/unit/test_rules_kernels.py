@@ -58,7 +58,7 @@ def test_null_is_torch_and_says_why_where_the_kernels_cannot_be_used(machine, li
     machine.is_like(**like)
     why = next(iter(like.values()))
     assert choose_kernel(None, "cuda") == KernelChoice("torch", why)
-    with pytest.raises(ValueError, match=f"^hift.state, which needs hift.kernel 'triton',: {why}; leave master and mo"):
+    with pytest.raises(ValueError, match=f"^hift.state .which needs hift.kernel 'triton'.: {why}; leave master and mo"):
         choose_kernel(None, "cuda", compact=True)
     assert machine.probes == (0 if "tools" in like else 2), "nothing is compiled without a compiler"
 
@@ -85,7 +85,7 @@ def test_triton_is_refused_in_one_sentence_where_it_cannot_run(machine, monkeypa
 def test_compact_state_needs_the_fused_kernels(machine):
     with pytest.raises(ValueError, match=r"hift\.kernel='torch': updates masters and moments in fp32 alone; use null"):
         choose_kernel("torch", "cuda", compact=True)
-    with pytest.raises(ValueError, match=r"hift\.state, which .* CUDA device.*leave master and moments at 'fp32'"):
+    with pytest.raises(ValueError, match=r"hift\.state .which .* CUDA device.*leave master and moments at 'fp32'"):
         choose_kernel(None, "cpu", compact=True)
 
 
