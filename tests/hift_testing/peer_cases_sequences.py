@@ -60,7 +60,7 @@ def drawn(seed: int, length: int = 40) -> Setting:
         hift={
             "layers_per_block": pick.choice([1, 1, 2]), "order": pick.choice(["bottom2up", "top2down", "random"]),
             "lr_update": "step", "state": {"residency": pick.choice(["stream", "device"])},
-            "kernel": pick.choice(["torch", "triton"]),
+            "kernel": pick.choice(["torch", "torch", "torch", "triton"]),
         },
         client=pick.random() < 0.4, overlap=pick.random() < 0.5,
     )  # fmt: skip

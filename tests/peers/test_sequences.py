@@ -2,12 +2,11 @@
 
 import pytest
 from hift_testing import peer_cases_sequences as cases
-from hift_testing.peer_cases import on
 
 pytestmark = pytest.mark.multi_rank
 
 EACH = 4  # seeds of a case: every stage
-FIRST = [pytest.param(first, marks=[pytest.mark.slow] if first >= 4 * EACH else []) for first in range(0, 30 * EACH, EACH)]
+QUICK = 4  # the rest is slow
 
 
 @pytest.fixture(params=("one_rank", "two_ranks"))
@@ -16,7 +15,9 @@ def ranks(request):
     return request.getfixturevalue(request.param)
 
 
-@pytest.mark.parametrize("first", FIRST)
+@pytest.mark.parametrize(
+    "first", [pytest.param(EACH * (i + 1), marks=() if i < QUICK else pytest.mark.slow) for i in range(30)]
+)
 def test_any_order_of_calls_trains_as_the_oracle(ranks, tmp_path, first):
-    found = on(ranks, cases.trained, str(tmp_path), range(first, first + EACH))
+    found = ranks.run(cases.trained, str(tmp_path), range(first, first + EACH), timeout_s=300)
     assert not any(found), found
