@@ -236,7 +236,9 @@ class Pair:
             group["lr"] = rate
 
     def requires_grad(self, n: int) -> None:
-        self.engine.module.requires_grad_(True)
+        """At stage 3 a forward under inference mode leaves what refuses it, with plain DeepSpeed too."""
+        if not any(param.is_inference() for param in self.engine.module.parameters()):
+            self.engine.module.requires_grad_(True)
 
     def offloaded(self, n: int) -> None:
         self.engine.offload_states()
