@@ -22,7 +22,7 @@ from hift_ds.guard import ModuleGuard
 from hift_ds.host_update import HostUpdate
 from hift_ds.measure import Measurement, Verdict
 from hift_ds.offload import STATES, WEIGHTS, Offloaded
-from hift_ds.param_groups import group_indices, groups_fault
+from hift_ds.param_groups import group_indices, groups_fault, step_fault
 from hift_ds.reach import Reach
 from hift_ds.ring import lane_of
 from hift_ds.rotation import Rotation
@@ -32,7 +32,7 @@ from hift_ds.settings import Settings
 from hift_ds.shards import BlockShard
 from hift_ds.state import BlockState, Storage, layout_fault, make_states
 from hift_ds.step_hooks import StepHooks
-from hift_ds.traces import Traces, leave_inference_mode
+from hift_ds.traces import Traces, leave_inference_mode, partition_all
 from hift_ds.update import BlockUpdate, Scaling
 
 logger = logging.getLogger(__name__)
@@ -169,7 +169,7 @@ class HiFTOptimizer(ZeROOptimizer):
         self._attachment.detach()
         vars(self.optimizer).pop("zero_grad", None)
         if self.offload is not None:
-            self.offload.partition_all_parameters()
+            self.checkpoint_event_prologue()
             self._traces.end()
             self.offload.destroy()
         self.unregister_grad_acc_post_hooks()
@@ -231,7 +231,7 @@ class HiFTOptimizer(ZeROOptimizer):
         if interrupted:
             self.window_cut = True
             if self.offload is not None:
-                self.offload.partition_all_parameters()
+                self.checkpoint_event_prologue()
                 self._traces.forget()
 
     def end_window(self) -> None:
@@ -282,7 +282,7 @@ class HiFTOptimizer(ZeROOptimizer):
     def checkpoint_event_prologue(self) -> None:
         """Stage 3: partitions everything, so that saving and loading see shards. Collective."""
         if self.offload is not None:
-            self.offload.partition_all_parameters()
+            partition_all(self.offload)
 
     def checkpoint_event_epilogue(self) -> None:
         """Stage 3: gathers the small persistent parameters again. Collective."""
@@ -452,11 +452,10 @@ class HiFTOptimizer(ZeROOptimizer):
             self.reducer.finish_backward(True)
         states, block = self.active_states(), self.rotation.active_block
         fault = self.guard.fault() or groups_fault(self.param_groups, self._grouped)
-        fault = fault or layout_fault(self.rule, self.param_groups, states)
+        fault = fault or step_fault(self.optimizer) or layout_fault(self.rule, self.param_groups, states)
         self.guard.warn_of_stopped(self._active_params)
         grads, touched = map(list, zip(*(self.reducer.take(state.shard) for state in states), strict=True))
-        if self.offload is not None:
-            self.offload.partition_all_parameters()
+        self.checkpoint_event_prologue()
         ends = (self.rotation.at_turn_end, self.rotation.at_cycle_end)  # of a block, and of what is always active
         silent = sum(map(self.reach.note, (state.shard for state in states), touched, ends))
         measured = Measurement(

@@ -51,14 +51,22 @@ def check_inside(holder: torch.optim.Optimizer, module: torch.nn.Module) -> None
                 )
 
 
-def check_step(optimizer: torch.optim.Optimizer) -> None:
-    """Raises ValueError if an optimizer object has a `step` of its own, which nothing would call."""
+def step_fault(optimizer: torch.optim.Optimizer) -> str | None:
+    """A sentence if an optimizer object has a `step` of its own, which nothing would call."""
     step = vars(optimizer).get("step")
-    if step is not None and not hasattr(step, "_wrapped_by_lr_sched"):  # torch's schedulers only count its calls
-        raise ValueError(
-            f"optimizer: the step() of this {type(optimizer).__name__} object was replaced, and HiFT, which makes the "
-            "update itself, would never call it; use register_step_pre_hook and register_step_post_hook"
-        )
+    if step is None or hasattr(step, "_wrapped_by_lr_sched"):  # torch's schedulers only count its calls
+        return None
+    return (
+        f"optimizer: the step() of this {type(optimizer).__name__} object was replaced, and HiFT, which makes the "
+        "update itself, would never call it; use register_step_pre_hook and register_step_post_hook"
+    )
+
+
+def check_step(optimizer: torch.optim.Optimizer) -> None:
+    """Raises ValueError where there is a `step_fault`."""
+    fault = step_fault(optimizer)
+    if fault:
+        raise ValueError(fault)
 
 
 def groups_fault(param_groups: list[dict], known: list[list[int]]) -> str | None:

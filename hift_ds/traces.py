@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from hift_ds.shards import is_partitioned
+
 
 class Traces:
     """Gives DeepSpeed's parameter manager the coordinator of the block that trains.
@@ -64,3 +66,14 @@ def leave_inference_mode(params: Iterable[torch.nn.Parameter]) -> None:
         for param in params:
             if param.is_inference():
                 param.data = param.data.clone()
+
+
+def partition_all(offload: Any) -> None:
+    """Releases whatever ZeRO-3 has gathered of its module. Collective."""
+    params = list(offload.module.parameters())
+    if all(map(is_partitioned, params)):
+        offload.partition_all_parameters()
+        return
+    for param in filter(is_partitioned, params):  # the user has put others there since, on which it would stumble
+        param.ds_active_sub_modules.clear()
+        param.partition()

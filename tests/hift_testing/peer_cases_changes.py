@@ -21,13 +21,14 @@ from hift_testing.peer_cases import (
     hift_engine,
     loss_of,
     messages,
+    originals,
     plain_engine,
     run,
     train_step,
     unmoved,
     weights_of,
 )
-from hift_testing.training import batch_of, small_llama
+from hift_testing.training import DEVICE, batch_of, small_llama
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -55,6 +56,11 @@ def _replace(module: nn.Module) -> None:
     module.head.weight = nn.Parameter(torch.zeros_like(module.head.weight))
 
 
+def _new_head(module: nn.Module) -> None:
+    """Another module in its place: ZeRO-3 has no hooks on it."""
+    module.head = nn.Linear(6, 6).to(DEVICE)
+
+
 def _other_shape(module: nn.Module) -> None:
     module.head.weight.data = torch.zeros(2, 6)
     module.head.bias.data = torch.zeros(2)
@@ -74,6 +80,7 @@ CHANGES: dict[str, tuple[str, Callable[[nn.Module], Any], str]] = {
     "parameter added to a block that waits": ("stack", _add_to_head, r"head\.extra"),
     "parameter removed": ("stack", _remove_bias, r"layers\.0\.linear\.bias"),
     "parameter replaced": ("stack", _replace, r"head\.weight"),
+    "module replaced": ("stack", _new_head, r"head\.weight"),
     "other dtype": ("stack", lambda module: module.bfloat16(), r"layers\.0|head"),
     "other shape": ("stack", _other_shape, r"head\.weight|head\.bias"),
 }
@@ -107,7 +114,9 @@ def changed_module(name: str, stage: int, before: int = 2) -> dict[str, Any]:
         steps += 1
     left = dict(module.named_parameters())
     moved = [key for key in start if not torch.equal(start[key], _shard(left[key]))]
-    return {"error": error, "steps": steps, "moved": moved, "words": words}
+    after = error_of(engine.destroy)
+    hooks = originals(module)["hooks"]
+    return {"error": error, "steps": steps, "moved": moved, "words": words, "after": after, "hooks": hooks}
 
 
 def _shard(param: torch.Tensor) -> torch.Tensor:

@@ -137,6 +137,16 @@ def replaced_step(stage: int, by: str) -> str:
     return error_of(lambda: _initialize(module, stage, optimizer=client))
 
 
+def step_replaced_in_a_run(stage: int) -> str:
+    """The same after `initialize`."""
+    module = Stack()
+    client = adamw(module.parameters())
+    engine = _initialize(module, stage, optimizer=client)
+    run(train_step, engine, 1)
+    client.step = lambda closure=None: None
+    return error_of(lambda: run(train_step, engine, 1, 1))
+
+
 def wrong_schedule(stage: int) -> dict[str, Any]:
     """A config whose scheduler has no such parameter, for the model of a living engine."""
     module = Stack()

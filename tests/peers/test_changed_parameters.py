@@ -28,6 +28,7 @@ def refused_at_the_next_step(results):
         assert re.search(found["words"], found["error"]) and is_clear(found["error"]), found
         assert found["steps"] == 1 and not found["moved"], found
         assert found["error"] == results[0]["error"]
+        assert not found["after"] and not found["hooks"], found
 
 
 @pytest.mark.parametrize("stage", WHOLE)
@@ -36,7 +37,7 @@ def test_a_changed_parameter_is_an_error_that_names_it(ranks, name, stage):
     refused_at_the_next_step(on(ranks, cases.changed_module, name, stage))
 
 
-@pytest.mark.parametrize("name", [name for name in SMALL if name.startswith("parameter")])
+@pytest.mark.parametrize("name", [name for name in SMALL if "parameter" in name or "module" in name])
 def test_a_changed_set_of_parameters_is_an_error_at_stage_3(ranks, name):
     refused_at_the_next_step(on(ranks, cases.changed_module, name, 3))
 

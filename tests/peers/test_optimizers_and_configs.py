@@ -55,6 +55,8 @@ def test_a_step_that_the_user_has_replaced_is_refused_and_a_schedulers_is_not(on
     (error,) = on(one_rank, cases.replaced_step, stage, "user")
     assert error.startswith("ValueError: optimizer: the step() of this AdamW object was replaced")
     assert on(one_rank, cases.replaced_step, stage, "scheduler") == [""]
+    (error,) = on(one_rank, cases.step_replaced_in_a_run, stage)
+    assert error.startswith("RuntimeError: optimizer: the step() of this AdamW object was replaced")
 
 
 @pytest.mark.parametrize("stage", (0, 3))
