@@ -41,9 +41,10 @@ def test_a_fused_step_never_waits_for_the_device(one_rank, stage, hift):
     assert facts["pinned"]
 
 
-def test_the_compute_stream_does_not_wait_until_state_is_on_the_host(one_rank):
+@pytest.mark.parametrize("reads", [False, True], ids=["", "loss.item()"])
+def test_the_compute_stream_does_not_wait_until_state_is_on_the_host(one_rank, reads):
     """Copies in one direction are made one after the other, whatever their streams: 0.8 GB take 15 ms of the bus."""
-    (found,) = one_rank.run(cases.copies_out_behind_a_step, 4096, 8)
+    (found,) = one_rank.run(cases.copies_out_behind_a_step, 4096, 8, reads)
     assert found[2:] == [True] * 6  # the first compile
 
 

@@ -38,6 +38,7 @@ class QueuedLane:
         self.items: list[Callable[[], None] | Event] = []
         self.done = 0
         self.used: list[torch.Tensor] = []
+        self.copied_bytes = 0
 
     def run(self, work: Callable[[], None]) -> None:
         self.items.append(work)
@@ -54,6 +55,9 @@ class QueuedLane:
 
     def uses(self, tensor: torch.Tensor) -> None:
         self.used.append(tensor)
+
+    def copied(self, nbytes: int) -> None:
+        self.copied_bytes += nbytes
 
     def can_advance(self) -> bool:
         if self.done == len(self.items):

@@ -100,15 +100,18 @@ class Wide(torch.nn.Module):
         return x
 
 
-def copies_out_behind_a_step(width: int, steps: int) -> list[bool | None]:
-    """After each step, when all work of the compute stream is done: whether state is still on its way to the host
-    (`None`: a CPU). What of this step goes to the host on that stream would have waited for it."""
+def copies_out_behind_a_step(width: int, steps: int, reads: bool) -> list[bool | None]:
+    """After each step, when all work of the compute stream is done, with `reads` the user's `loss.item()`, too: whether
+    state is still on its way to the host (`None`: a CPU). What goes to the host on that stream did not wait for it."""
     engine = engine_of(ds_config(0, "bf16", {"kernel": "triton"}, gradient_clipping=1.0), Wide(width))
     found: list[bool | None] = []
     x = torch.ones(1, width, device=engine.device, dtype=torch.bfloat16)
     for _ in range(steps):
-        engine.backward(engine(x).float().square().mean())
+        loss = engine(x).float().square().mean()
+        engine.backward(loss)
         engine.step()
+        if reads:
+            loss.item()
         if engine.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
             found.append(not engine.optimizer.ring.lanes.copy_out._stream.query())

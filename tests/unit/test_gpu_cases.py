@@ -25,7 +25,7 @@ def test_an_engine_of_the_gpu_cases_trains(one_rank):
 
 
 def test_the_case_of_copies_behind_a_step_trains(one_rank):
-    assert one_rank.run(cases.copies_out_behind_a_step, 16, 4) == [[None] * 4]
+    assert one_rank.run(cases.copies_out_behind_a_step, 16, 4, True) == [[None] * 4]
 
 
 def test_the_forecast_that_a_gpu_checks_is_met_on_a_cpu_once_in_a_process(fresh_rank):

@@ -22,9 +22,9 @@ KNOW_DEEPSPEED = {
 LAYERS = (
     ("rules",),
     ("rewind",),
-    ("config", "blocks", "rotation", "schedule", "ds_keys", "surface", "activations", "traces"),
+    ("config", "blocks", "rotation", "schedule", "ds_keys", "surface", "activations"),
     ("host_memory", "ring", "forms", "offload", "param_groups", "shards", "gradients", "launching"),
-    ("state", "measure", "attachment", "guard", "reach", "step_hooks"),
+    ("state", "measure", "traces", "attachment", "guard", "reach", "step_hooks"),
     ("settings",),
     ("memory",),
     ("checkpoint", "update", "host_update", "optimizer", "fragments"),

@@ -7,7 +7,7 @@ import torch
 from hift_testing.delayed_lanes import drain, lazy_copies, queued
 
 from hift_ds import ring as ring_module
-from hift_ds.ring import Lanes, Ring, Tile, slot_bytes
+from hift_ds.ring import TURN_BYTES, CudaLane, Lanes, Ring, Tile, slot_bytes
 
 CPU = torch.device("cpu")
 LANES = ("copy_in", "update", "copy_out")
@@ -203,3 +203,22 @@ def test_the_ring_takes_one_allocation_and_no_more():
         tensor.untyped_storage().data_ptr() for _, tensors in ring.visit(blocks[0]) for tensor in tensors.values()
     }
     assert storages == {ring.buffer.untyped_storage().data_ptr()}
+
+
+def test_a_ring_tells_its_lanes_what_they_have_copied():
+    lanes, blocks = queued(), blocks_of([3, 2])
+    run(blocks, [0, 1, 0], 2, lanes, writes=[True, False, True])
+    sizes = [sum(tile.nbytes for tile in tiles) for tiles in blocks]
+    assert lanes.copy_in.copied_bytes == 2 * sizes[0] + sizes[1]
+    assert lanes.copy_out.copied_bytes == 2 * sizes[0]
+    assert lanes.update.copied_bytes == 0
+
+
+def test_a_lane_of_the_device_gives_others_a_turn_after_so_many_bytes():
+    lane = CudaLane.__new__(CudaLane)  # without a device
+    lane._since, lane._turn, lane.run = 0, torch.zeros(1), lambda work: work()
+    given = []
+    for nbytes in (TURN_BYTES - 1, 1, TURN_BYTES // 2, TURN_BYTES // 2, 3 * TURN_BYTES, 5):
+        lane.copied(nbytes)
+        given.append(lane._turn.item())
+    assert given == [0, 1, 1, 2, 3, 3]
