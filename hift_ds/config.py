@@ -97,6 +97,7 @@ class HiFTConfig:
             TypeError: A value of the wrong type.
         """
         section = ds_config.get("hift")
+        check_spelling(ds_config)
         if section is None:
             return None
         if not isinstance(section, Mapping):
@@ -111,6 +112,13 @@ class HiFTConfig:
                 "lists already are the blocks"
             )
         return config if config.enabled else None
+
+
+def check_spelling(ds_config: Mapping[str, Any]) -> None:
+    """Raises ValueError for a section such as "HiFT", which DeepSpeed would overlook."""
+    for key in ds_config:
+        if isinstance(key, str) and key.lower() == "hift" and key != "hift":
+            raise ValueError(f'{key}: unknown key; write it "hift", or leave it out to train without HiFT')
 
 
 def _check_keys(cls: type, name: str, section: Mapping[str, Any]) -> None:

@@ -62,6 +62,9 @@ def check_ds_config(ds_config: Mapping[str, Any]) -> list[str]:
         TypeError: A section that is not an object.
     """
     notes, refusals = [], {}
+    clip = ds_config.get("gradient_clipping", 0.0)
+    if not _is_auto(clip) and not (isinstance(clip, (int, float)) and not isinstance(clip, bool) and clip >= 0):
+        raise ValueError(f"gradient_clipping={clip!r}: must be a number, 0 (off) or more")
     for key, value in _leaves("", ds_config):
         section, _, name = key.rpartition(".")
         rows = _ROWS_OF.get(key, [])

@@ -331,6 +331,7 @@ class HiFTEngine(DeepSpeedEngine):
         """As DeepSpeedEngine.save_checkpoint: position, masters and state of every block are in it. Collective."""
         self._require_living()
         self.optimizer.require_states()
+        self.optimizer.require_whole()
         self.optimizer.settle()  # what is wrong with the last step is said before an older save is written over
         tag = f"global_step{self.global_steps}" if tag is None else str(tag)
         if save_dir:  # DeepSpeed refuses an empty one

@@ -18,6 +18,7 @@ from hift_ds.shards import is_partitioned
 
 if TYPE_CHECKING:
     from hift_ds.optimizer import HiFTOptimizer
+    from hift_ds.state import BlockState
 
 
 _NAMES = (
@@ -80,16 +81,22 @@ class Fragments:
 
     def get_local_fp32_param(self, param: Parameter, optim_state_key: str | None = None) -> torch.Tensor:
         """This rank's slice of the master weight or of a slot: fp32, 1-D, without padding."""
-        self._optimizer.settle()
-        state, index = self._place[param]
+        state, index = self._settled(param)
         return state.read(index, optim_state_key).to(self._optimizer.device, torch.float32, copy=True)
 
     @torch.no_grad()
     def set_local_hp_param(self, value: torch.Tensor, param: Parameter, optim_state_key: str | None = None) -> None:
         """Overwrites this rank's slice; of the model weight too."""
-        self._optimizer.settle()
-        state, index = self._place[param]
+        state, index = self._settled(param)
         state.write(index, optim_state_key, value)
+
+    def _settled(self, param: Parameter) -> tuple[BlockState, int]:
+        """The state of a parameter, with what the user has written into weights, and its place there."""
+        state, index = self._place[param]
+        self._optimizer.require_whole()
+        self._optimizer.settle()
+        self._optimizer.adopt_writes([state])
+        return state, index
 
     def get_local_fp32_grad_for_param(self, param: Parameter) -> torch.Tensor | None:
         """This rank's slice of the averaged gradient, or `None`."""

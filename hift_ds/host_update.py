@@ -52,7 +52,10 @@ class HostUpdate:
         self, state: BlockState, grad: torch.Tensor, scaling: Scaling, rates: list[float], block: int
     ) -> torch.Tensor:
         """As `BlockUpdate.run`."""
-        state.step += 1
+        with state.counted():
+            return self._run(state, grad, scaling, rates)
+
+    def _run(self, state: BlockState, grad: torch.Tensor, scaling: Scaling, rates: list[float]) -> torch.Tensor:
         weights = torch.empty(state.shard.numel, dtype=state.shard.dtype, device=self.device)
         if not self.rule.elementwise:
             self._whole_runs(state, grad, scaling, rates)
@@ -61,6 +64,7 @@ class HostUpdate:
         for tile, gradient in self._staging.visit(state.tiles, grad, weights):
             run = state.shard.runs[tile.run]
             gradient = unscaled(gradient, scaling)
+            state.torn = True
             group, lr = self.param_groups[run.group], rates[run.group]
             if self._adam is not None:
                 self._step_adam(tile.home, gradient, group, lr, state.step)
@@ -92,6 +96,7 @@ class HostUpdate:
                 yield 0, master
 
             gradient = unscaled(grad[run.start : run.stop].cpu(), scaling)
+            state.torn = True
             self.rule.update_run(
                 visit, gradient, self.param_groups[run.group], lr=rates[run.group], step=state.step,
                 segments=run.segments, extra=state.extra, all_reduce=all_reduce,

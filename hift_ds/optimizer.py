@@ -239,6 +239,7 @@ class HiFTOptimizer(ZeROOptimizer):
 
     def begin_forward(self) -> None:
         """Before a forward that may have a backward."""
+        self.require_whole()
         if torch._C._current_graph_task_id() == -1:  # else a checkpointed forward runs again, inside its backward
             self._leave_interrupted()
         self._begun = True
@@ -345,14 +346,16 @@ class HiFTOptimizer(ZeROOptimizer):
         self.settle()
         for state in self._all_states():
             state.refresh_master()
+            state.torn = False
             self.guard.note(state.shard)
 
     _restore_from_bit16_weights = refresh_fp32_params
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's part of the optimizer: position, rates, masters and state of every block."""
+        self.require_whole()
         self.settle()
-        self._adopt_writes(self._all_states())
+        self.adopt_writes(self._all_states())
         return checkpoint.optimizer_state(self)
 
     def load_state_dict(self, state_dict_list: Any, load_optimizer_states: bool = True, **_: Any) -> None:
@@ -441,6 +444,7 @@ class HiFTOptimizer(ZeROOptimizer):
         if not self.states:
             raise RuntimeError(ENDED)
         self._hear()
+        self.require_whole()
         self.require_states()
         self._begun = False
         if self.interrupted:
@@ -479,7 +483,7 @@ class HiFTOptimizer(ZeROOptimizer):
         else:
             dtype = torch.float64 if self.settings.stage == 3 else torch.float32
             self._global_grad_norm = measured.square.sqrt().squeeze().to(dtype) / self.loss_scale
-            self._adopt_writes(states)
+            self.adopt_writes(states)
             updates = reached or self.always is not None
             if updates:
                 self.hooks.before()
@@ -505,7 +509,7 @@ class HiFTOptimizer(ZeROOptimizer):
             # During the coming forward and backward.
             self.ring.prefetch(self.active_states()[0].tiles, self._begins_anew())
 
-    def _adopt_writes(self, states: list[BlockState]) -> None:
+    def adopt_writes(self, states: list[BlockState]) -> None:
         """Weights that the user has written since the last update become the masters; only those elements change."""
         for state in states:
             written = self.guard.written(state.shard)
@@ -521,6 +525,16 @@ class HiFTOptimizer(ZeROOptimizer):
             self.settle()
         except RuntimeError as error:
             logger.warning("the last step before %s: %s", before, error)
+
+    def require_whole(self) -> None:
+        """Raises RuntimeError where an update has ended with an error half way (out of memory)."""
+        for index, state in enumerate(self._all_states()):
+            if state.torn:
+                block = "what is always active" if state is self.always else f"block {index}"
+                raise RuntimeError(
+                    f"the update of {block} ended with an error half way, so its masters, moments and weights do not "
+                    "belong together: load a checkpoint, or call engine.destroy() and hift_ds.initialize again"
+                )
 
     def settle(self) -> None:
         """Before the host reads or changes state: all updates have landed there and have been checked."""
@@ -574,6 +588,7 @@ class HiFTOptimizer(ZeROOptimizer):
             weights = update.run(state, grads[index], scaling, rates, block)
             grads[index] = torch.empty(0)  # free before the next allocation
             state.shard.write_weights(weights, self.group, self.settings.publish_numel)
+            state.torn = False
 
     def _begins_anew(self) -> bool:
         return self.settings.reset_state and self.rotation.at_turn_start

@@ -22,7 +22,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from hift_ds import surface
 from hift_ds.attachment import unchanged_on_failure
 from hift_ds.blocks import BlockPlan, plan_blocks
-from hift_ds.config import HiFTConfig
+from hift_ds.config import HiFTConfig, check_spelling
 from hift_ds.ds_keys import check_ds_config
 from hift_ds.engine import LIVING, HiFTEngine
 from hift_ds.launching import agree, init_distributed, load_ds_config, require_alike
@@ -77,6 +77,8 @@ def initialize(
         lr_scheduler=lr_scheduler, distributed_port=distributed_port, mpu=mpu, dist_init_required=dist_init_required,
         collate_fn=collate_fn, config=config, mesh_param=mesh_param, config_params=config_params,
     )  # fmt: skip
+    if isinstance(ds_config, Mapping):
+        check_spelling(ds_config)
     living = [engine for engine in list(LIVING) if _share_parameters(engine.module, model)]
     if isinstance(ds_config, Mapping) and "hift" in ds_config:
         init_distributed(distributed_port, dist_init_required)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -56,6 +57,8 @@ class Storage:
 class BlockState:
     """State of one block: its tensors, small extra tensors, and `step`, the number of this block's updates.
 
+    `torn`: an update has begun and not ended; masters, moments and model weights do not belong together.
+
     Args:
         shard: The block's layout.
         rule: The update rule.
@@ -82,6 +85,7 @@ class BlockState:
         self.extra = self._allocated(initial_extra(shard, rule, param_groups))
         self.step = 0
         self.forgotten = False
+        self.torn = False
         self.tiles = list(self._cut(TILE_NUMEL if tile_numel is None else tile_numel))
         self.refresh_master()
         self.reset()
@@ -112,6 +116,22 @@ class BlockState:
         for tile in self.tiles:
             for name, value in tile.initial.items():
                 tile.home[name].fill_(value)
+
+    @contextmanager
+    def counted(self) -> Iterator[bool]:
+        """Around an update: counts it, and not if it ends with an error before it has touched anything.
+
+        Yields:
+            Whether moments begin anew (`forget`).
+        """
+        step, fresh = self.step, self.forgotten
+        self.step, self.forgotten = step + 1, False
+        try:
+            yield fresh
+        except BaseException:
+            if not self.torn:
+                self.step, self.forgotten = step, fresh
+            raise
 
     def forget(self) -> None:
         """`reset` by the next update, which finds fresh moments in the ring; until then the host has the old ones.

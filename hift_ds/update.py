@@ -74,7 +74,7 @@ class BlockUpdate:
         """Updates masters and state of a block in place. Collective for a rule that is not elementwise.
 
         Args:
-            state: The block's; its `step` is counted up.
+            state: The block's; its `step` is counted up. It is `torn` until the caller has written the weights.
             grad: The averaged gradient shard, scaled and not clipped: 1-D, shard length.
             rates: Learning rate in force, one per param group.
             block: Tells blocks apart where rounding is random.
@@ -82,17 +82,16 @@ class BlockUpdate:
         Returns:
             The new model weights of this rank's shard: 1-D, in the model's dtype (fp32 where a block mixes dtypes).
         """
-        state.step += 1
-        fresh, state.forgotten = state.forgotten, False
-        weights = self._weights(state)
-        if not self.rule.elementwise:
-            for index, run in enumerate(state.shard.runs):
-                self._whole_run(state, index, run, grad, weights, scaling, rates[run.group], block)
-            return weights
-        of_run = self._fused if self.kernel == "triton" else self._eager
-        computes = [of_run(state, run, scaling, rates[run.group], block) for run in state.shard.runs]
-        for tile, tensors in self._visit(state, state.tiles, fresh=fresh):
-            computes[tile.run](tile.span, grad[tile.span], weights[tile.span], tensors)
+        with state.counted() as fresh:
+            weights = self._weights(state)
+            if not self.rule.elementwise:
+                for index, run in enumerate(state.shard.runs):
+                    self._whole_run(state, index, run, grad, weights, scaling, rates[run.group], block)
+                return weights
+            of_run = self._fused if self.kernel == "triton" else self._eager
+            computes = [of_run(state, run, scaling, rates[run.group], block) for run in state.shard.runs]
+            for tile, tensors in self._visit(state, state.tiles, fresh=fresh):
+                computes[tile.run](tile.span, grad[tile.span], weights[tile.span], tensors)
         return weights
 
     def _weights(self, state: BlockState) -> torch.Tensor:
@@ -111,10 +110,11 @@ class BlockUpdate:
 
     def _eager(self, state: BlockState, run: Run, scaling: Scaling, lr: float, block: int) -> Compute:
         def compute(span: slice, grad: torch.Tensor, weights: torch.Tensor, tensors: Tensors) -> None:
-            master = tensors.get("master")
+            master, gradient = tensors.get("master"), unscaled(grad, scaling)
+            state.torn = True
             self.rule.update(
-                weights if master is None else master, unscaled(grad, scaling), tensors, self.param_groups[run.group],
-                lr=lr, step=state.step,
+                weights if master is None else master, gradient, tensors, self.param_groups[run.group], lr=lr,
+                step=state.step,
             )  # fmt: skip
             if master is not None:
                 weights.copy_(master)
@@ -129,6 +129,7 @@ class BlockUpdate:
 
         def compute(span: slice, grad: torch.Tensor, weights: torch.Tensor, tensors: Tensors) -> None:
             seed = mixed_seed(self.seed, block, state.step, state.shard.rank, span.start)
+            state.torn = True
             self.rule.update_fused(grad, _form(weights, tensors.get("master")), tensors, group, scalars, seed)
 
         return compute
@@ -171,9 +172,12 @@ class BlockUpdate:
 
             seed = mixed_seed(self.seed, block, state.step, state.shard.rank, index)
             scalars = self._scalars(state, group, scaling, lr)
+            state.torn = True
             update_run(self.rule, forms, gradient, group, scalars, seed=seed, **common)
         else:
-            self.rule.update_run(masters, unscaled(gradient, scaling), group, **common)
+            gradient = unscaled(gradient, scaling)
+            state.torn = True
+            self.rule.update_run(masters, gradient, group, **common)
 
 
 def unscaled(grad: torch.Tensor, scaling: Scaling) -> torch.Tensor:

@@ -143,13 +143,16 @@ def writes(stage: int, dtype: str, names: list[str], one_block: bool = False) ->
     module = Stack()
     engine = hift_engine(module, stage, dtype, ONE_BLOCK if one_block else {})
     oracle = TorchHiFT(Stack(), blocks_of(engine), dtype)
-    start = weights_of(oracle)
+    start, params, stale = weights_of(oracle), dict(module.named_parameters()), []
     for step in range(2 * len(oracle.blocks) + 1):
         if step in (1, 3, 4):
             _write(module, oracle, names, step)
+        if step == 3:  # a reading is not to stand for the step's own look at what was written
+            read = {name: deepspeed.utils.safe_get_full_fp32_param(params[name]) for name in names}
+            stale = [name for name in names if not torch.equal(read[name], oracle.masters[name])]
         train_step(engine, step)
         train_step(oracle, step)
-    return {"distance": distance(weights_of(engine), weights_of(oracle), start)}
+    return {"distance": distance(weights_of(engine), weights_of(oracle), start), "stale": stale}
 
 
 def _write(module: nn.Module, oracle: TorchHiFT, names: list[str], step: int) -> None:

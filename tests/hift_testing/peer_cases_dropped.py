@@ -9,6 +9,7 @@ import deepspeed
 import torch
 from deepspeed import comm as dist
 from hift_testing.peer_cases import (
+    BOUNDS,
     ONE_BLOCK,
     Layer,
     Stack,
@@ -28,6 +29,7 @@ from hift_testing.peer_cases import (
     weights_of,
 )
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hift_ds
 
@@ -224,6 +226,84 @@ def step_after_a_failed_backward(stage: int, torch_style: bool) -> dict[str, Any
         "raised": raised, "error": error, "unchanged": unchanged,
         "distance": distance(weights_of(engine), weights_of(twin), start),
     }  # fmt: skip
+
+
+class OutOfMemory(TorchDispatchMode):
+    """The `nth` operation inside that makes a new tensor has no memory for it."""
+
+    MAKES = ("empty", "new_", "zeros", "ones", "full", "clone", "_to_copy", "cat")
+
+    def __init__(self, nth: int) -> None:
+        super().__init__()
+        self.left = nth
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        made = function.overloadpacket.__name__.startswith(self.MAKES) and isinstance(result, torch.Tensor)
+        if made and result.numel() > 1:
+            self.left -= 1
+            if self.left == 0:
+                raise torch.OutOfMemoryError("CUDA out of memory, as it were")
+        return result
+
+
+def out_of_memory_in_step(stage: int, dtype: str, hift: dict[str, Any], most: int = 40) -> dict[str, Any]:
+    """A step fails at each of its tensors in turn, is caught, and the batch comes again.
+
+    Returns:
+        `refused`: in how many of the runs the next forward said that the update had ended half way; `right`: in how
+        many training went on as the oracle's; `wrong`: the others, by the tensor.
+    """
+    found: dict[str, Any] = {"refused": 0, "right": 0, "wrong": {}}
+    for nth in range(1, most):
+        engine = hift_engine(Stack(), stage, dtype, hift)
+        oracle = TorchHiFT(Stack(), blocks_of(engine), dtype)
+        start = weights_of(oracle)
+        for contestant in (engine, oracle):
+            for step in range(4):
+                train_step(contestant, step)
+        engine.backward(loss_of(engine(data(4))))
+        with OutOfMemory(nth) as memory:
+            error = error_of(engine.step)
+        if memory.left > 0:
+            break
+        assert error.startswith("OutOfMemoryError"), error
+        engine.zero_grad()
+        again = error_of(lambda e=engine: [train_step(e, step) for step in range(4, 8)])
+        for step in range(4, 8):
+            train_step(oracle, step)
+        far = 0.0 if again else distance(weights_of(engine), weights_of(oracle), start)
+        if "ended with an error half way" in again:
+            found["refused"] += 1
+        elif again or far > BOUNDS[dtype]:
+            found["wrong"][nth] = again or far
+        else:
+            found["right"] += 1
+    return found
+
+
+def torn_and_loaded(folder: str) -> dict[str, Any]:
+    """Stage 2: the new weights cannot be gathered, masters and moments have moved; a load goes on from the save."""
+    engine = hift_engine(Stack(), 2, "bf16")
+    oracle = TorchHiFT(Stack(), blocks_of(engine), "bf16")
+    start = weights_of(oracle)
+    for contestant in (engine, oracle):
+        for step in range(4):
+            train_step(contestant, step)
+    engine.save_checkpoint(folder)
+    nth = 0
+    while not any(state.torn for state in engine.optimizer.states):
+        nth += 1
+        engine.backward(loss_of(engine(data(4))))
+        with OutOfMemory(nth):
+            assert error_of(engine.step).startswith("OutOfMemoryError")
+        engine.zero_grad()
+    refused = [error_of(lambda: train_step(engine, 4)), error_of(lambda: engine.save_checkpoint(folder))]
+    engine.load_checkpoint(folder)
+    for contestant in (engine, oracle):
+        for step in range(4, 8):
+            train_step(contestant, step)
+    return {"refused": refused, "distance": distance(weights_of(engine), weights_of(oracle), start)}
 
 
 def _fgsm(torch_style: bool) -> Callable[[Any, int], None]:

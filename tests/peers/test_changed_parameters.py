@@ -64,6 +64,7 @@ def test_a_users_write_into_weights_is_kept_and_trained_on(ranks, stage, dtype, 
     names = ["head.weight", "layers.0.linear.weight", "layers.1.linear.bias"]
     for found in on(ranks, cases.writes, stage, dtype, names, one_block):
         assert found["distance"] <= BOUNDS[dtype]
+        assert not found["stale"], "safe_get_full_fp32_param has what was written"
 
 
 @pytest.mark.parametrize("dtype", ("fp32", "bf16"))

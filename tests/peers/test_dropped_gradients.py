@@ -106,3 +106,21 @@ def test_a_gan_of_two_engines_trains_both_as_the_oracle(ranks, stage, hift, togg
         assert not found["error"], found["error"]
         assert found["generator"] <= BOUNDS["fp32"], found
         assert found["discriminator"] <= BOUNDS["fp32"], found
+
+
+@pytest.mark.parametrize(
+    ("dtype", "hift"),
+    [("fp32", {}), ("bf16", {}), ("bf16", {"kernel": "triton", "state": {"master": "split16"}})],
+    ids=("fp32", "bf16", "split16"),
+)
+@pytest.mark.parametrize("stage", (0, 2, 3))
+def test_a_step_out_of_memory_has_changed_nothing_or_says_that_it_has(ranks, stage, dtype, hift):
+    for found in on(ranks, cases.out_of_memory_in_step, stage, dtype, hift):
+        assert not found["wrong"], found
+        assert found["right"] >= 2, found
+
+
+def test_a_load_mends_what_an_update_that_ended_half_way_has_left(two_ranks, tmp_path):
+    for found in on(two_ranks, cases.torn_and_loaded, str(tmp_path)):
+        assert all("ended with an error half way" in error for error in found["refused"]), found
+        assert found["distance"] <= BOUNDS["bf16"]

@@ -24,6 +24,12 @@ def test_no_section_is_no_config():
     assert HiFTConfig.from_ds_config({"train_batch_size": 8}) is None
 
 
+@pytest.mark.parametrize("key", ["HiFT", "Hift", "HIFT"])
+def test_a_section_in_other_letters_is_not_overlooked(key):
+    with pytest.raises(ValueError, match=f'^{key}: unknown key; write it "hift"'):
+        HiFTConfig.from_ds_config({key: {"enabled": True}})
+
+
 def test_enabled_false_is_no_config_but_the_rest_is_checked():
     assert HiFTConfig.from_ds_config({"hift": {"enabled": False, "order": "random"}}) is None
     with pytest.raises(ValueError, match=r"hift\.order='up'"):

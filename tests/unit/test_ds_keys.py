@@ -417,3 +417,9 @@ def test_ds_keys_imports_only_the_standard_library():
     assert imported <= set(sys.stdlib_module_names)
     program = "import sys, hift_ds.ds_keys; sys.exit('deepspeed' in sys.modules or 'torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("clip", ["x", -1.0, True, None, float("nan")])
+def test_a_bound_of_the_norm_that_is_none_is_refused(clip):
+    with pytest.raises(ValueError, match=r"^gradient_clipping=.*: must be a number, 0 \(off\) or more"):
+        check_ds_config({"gradient_clipping": clip})
