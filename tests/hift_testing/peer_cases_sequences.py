@@ -29,7 +29,7 @@ from hift_testing.peer_cases import (
     loss_of,
     weights_of,
 )
-from hift_testing.peer_cases_dropped import Fused
+from hift_testing.peer_cases_dropped import Fused, OutOfMemory
 from hift_testing.training import DEVICE
 
 import hift_ds
@@ -194,6 +194,20 @@ class Pair:
         if failed:
             self.oracle.end_window()
 
+    def failed_step(self, n: int) -> None:
+        """Out of memory: nothing has changed, or a new engine is needed. Within a window a step needs none."""
+        self.engine.backward(loss_of(self.engine(data(n))))
+        with OutOfMemory(1 + n % 5):
+            error = error_of(self.engine.step)
+        if error:
+            assert error.startswith("OutOfMemoryError"), error
+            self.oracle.end_window()
+            if "half way" in error_of(lambda: self.engine(data(n))):
+                self.again(1)
+        else:
+            self.oracle.backward(loss_of(self.oracle(data(n))))
+            self.oracle.step()
+
     def empty_step(self, n: int) -> None:
         """Where a window would end without any gradient it is an error (by the fused kernels a step later)."""
         oracle = self.oracle
@@ -285,13 +299,13 @@ class Pair:
         return f"distance {far}" if far > BOUNDS[self.setting.dtype] else ""
 
 
-LEAVES_GATHERED = {"looked_at", "dropped", "failed_backward"}
+LEAVES_GATHERED = {"looked_at", "dropped", "failed_backward", "failed_step"}
 ENDS_WINDOW = {"micro_step", "two_outputs", "two_backwards", "load", "again"}
 # How often a call is drawn.
 OFTEN = {
     "micro_step": 30, "two_outputs": 2, "two_backwards": 1, "not_finite": 2, "dropped": 5, "zero_grad": 2,
-    "looked_at": 5, "failed_backward": 4, "empty_step": 2, "refused": 3, "written": 3, "rate": 2, "requires_grad": 2,
-    "offloaded": 2, "save": 3, "load": 4, "again": 2, "copied": 1,
+    "looked_at": 5, "failed_backward": 4, "failed_step": 3, "empty_step": 2, "refused": 3, "written": 3, "rate": 2,
+    "requires_grad": 2, "offloaded": 2, "save": 3, "load": 4, "again": 2, "copied": 1,
 }  # fmt: skip
 
 
