@@ -230,7 +230,7 @@ def load_optimizer_state(optimizer: HiFTOptimizer, saved: Any, load_optimizer_st
             state.master.copy_(block["master"])
         elif state.master is not None:  # fp32 weights, now updated on the host
             state.refresh_master()
-        state.step, state.torn = block["step"], False
+        state.step, state.torn, state.forgotten = block["step"], False, False
         for name, tensor in state.slots.items():
             tensor.copy_(block["slots"][name])
         for name, tensor in state.extra.items():
