@@ -588,6 +588,7 @@ class HiFTOptimizer(ZeROOptimizer):
             weights = update.run(state, grads[index], scaling, rates, block)
             grads[index] = torch.empty(0)  # free before the next allocation
             state.shard.write_weights(weights, self.group, self.settings.publish_numel)
+        for state in states:  # all of a step, or none of it
             state.torn = False
 
     def _begins_anew(self) -> bool:

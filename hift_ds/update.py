@@ -74,7 +74,7 @@ class BlockUpdate:
         """Updates masters and state of a block in place. Collective for a rule that is not elementwise.
 
         Args:
-            state: The block's; its `step` is counted up. It is `torn` until the caller has written the weights.
+            state: The block's; its `step` is counted up. It is `torn` until the caller ends the step.
             grad: The averaged gradient shard, scaled and not clipped: 1-D, shard length.
             rates: Learning rate in force, one per param group.
             block: Tells blocks apart where rounding is random.

@@ -9,8 +9,9 @@ pytestmark = pytest.mark.gpu
 # 2.3e-6, and in bf16 0 but for the fused kernel with two groups, 5.8e-4.
 BOUNDS = {"fp32": 2e-5, "bf16": 2e-3}
 # Of weights that differ at all in bf16: once one has been rounded to the other side, later gradients see that. Measured
-# 0.035; without the update of a block, or with another rate, 0.5 and more.
-SHARE = 0.1
+# 0.035 in one case and 0 in the others; without the update of a block, or with another rate, 0.5 and more.
+SHARE = {"groups": 0.1}
+NORMS = {"fp32": 1e-5, "bf16": 1e-3}
 PAIR = {"layers_per_block": 3}
 CASES = {
     "plain": ({}, {}),
@@ -37,8 +38,8 @@ def test_an_engine_trains_as_plain_torch_does(one_rank, record_property, stage, 
         record_property(name, facts[name])
     assert facts["moved"] > 1e-4, facts
     assert facts["weights"] <= BOUNDS[dtype], facts
-    assert dtype == "fp32" or facts["share"] <= SHARE, facts
-    assert facts["norm"] <= 1e-3, facts
+    assert dtype == "fp32" or facts["share"] <= SHARE.get(case, 0.02), facts
+    assert facts["norm"] <= NORMS[dtype], facts
 
 
 RESUMED = {

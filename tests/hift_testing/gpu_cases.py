@@ -91,8 +91,8 @@ class Wide(torch.nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        pairs = (torch.nn.Sequential(*(torch.nn.Linear(width, width) for _ in range(4))) for _ in range(3))
-        self.layers = torch.nn.ModuleList(pairs)
+        layers = (torch.nn.Sequential(*(torch.nn.Linear(width, width) for _ in range(4))) for _ in range(3))
+        self.layers = torch.nn.ModuleList(layers)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for layer in self.layers:

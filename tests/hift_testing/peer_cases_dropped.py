@@ -282,6 +282,36 @@ def out_of_memory_in_step(stage: int, dtype: str, hift: dict[str, Any], most: in
     return found
 
 
+def changed_by_a_failed_step(stage: int, dtype: str, hift: dict[str, Any], most: int = 40) -> dict[int, list[str]]:
+    """What a step has changed that failed at its nth tensor, where the engine does not say so; by that tensor."""
+    found: dict[int, list[str]] = {}
+    for nth in range(1, most):
+        engine = hift_engine(Stack(), stage, dtype, hift)
+        for step in range(4):
+            train_step(engine, step)
+        engine.backward(loss_of(engine(data(4))))
+        before = _held(engine)
+        with OutOfMemory(nth) as memory:
+            error = error_of(engine.step)
+        if memory.left > 0:
+            assert not error, error
+            break
+        after = _held(engine)
+        if not error_of(lambda e=engine: e(data(5))):
+            found[nth] = [name for name in before if not torch.equal(before[name], after[name])]
+    return {nth: names for nth, names in found.items() if names}
+
+
+def _held(engine: Any) -> dict[str, torch.Tensor]:
+    """Copies of this rank's weights, masters, moments and counts."""
+    optimizer = engine.optimizer
+    held = {name: getattr(p, "ds_tensor", p).detach().clone() for name, p in engine.module.named_parameters()}
+    for index, state in enumerate([*optimizer.states, *([optimizer.always] if optimizer.always else [])]):
+        held |= {f"{index} {name}": tensor.clone() for name, tensor in state.tensors.items()}
+        held[f"{index} step"] = torch.tensor(state.step)
+    return held
+
+
 def torn_and_loaded(folder: str) -> dict[str, Any]:
     """Stage 2: the new weights cannot be gathered, masters and moments have moved; a load goes on from the save."""
     engine = hift_engine(Stack(), 2, "bf16")

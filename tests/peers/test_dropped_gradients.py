@@ -124,3 +124,9 @@ def test_a_load_mends_what_an_update_that_ended_half_way_has_left(two_ranks, tmp
     for found in on(two_ranks, cases.torn_and_loaded, str(tmp_path)):
         assert all("ended with an error half way" in error for error in found["refused"]), found
         assert found["distance"] <= BOUNDS["bf16"]
+
+
+@pytest.mark.parametrize("hift", ({}, {"always_active": ["head"]}), ids=("", "always active"))
+@pytest.mark.parametrize(("stage", "dtype"), ((0, "bf16"), (2, "fp32"), (3, "bf16")))
+def test_a_failed_step_after_which_training_goes_on_has_changed_no_bit(ranks, stage, dtype, hift):
+    assert not any(on(ranks, cases.changed_by_a_failed_step, stage, dtype, hift))
