@@ -3,19 +3,19 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hift_ds.config import HiFTConfig
+    from hift_ds.config.keys import HiFTConfig
+    from hift_ds.distributed import init_distributed
     from hift_ds.engine import HiFTEngine
-    from hift_ds.launching import init_distributed
     from hift_ds.start import initialize
 
 __version__ = "0.1.0"
 __all__ = ["HiFTConfig", "HiFTEngine", "init_distributed", "initialize"]
 
 _HOMES = {
-    "HiFTConfig": "hift_ds.config",
+    "HiFTConfig": "hift_ds.config.keys",
     "HiFTEngine": "hift_ds.engine",
     "initialize": "hift_ds.start",
-    "init_distributed": "hift_ds.launching",
+    "init_distributed": "hift_ds.distributed",
 }
 
 

@@ -15,29 +15,29 @@ from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
 from deepspeed.runtime.zero import parameter_offload
 from torch.utils import _pytree as pytree
 
-from hift_ds import checkpoint
-from hift_ds.activations import use_non_reentrant_checkpointing
-from hift_ds.attachment import Flags
-from hift_ds.blocks import BlockPlan
-from hift_ds.config import HiFTConfig
-from hift_ds.forms import Form
-from hift_ds.gradients import GradientReducer, accumulation_dtype
-from hift_ds.launching import agree, of_rank_0, require_alike
-from hift_ds.offload import WEIGHTS
-from hift_ds.optimizer import ENDED, HiFTOptimizer
-from hift_ds.param_groups import (
+from hift_ds.config.keys import HiFTConfig
+from hift_ds.config.optimizers import check_form, rule_from_config, rule_from_optimizer
+from hift_ds.distributed import agree, of_rank_0, require_alike
+from hift_ds.rotation.blocks import BlockPlan
+from hift_ds.rotation.param_groups import (
     HyperParameters,
     check_coverage,
     check_inside,
     check_step,
     trainable_groups,
 )
-from hift_ds.rotation import Rotation
-from hift_ds.rules import Rule, check_form, rule_from_config, rule_from_optimizer
-from hift_ds.schedule import CycleScheduler
-from hift_ds.settings import Settings, card_bytes, offload_optimizer, updates_on_host
-from hift_ds.shards import Averaging
+from hift_ds.rotation.rotation import Rotation
+from hift_ds.rotation.schedule import CycleScheduler
+from hift_ds.rules import Rule
+from hift_ds.state.formats import Form
 from hift_ds.view import HiFT
+from hift_ds.zero import checkpoint
+from hift_ds.zero.activations import use_non_reentrant_checkpointing
+from hift_ds.zero.attachment import Flags
+from hift_ds.zero.gradients import Averaging, GradientReducer, accumulation_dtype
+from hift_ds.zero.offload import WEIGHTS
+from hift_ds.zero.optimizer import ENDED, HiFTOptimizer
+from hift_ds.zero.settings import Settings, card_bytes, offload_optimizer, updates_on_host
 
 logger = logging.getLogger(__name__)
 LIVING: weakref.WeakSet[HiFTEngine] = weakref.WeakSet()  # from initialize to destroy
@@ -116,7 +116,7 @@ class HiFTEngine(DeepSpeedEngine):
             ),
         )
         self.optimizer.end_window = self._end_window
-        self.hift = HiFT(self)
+        self.hift = HiFT(self.block_plan, self.optimizer)
         self._hook_outputs()
         LIVING.add(self)
 
@@ -336,8 +336,9 @@ class HiFTEngine(DeepSpeedEngine):
         tag = f"global_step{self.global_steps}" if tag is None else str(tag)
         if save_dir:  # DeepSpeed refuses an empty one
             writes = self.global_rank == 0 or (self.use_node_local_storage() and self.local_rank == 0)
-            self.optimizer.save_mark = of_rank_0(checkpoint.new_mark(self.optimizer))
-            agree(lambda: checkpoint.write_manifest(self.optimizer, Path(save_dir, tag)) if writes else None)
+            self.optimizer.save_mark = of_rank_0(checkpoint.new_mark(self.optimizer.rotation.step))
+            run, mark = self.optimizer.run_state, self.optimizer.save_mark
+            agree(lambda: checkpoint.write_manifest(run, mark, Path(save_dir, tag)) if writes else None)
         with self.optimizer.all_trainable():
             return super().save_checkpoint(
                 save_dir,
@@ -370,7 +371,7 @@ class HiFTEngine(DeepSpeedEngine):
     ) -> bool:
         """Refuses what a load would fail on half way; returns whether it goes through the optimizer's files."""
         stage, folder = self.zero_optimization_stage(), Path(load_dir, tag)
-        manifest = checkpoint.check_manifest(self.optimizer, folder, whole, schedule)
+        manifest = checkpoint.check_manifest(self.optimizer.run_state, folder, whole, schedule)
         # At stage 3 the weights are in the optimizer's files: weights alone are a full load that takes nothing else.
         through_optimizer = whole or (manifest is not None and stage == 3)
         files = [self._get_ckpt_name(load_dir, tag)]

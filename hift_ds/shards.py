@@ -1,4 +1,4 @@
-"""The one shard layout of a block, and the collectives that move a block between whole parameters and shards.
+"""The one shard layout of a block: how its parameters are cut over the ranks, and how whole tensors are laid out so.
 
 Each parameter is cut into `world` equal slices of ceil(numel / world) elements, as ZeRO-3 does (the last one padded). A
 block's *shard* on rank r is slice r of each of its parameters, each in a slot rounded up to `ALIGNMENT` elements, those
@@ -8,16 +8,25 @@ case world = 1; stages 1, 2 and 3 share layout, update, state and checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from deepspeed import comm as dist
-
-from hift_ds.rules import Segment
 
 ALIGNMENT = 16  # elements: lets Triton prove 128-bit alignment for 16- and 32-bit buffers
 STAGE3_ATTRIBUTES = ("ds_numel", "ds_shape", "ds_tensor")  # of a ZeRO-3 parameter (partition_parameters.py)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One parameter's slice inside a run of a block's shard."""
+
+    fqn: str
+    shape: torch.Size  # of the whole parameter
+    start: int  # first element of this rank's slice in the flattened parameter
+    numel: int  # valid elements in the slice (0 possible), padding excluded
+    offset: int  # where the slice begins in the 1-D tensors passed to update()
+    padded_numel: int  # elements that the slice occupies there; the rest is padding: master 0, gradient 0
 
 
 @dataclass(frozen=True)
@@ -153,48 +162,14 @@ class BlockShard:
             slot[segment.numel :].zero_()
         return out
 
-    @torch.no_grad()
-    def write_weights(self, shard: torch.Tensor, group: object, max_numel: int) -> None:
-        """Makes `shard` (1-D, shard length) the model weights, cast to each parameter's dtype.
 
-        Collective over `group` at stages 1 and 2: every rank sends its slices and receives the others', in pieces of at
-        most `max_numel` elements. At stage 3 each rank writes its own slices and nothing is sent.
-        """
-        if is_partitioned(self.params[0]):
-            for index, segment in enumerate(self.segments):
-                self.weight_slice(index).copy_(shard[segment.offset : segment.offset + segment.numel])
-            return
-        for bucket in self.buckets(max_numel):
-            mine = shard[self.span(bucket)].to(self.params[bucket[0]].dtype)
-            self.unpack(bucket, mine if self.world == 1 else self._all_gathered(mine, group))
-
-    def _all_gathered(self, mine: torch.Tensor, group: object) -> torch.Tensor:
-        packed = torch.empty(self.world * mine.numel(), dtype=mine.dtype, device=mine.device)
-        dist.all_gather_into_tensor(packed, mine.contiguous(), group=group)
-        return packed
-
-
-@dataclass(frozen=True)
-class Averaging:
-    """How gradients are summed over the data-parallel ranks; DeepSpeed's keys of the same names.
-
-    Attributes:
-        dtype: `communication_data_type`.
-        predivide: `gradient_predivide_factor` (with `prescale_gradients`: the world size).
-        mean: `False` for `gradient_allreduce_op: sum`.
-    """
-
-    dtype: torch.dtype
-    predivide: float
-    mean: bool
-
-    def before(self, packed: torch.Tensor) -> None:
-        if self.mean and self.predivide != 1.0:
-            packed.mul_(1.0 / self.predivide)
-
-    def after(self, reduced: torch.Tensor, world: int) -> None:
-        if self.mean and self.predivide != world:
-            reduced.mul_(self.predivide / world)
+def pieces(segments: Sequence[Segment], start: int, numel: int) -> Iterator[tuple[int, int, int]]:
+    """Which part of a tile that begins at `start` of a run belongs to which segment: index, first and last + 1 element
+    of the run."""
+    for index, segment in enumerate(segments):
+        first, last = max(segment.offset, start), min(segment.offset + segment.numel, start + numel)
+        if first < last:
+            yield index, first, last
 
 
 def full_numel(param: torch.nn.Parameter) -> int:

@@ -19,18 +19,20 @@ from deepspeed.runtime import lr_schedules
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from hift_ds import surface
-from hift_ds.attachment import unchanged_on_failure
-from hift_ds.blocks import BlockPlan, plan_blocks
-from hift_ds.config import HiFTConfig, check_spelling
-from hift_ds.ds_keys import check_ds_config
+from hift_ds.config import surface
+from hift_ds.config.ds_keys import check_ds_config
+from hift_ds.config.files import load_ds_config
+from hift_ds.config.kernels import KernelChoice, choose_kernel
+from hift_ds.config.keys import HiFTConfig, check_spelling
+from hift_ds.config.optimizers import check_form, rule_from_config, rule_from_optimizer
+from hift_ds.distributed import agree, init_distributed, require_alike
 from hift_ds.engine import LIVING, HiFTEngine
-from hift_ds.launching import agree, init_distributed, load_ds_config, require_alike
 from hift_ds.memory.choose import agreed_layers_per_block
 from hift_ds.memory.request import precision_of, zero_section
-from hift_ds.param_groups import check_inside, check_step, check_trainable, freeze_left_out
-from hift_ds.rules import KernelChoice, check_form, choose_kernel, rule_from_config, rule_from_optimizer
-from hift_ds.settings import updates_on_host
+from hift_ds.rotation.blocks import BlockPlan, plan_blocks
+from hift_ds.rotation.param_groups import check_inside, check_step, check_trainable, freeze_left_out
+from hift_ds.zero.attachment import unchanged_on_failure
+from hift_ds.zero.settings import updates_on_host
 
 logger = logging.getLogger(__name__)
 _PATCH = threading.Lock()

@@ -44,7 +44,7 @@ def main() -> int:
 def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     """Measures, shows and writes. Collective."""
     import hift_ds
-    from hift_ds.launching import agree
+    from hift_ds.distributed import agree
     from hift_ds.recipes.benchmark import limit_memory, measure
     from hift_ds.recipes.display import Display
     from hift_ds.recipes.results import write_results
@@ -63,7 +63,7 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
 
 def show(row: dict[str, Any], display: Any) -> None:
     """The table of all ranks, and the forecast beside the measured peak."""
-    from hift_ds.memory.measured import Report
+    from hift_ds.memory.peaks import Report
 
     report = Report.from_json(row["report"])
     display.print(report.table())

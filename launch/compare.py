@@ -182,7 +182,7 @@ def _default_gpus(args: argparse.Namespace) -> list[int]:
 
 
 def _base_config(args: argparse.Namespace) -> dict[str, Any]:
-    from hift_ds.launching import load_ds_config
+    from hift_ds.config.files import load_ds_config
 
     config = load_ds_config(args.deepspeed_config)
     if not isinstance(config, dict):

@@ -38,7 +38,7 @@ def main() -> int:
 def train(args: argparse.Namespace) -> None:
     """One run: load, evaluate, train, evaluate, save. Collective."""
     import hift_ds
-    from hift_ds.recipes import loop
+    from hift_ds.recipes import training
     from hift_ds.recipes.display import Display
     from hift_ds.recipes.setup import load_run
 
@@ -50,9 +50,10 @@ def train(args: argparse.Namespace) -> None:
         f"{len(run.data.eval)} held out; {run.max_steps} steps", markup=False,
     )  # fmt: skip
     engine, _, _, _ = hift_ds.initialize(model=run.model, model_parameters=run.model.parameters(), config=run.ds_config)
+    plans: dict[str, Any] = {}
     if args.hift:
         display.print(engine.hift.summary())
-        show_memory(engine, display)
+        plans = show_memory(engine, run, args, display)
     start = resume(engine, args, display) if args.resume else 0
     before = evaluate(engine, run, display, "before training")
     began = time.monotonic()
@@ -64,21 +65,22 @@ def train(args: argparse.Namespace) -> None:
     if before is not None:
         display.print(f"held-out loss {before:.3f} -> {after:.3f}")
     folder = Path(args.output_dir) / "model"
-    loop.save_model(engine, run.tokenizer, folder)
-    save_summary(engine, run, args, display, {"held_out_loss": [before, after], "training_seconds": round(seconds, 1)})
+    training.save_model(engine, run.tokenizer, folder)
+    results = {"held_out_loss": [before, after], "training_seconds": round(seconds, 1), **plans}
+    save_summary(engine, run, args, display, results)
     display.print(f"saved: AutoModelForCausalLM.from_pretrained({str(folder)!r})", markup=False, soft_wrap=True)
 
 
 def evaluate(engine: Any, run: Any, display: Any, when: str) -> float | None:
     """Held-out loss, and the answer to one held-out question. Collective."""
-    from hift_ds.recipes import loop
+    from hift_ds.recipes import training
 
     if not len(run.data.eval):
         return None
-    loss = loop.held_out_loss(engine, run.data, run.micro_batch, engine.device)
+    loss = training.held_out_loss(engine, run.data, run.micro_batch, engine.device)
     display.print(f"[bold]{when}[/]: held-out loss {loss:.3f}")
     if run.data.held_out_question is not None:
-        reply = loop.answer(engine, run.tokenizer, run.data.held_out_question, engine.device)
+        reply = training.answer(engine, run.tokenizer, run.data.held_out_question, engine.device)
         display.print(f"  Q: {run.data.held_out_question}\n  A: {reply}\n", markup=False)
     return loss
 
@@ -88,10 +90,10 @@ def steps(engine: Any, run: Any, args: argparse.Namespace, display: Any, start: 
     import torch
     from deepspeed import comm as dist
 
-    from hift_ds.recipes import loop
+    from hift_ds.recipes import training
 
     accumulation = engine.gradient_accumulation_steps()
-    stream = loop.batches(run.data, run.micro_batch, args.seed, start, engine.device)
+    stream = training.batches(run.data, run.micro_batch, args.seed, start, engine.device)
     engine.train()
     done = start // accumulation
     with display.progress(run.max_steps, done) as progress:
@@ -112,7 +114,7 @@ def steps(engine: Any, run: Any, args: argparse.Namespace, display: Any, start: 
             if engine.monitor.enabled:
                 engine.monitor.write_events([("Train/loss", mean, step + 1)])
             if args.eval_every and (step + 1) % args.eval_every == 0 and len(run.data.eval):
-                held_out = loop.held_out_loss(engine, run.data, run.micro_batch, engine.device)
+                held_out = training.held_out_loss(engine, run.data, run.micro_batch, engine.device)
                 display.print(f"step {step + 1}: held-out loss {held_out:.3f}")
                 if engine.monitor.enabled:
                     engine.monitor.write_events([("Eval/loss", held_out, step + 1)])
@@ -133,29 +135,41 @@ def resume(engine: Any, args: argparse.Namespace, display: Any) -> int:
 
 def save_summary(engine: Any, run: Any, args: argparse.Namespace, display: Any, results: dict[str, Any]) -> None:
     """Writes what was run and what came of it into summary.json. Rank 0 writes."""
-    from dataclasses import asdict
-
-    from hift_ds.memory.account import full_roles, hift_roles
     from hift_ds.recipes.results import provenance, write_results
 
     if not display.active:
         return
     what = {"model": args.model_name_or_path, "dataset": args.dataset, "steps": run.max_steps, "hift": args.hift}
-    if args.hift:
-        results["bytes_per_rank"] = {"hift": asdict(hift_roles(engine)), "full": asdict(full_roles(engine))}
     config = {key: value for key, value in run.ds_config.items() if key != "tensorboard"}
     path = Path(args.output_dir) / "summary.json"
     where = {**provenance(engine.device), "ranks": engine.dp_world_size}
     write_results(path, {**where, **what, **results, "config": config})
 
 
-def show_memory(engine: Any, display: Any) -> None:
-    """Bytes by role beside full fine-tuning's."""
-    from hift_ds.memory.account import full_roles, hift_roles
-    from hift_ds.recipes.display import memory_table
+def show_memory(engine: Any, run: Any, args: argparse.Namespace, display: Any) -> dict[str, Any]:
+    """The forecast of the run, by role, beside full fine-tuning's; returns its peaks for the summary. On rank 0."""
+    from hift_ds.memory.figures import Plan
+    from hift_ds.recipes.display import memory_table, saved
+    from hift_ds.recipes.forecast import card_of, forecast
 
-    where = "on a CPU both are one memory" if engine.device.type == "cpu" else "activations not counted"
-    display.print(memory_table(hift_roles(engine), full_roles(engine), f"counted from tensor sizes; {where}"))
+    if not display.active:
+        return {}
+    card = card_of(engine, None)
+    common = (engine, run.ds_config, args.seq_len, args.gradient_checkpointing, True, card)
+    plan = forecast(*common, on_cpu=False, ends_alone=True)
+    if not isinstance(plan, Plan):
+        display.print(f"no forecast of memory: {plan}", markup=False)
+        return {}
+    display.print(memory_table(plan))
+    found = {"forecast_on_a_card": {"hift": plan.worst.peak, "full": plan.full.peak, "host": plan.host}}
+    if engine.device.type == "cpu":
+        plan = forecast(*common, ends_alone=True)
+        found["forecast_on_this_cpu"] = {"hift": plan.worst.peak, "full": plan.full.peak}
+        display.print(
+            f"Here, on a CPU, host and device are one memory, in which all masters and moments stay: "
+            f"{plan.worst.peak / 2**20:,.1f} beside {plan.full.peak / 2**20:,.1f} MiB ({saved(plan)})."
+        )
+    return found
 
 
 if __name__ == "__main__":

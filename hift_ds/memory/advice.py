@@ -9,7 +9,7 @@ from functools import partial
 from hift_ds.memory.figures import Plan
 from hift_ds.memory.plan import Planner
 from hift_ds.memory.request import RESERVE_BYTES, Request
-from hift_ds.state import ring_limit
+from hift_ds.state.block_state import ring_limit
 
 SHORTEST = 128  # tokens
 RING_SIZES = tuple(1 << power for power in range(32, 24, -1))  # 4 GiB to 32 MiB

@@ -15,11 +15,11 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig
 
-from hift_ds.launching import agree
+from hift_ds.config.optimizers import rule_from_optimizer
+from hift_ds.distributed import agree
 from hift_ds.memory.plan import Planner
 from hift_ds.memory.request import RESERVE_BYTES, Request, zero_section
-from hift_ds.rules import rule_from_optimizer
-from hift_ds.settings import card_bytes
+from hift_ds.zero.settings import card_bytes
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hift_ds.activations import use_non_reentrant_checkpointing
+from hift_ds.zero.activations import use_non_reentrant_checkpointing
 
 
 def load_config(source: str) -> Any:

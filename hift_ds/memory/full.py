@@ -18,30 +18,28 @@ Source: ZeRO, arXiv 1910.02054, section 3.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
 from hift_ds.memory.figures import Figures, Moment
 from hift_ds.memory.gathering import Gathered
+from hift_ds.memory.layout import Layout
+from hift_ds.memory.request import Request
 from hift_ds.memory.trace import FETCH, GRADIENT, Event
 
 FLATTENED = 500_000_000
 
-if TYPE_CHECKING:
-    from hift_ds.memory.layout import Layout
-    from hift_ds.memory.plan import Planner
-    from hift_ds.memory.request import Request
 
+def full_figures(layout: Layout, request: Request, events: Sequence[Event]) -> tuple[Figures, int]:
+    """The figures, and bytes of a rank's host memory.
 
-def full_figures(planner: Planner, request: Request, layout: Layout) -> tuple[Figures, int]:
-    """The figures, and bytes of a rank's host memory."""
-    frozen = set(layout.plan.frozen)
-    trained = tuple(fqn for fqn in layout.params if fqn not in frozen)
+    Args:
+        events: A micro step in which everything is trained.
+    """
+    trained = layout.trained
     numel, element = sum(layout.params[fqn].numel() for fqn in trained), layout.dtype.itemsize
     on_host = layout.settings.on_host
     state = _state_bytes(layout, trained)
-    events = planner.events(request, trained)
     gathered = layout.gathered(events)
     worst = max(full_moments(layout, request, events, gathered), key=lambda moment: moment.nbytes)
     shard = numel // (layout.world if layout.stage >= 1 else 1)

@@ -13,18 +13,20 @@ from typing import Any
 import torch
 from deepspeed.runtime.config import DeepSpeedConfig, DtypeEnum
 
-from hift_ds.blocks import BlockPlan, plan_blocks
-from hift_ds.config import HiFTConfig
-from hift_ds.forms import Form
-from hift_ds.gradients import GradientReducer, accumulation_dtype
+from hift_ds.config.kernels import expected_kernel
+from hift_ds.config.keys import HiFTConfig
+from hift_ds.config.optimizers import check_form, rule_from_config
 from hift_ds.memory.fake_model import FakeModel
 from hift_ds.memory.gathering import Gathered, Limits, ParameterSize, replay
 from hift_ds.memory.storages import StorageMeter
 from hift_ds.memory.trace import Event
-from hift_ds.rules import Rule, check_form, expected_kernel, rule_from_config
-from hift_ds.settings import Settings, updates_on_host
-from hift_ds.shards import Averaging, BlockShard
-from hift_ds.state import TILE_NUMEL, Storage, extra_bytes, initial_extra, plan_ring
+from hift_ds.rotation.blocks import BlockPlan, plan_blocks
+from hift_ds.rules import Rule
+from hift_ds.shards import BlockShard
+from hift_ds.state.block_state import TILE_NUMEL, Storage, extra_bytes, initial_extra, plan_ring
+from hift_ds.state.formats import Form
+from hift_ds.zero.gradients import Averaging, GradientReducer, accumulation_dtype
+from hift_ds.zero.settings import Settings, updates_on_host
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,12 @@ class Layout:
     def _shard(self, fqns: Sequence[str]) -> BlockShard:
         world = self.world if self.stage > 0 else 1
         return BlockShard([(fqn, self.params[fqn]) for fqn in fqns], dict.fromkeys(fqns, 0), world, 0)
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Every parameter that is not frozen, in the model's order."""
+        frozen = set(self.plan.frozen)
+        return tuple(fqn for fqn in self.params if fqn not in frozen)
 
     @property
     def layer_types(self) -> Sequence[str]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from hift_ds.rules import Rule
-from hift_ds.rules.base import Segment
+from hift_ds.shards import Segment
 
 PRECISIONS = ("fp32", "mixed", "mixed_hi")
 

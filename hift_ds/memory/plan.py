@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -16,9 +16,7 @@ from hift_ds.memory.gathering import Gathered
 from hift_ds.memory.layout import GradientBytes, Layout
 from hift_ds.memory.request import Request
 from hift_ds.memory.trace import FETCH, GRADIENT, Event, trace_micro_step
-
-if TYPE_CHECKING:
-    from hift_ds.shards import BlockShard
+from hift_ds.shards import BlockShard
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Between two traced blocks of the same shape the peak is linear in the number of layers above; this share of it may be
@@ -50,12 +48,23 @@ class Planner:
             ValueError, TypeError: The model cannot be traced, or `hift_ds.initialize` would refuse the config.
         """
         layout = self.layout(request)
-        indices = range(len(layout.plan.blocks))
-        blocks = (
-            tuple(self.figures(request, layout, index) for index in indices) if every_block
-            else _Interpolation(lambda index: self._traced(request, layout, index), layout).all()
-        )  # fmt: skip
-        full = full_figures(self, request, layout)
+        if every_block:
+            return self._plan(request, layout, self._of(request, layout, range(len(layout.plan.blocks))))
+        return self._plan(
+            request, layout, _Interpolation(lambda index: self._traced(request, layout, index), layout).all()
+        )
+
+    def plan_of_ends(self, request: Request) -> Plan:
+        """The forecast of the first and the last two blocks alone, which have the highest peaks of most models."""
+        layout = self.layout(request)
+        last = len(layout.plan.blocks) - 1
+        return self._plan(request, layout, self._of(request, layout, sorted({0, min(1, last), max(0, last - 1), last})))
+
+    def _of(self, request: Request, layout: Layout, indices: Iterable[int]) -> tuple[Figures, ...]:
+        return tuple(self.figures(request, layout, index) for index in indices)
+
+    def _plan(self, request: Request, layout: Layout, blocks: tuple[Figures, ...]) -> Plan:
+        full = full_figures(layout, request, self.events(request, layout.trained))
         offloaded = layout.offloaded_weights
         return Plan(
             request, type(layout.model.module).__name__, blocks, full[0],

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hift_ds.config import HiFTConfig
+from hift_ds.config.keys import HiFTConfig
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 # CUDA's context, cuBLAS's workspace and the allocator's rounding and gaps: an allowance, not a measurement.

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hift_ds.config import INACTIVE_STATES, KERNELS, LR_UPDATES, ORDERS
+from hift_ds.config.keys import INACTIVE_STATES, KERNELS, LR_UPDATES, ORDERS
 
 # Nothing here imports torch or DeepSpeed at the top: --help is quick, and the number of threads can still be chosen.
 _MICRO, _ACCUMULATION, _TRAIN = "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"
@@ -65,7 +65,7 @@ def build_ds_config(args: argparse.Namespace, max_steps: int | None = None) -> d
         ValueError: No such file, not JSON, a `--hift_...` option without `--hift`, or a `--lr` that would do nothing.
         TypeError: A "hift" section that is not an object.
     """
-    from hift_ds.launching import load_ds_config
+    from hift_ds.config.files import load_ds_config
 
     config = load_ds_config(args.deepspeed_config)
     if not isinstance(config, dict):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -16,12 +14,12 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 
 from hift_ds.memory.figures import Plan
-from hift_ds.memory.measured import Report
-from hift_ds.memory.meter import MemoryMeter
-from hift_ds.memory.plan import Planner
-from hift_ds.memory.request import Request, parse_bytes, zero_section
-from hift_ds.recipes import loop
+from hift_ds.memory.peak_meter import MemoryMeter
+from hift_ds.memory.peaks import Report
+from hift_ds.memory.request import parse_bytes
+from hift_ds.recipes import training
 from hift_ds.recipes.display import Display
+from hift_ds.recipes.forecast import card_of, forecast
 from hift_ds.recipes.results import provenance
 
 
@@ -72,7 +70,7 @@ def measure(args: argparse.Namespace, display: Display) -> dict[str, Any]:
     steps = args.max_steps or 4 * cycle
     stream = _Watched(
         _random_batches(run, args, engine) if args.random
-        else loop.batches(run.data, run.micro_batch, args.seed, 0, engine.device)
+        else training.batches(run.data, run.micro_batch, args.seed, 0, engine.device)
     )  # fmt: skip
     engine.train()  # from_pretrained leaves a model in evaluation
     evaluates = not (args.random or args.skip_evaluation)
@@ -85,7 +83,10 @@ def measure(args: argparse.Namespace, display: Display) -> dict[str, Any]:
     if evaluates:
         held_out.append(_held_out(engine, run))
     report = meter.gather()
-    plan = _forecast(args, run, engine, stream.padded) if dist.get_rank() == 0 else None
+    plan = None
+    if dist.get_rank() == 0:
+        card = card_of(engine, limit_of(args))
+        plan = forecast(engine, run.ds_config, args.seq_len, args.gradient_checkpointing, stream.padded, card)
     return _row(args, run, engine, report, plan) | {
         "steps": steps,
         "step_ms": _quantiles(seconds),
@@ -166,7 +167,7 @@ class _Watched:
 def _random_run(args: argparse.Namespace) -> Any:
     from transformers.integrations import HfDeepSpeedConfig
 
-    from hift_ds.launching import agree
+    from hift_ds.distributed import agree
     from hift_ds.memory.fake_model import load_config
     from hift_ds.recipes.arguments import build_ds_config, resolve_batch
     from hift_ds.recipes.models import SAMPLE, fetch_sample, random_model
@@ -201,45 +202,12 @@ def _random_batches(run: Any, args: argparse.Namespace, engine: Any) -> Iterator
 def _held_out(engine: Any, run: Any) -> float | None:
     if not len(run.data.eval):
         return None
-    return loop.held_out_loss(engine, run.data, run.micro_batch, engine.device)
-
-
-def _forecast(args: argparse.Namespace, run: Any, engine: Any, padded: bool) -> Plan | str:
-    """The plan of this very run, or why there is none."""
-    config = copy.deepcopy(run.model.config)
-    attention = getattr(config, "_attn_implementation", None)
-    ds_config = copy.deepcopy(run.ds_config)
-    ds_config["hift"] = {**(ds_config.get("hift") or {}), "enabled": True}
-    if engine.device.type == "cpu":  # one memory: nothing streams
-        state = {**(ds_config["hift"].get("state") or {}), "residency": "device"}
-        state.pop("ring_bytes", None)
-        ds_config["hift"]["state"] = state
-        ds_config["zero_optimization"] = zero_section(ds_config)
-        ds_config["zero_optimization"].pop("offload_optimizer", None)
-    if args.hift:
-        units = getattr(engine.hift_config, "layers_per_block", None)
-        ds_config["hift"]["layers_per_block"] = units or 1
-    nodes = max(1, dist.get_world_size() // int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())))
-    request = Request(
-        ds_config, args.seq_len, attention, args.gradient_checkpointing, padded, dist.get_world_size() // nodes, nodes,
-        _card_bytes(args, engine), on_cpu=engine.device.type == "cpu",
-    )  # fmt: skip
-    try:
-        return Planner(config, type(run.model)).plan(request)
-    except (ValueError, TypeError) as error:
-        return str(error)
+    return training.held_out_loss(engine, run.data, run.micro_batch, engine.device)
 
 
 def limit_of(args: argparse.Namespace) -> int | None:
     """The cap on the card's memory, in bytes."""
     return None if args.gpu_memory_limit is None else parse_bytes(args.gpu_memory_limit)
-
-
-def _card_bytes(args: argparse.Namespace, engine: Any) -> int | None:
-    """Of the memory that the run could take: the cap, or the card's; None on a CPU."""
-    if args.gpu_memory_limit is None and engine.device.type == "cuda":
-        return torch.cuda.get_device_properties(engine.device).total_memory
-    return limit_of(args)
 
 
 def _row(args: argparse.Namespace, run: Any, engine: Any, report: Report, plan: Plan | str | None) -> dict[str, Any]:

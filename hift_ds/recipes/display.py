@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from hift_ds.launching import MPI_VARIABLES
-from hift_ds.memory.account import Roles
+from hift_ds.distributed import MPI_VARIABLES
+from hift_ds.memory.figures import Plan
 
 LINE_EVERY_S = 10.0
 
@@ -104,19 +104,25 @@ class _Steps(_Bar):
             self.console.print(f"step {self.completed}/{self.total}  {text}")
 
 
-def memory_table(hift: Roles, full: Roles, note: str) -> Table:
-    """Bytes per rank by role, HiFT beside full fine-tuning."""
-    table = Table(title="Peak bytes per rank by role, MiB", caption=note, show_edge=False, pad_edge=False)
+def memory_table(plan: Plan) -> Table:
+    """Bytes per rank by role at the peak of the worst block, HiFT beside full fine-tuning."""
+    worst, full = plan.worst, plan.full
+    table = Table(title="Peak memory of a rank, MiB: forecast for a card", show_edge=False, pad_edge=False)
     table.add_column("role")
     for header in ("HiFT", "full fine-tuning"):
         table.add_column(header, justify="right")
-    for label, attribute in (("model weights", "weights"), ("gradients", "gradients"), ("masters and state", "state")):
-        table.add_row(label, _mib(getattr(hift, attribute)), _mib(getattr(full, attribute)))
+    for label, role in (("model weights", "weights"), ("gradients", "gradients"), ("masters and moments", "state"),
+                        ("activations", "activations")):  # fmt: skip
+        table.add_row(label, _mib(getattr(worst, role)), _mib(getattr(full, role)))
     table.add_section()
-    saved = 100 * (1 - hift.device / full.device)
-    table.add_row("device, without activations", f"{_mib(hift.device)} ({-saved:+.0f} %)", _mib(full.device))
-    table.add_row("host memory: masters and state", _mib(hift.host), _mib(full.host))
+    table.add_row("device", f"{_mib(worst.peak)} ({saved(plan)})", _mib(full.peak))
+    table.add_row("host: masters and moments", _mib(plan.host), _mib(plan.full_host))
     return table
+
+
+def saved(plan: Plan) -> str:
+    """What HiFT's peak is of full fine-tuning's, as `-50 %`."""
+    return f"{100 * (plan.worst.peak / plan.full.peak - 1):+.0f} %"
 
 
 def _mib(count: int) -> str:

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from hift_ds.config import HiFTConfig
-from hift_ds.ds_keys import check_ds_config
-from hift_ds.launching import load_ds_config
+from hift_ds.config.ds_keys import check_ds_config
+from hift_ds.config.files import load_ds_config
+from hift_ds.config.keys import HiFTConfig
 from hift_ds.memory.request import Request, parse_bytes, zero_section
 from hift_ds.recipes.arguments import override_batch, resolve_batch
 

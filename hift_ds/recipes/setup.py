@@ -50,7 +50,7 @@ def load_run(args: argparse.Namespace) -> Run:
         ValueError, TypeError, OSError: In one sentence, what is wrong with an argument, the config, the data.
         RuntimeError: The same of another rank.
     """
-    from hift_ds.launching import agree, require_alike
+    from hift_ds.distributed import agree, require_alike
 
     if not args.verbose:
         _quiet()
@@ -68,7 +68,7 @@ def load_run(args: argparse.Namespace) -> Run:
 def _load_data(args: argparse.Namespace) -> tuple[dict[str, Any], Any, Any, int, int]:
     from deepspeed import comm as dist
 
-    from hift_ds.config import HiFTConfig
+    from hift_ds.config.keys import HiFTConfig
     from hift_ds.recipes.arguments import build_ds_config, resolve_batch
     from hift_ds.recipes.datasets import load_text_dataset
     from hift_ds.recipes.models import load_tokenizer
@@ -164,7 +164,7 @@ def fail(error: Exception, verbose: bool, code: int = FAILED) -> int:
     print(f"[rank {os.environ.get('RANK', '0')}] error: {error}", file=sys.stderr, flush=True)
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_initialized() and distributed.get_world_size() > 1:
-        from hift_ds.launching import MPI_VARIABLES
+        from hift_ds.distributed import MPI_VARIABLES
 
         if not any(name in os.environ for name in MPI_VARIABLES):
             sys.stdout.flush()

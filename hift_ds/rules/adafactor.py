@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from hift_ds.rules.base import AllReduce, Rule, Segment, check_number, check_pair, pieces, refuse_flags
-
-# Given whether tiles will be changed: each tile of the master weights with its first element's place in the run.
-Visit = Callable[[bool], Iterator[tuple[int, torch.Tensor]]]
+from hift_ds.rules.base import AllReduce, Rule, Visit, VisitWeights, check_number, check_pair, refuse_flags
+from hift_ds.shards import Segment, pieces
 
 
 class Adafactor(Rule):
@@ -55,24 +53,6 @@ class Adafactor(Rule):
             for slot, shape in _moment_shapes(segment.shape).items()
         }
 
-    def update(
-        self,
-        master: torch.Tensor,
-        grad: torch.Tensor,
-        state: Mapping[str, torch.Tensor],
-        group: Mapping[str, Any],
-        *,
-        lr: float,
-        step: int,
-        segments: Sequence[Segment] = (),
-        extra: dict[str, torch.Tensor] | None = None,
-        all_reduce: AllReduce | None = None,
-    ) -> None:
-        self.update_run(
-            lambda write: iter([(0, master)]), grad, group,
-            lr=lr, step=step, segments=segments, extra=extra, all_reduce=all_reduce,
-        )  # fmt: skip
-
     def update_run(
         self,
         visit: Visit,
@@ -82,18 +62,13 @@ class Adafactor(Rule):
         lr: float,
         step: int,
         segments: Sequence[Segment],
-        extra: dict[str, torch.Tensor] | None,
+        extra: dict[str, torch.Tensor],
         all_reduce: AllReduce | None,
     ) -> None:
-        """`update` with the master weights in tiles, which are visited twice: read, then changed. Collective.
-
-        Args:
-            visit: Given whether tiles will be changed, yields each with its first element's place in the run.
-        """
+        """As `Rule.update_run`; tiles are visited twice: read, then changed."""
         segments = [segment for segment in segments if segment.shape.numel() > 0]
         if not segments:
             return
-        assert extra is not None, "Adafactor needs what init_extra() returned"
         eps1, eps2 = self.read(group, "eps")
         eps1 = torch.finfo(torch.float32).eps if eps1 is None else float(eps1)
         threshold = float(self.read(group, "d"))
@@ -126,6 +101,13 @@ class Adafactor(Rule):
                 master.mul_(1 - lr * weight_decay)
             for index, first, last in pieces(segments, start, master.numel()):
                 master[first - start : last - start].add_(grad[first:last], alpha=factors[index])
+
+    def update_run_fused(
+        self, visit: VisitWeights, grad: torch.Tensor, group: Mapping[str, Any], scalars: torch.Tensor, **options: Any
+    ) -> None:
+        from hift_ds.rules.adafactor_fused import update_run
+
+        update_run(self, visit, grad, group, scalars, **options)
 
 
 @dataclass(frozen=True)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hift_ds.rules.base import AllReduce, Rule, Segment, pieces
+from hift_ds.rules.base import AllReduce, Rule, VisitWeights
+from hift_ds.shards import Segment, pieces
 
 if TYPE_CHECKING:
     from hift_kernels.launching import Weights
-
-# Given whether tiles will be changed: each tile's first element in the run, and its master and model weights.
-VisitWeights = Callable[[bool], "Iterator[tuple[int, Weights]]"]
 
 
 def update_run(

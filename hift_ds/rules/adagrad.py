@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hift_ds.rules.base import AllReduce, Rule, Segment, check_number, refuse_flags
+from hift_ds.rules.base import Rule, check_number, refuse_flags
 
 if TYPE_CHECKING:
     from hift_kernels.launching import Weights
@@ -49,9 +49,6 @@ class Adagrad(Rule):
         *,
         lr: float,
         step: int,
-        segments: Sequence[Segment] = (),
-        extra: dict[str, torch.Tensor] | None = None,
-        all_reduce: AllReduce | None = None,
     ) -> None:
         weight_decay = float(self.read(group, "weight_decay"))
         if weight_decay != 0:

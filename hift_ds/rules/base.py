@@ -5,28 +5,21 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from hift_ds.shards import Segment
 
 if TYPE_CHECKING:
     from hift_kernels.launching import Weights
 
 AllReduce = Callable[[torch.Tensor], Any]
+# Given whether tiles will be changed: each tile's first element in the run, and its master weights, or with them its
+# model weights.
+Visit = Callable[[bool], Iterator[tuple[int, torch.Tensor]]]
+VisitWeights = Callable[[bool], "Iterator[tuple[int, Weights]]"]
 _WHERE = "change it in the config's optimizer.params or in the optimizer's param group"
-
-
-@dataclass(frozen=True)
-class Segment:
-    """One parameter's slice inside a run of a block's shard."""
-
-    fqn: str
-    shape: torch.Size  # of the whole parameter
-    start: int  # first element of this rank's slice in the flattened parameter
-    numel: int  # valid elements in the slice (0 possible), padding excluded
-    offset: int  # where the slice begins in the 1-D tensors passed to update()
-    padded_numel: int  # elements that the slice occupies there; the rest is padding: master 0, gradient 0
 
 
 class Rule(ABC):
@@ -36,8 +29,8 @@ class Rule(ABC):
 
     Attributes:
         name: as in the config, in lower case.
-        elementwise: True: `update()` may be called on any sub-range of the shard (a tile). False: only on a whole
-            run, with its segments, in the same order on every rank.
+        elementwise: True: `update()` may be called on any sub-range of the shard (a tile). False: only
+            `update_run()` on a whole run, in the same order on every rank.
         moments: What `hift.state.moments` may be.
     """
 
@@ -62,7 +55,6 @@ class Rule(ABC):
             ValueError: a hyper-parameter is impossible or not supported.
         """
 
-    @abstractmethod
     def update(
         self,
         master: torch.Tensor,
@@ -72,11 +64,8 @@ class Rule(ABC):
         *,
         lr: float,
         step: int,
-        segments: Sequence[Segment] = (),
-        extra: dict[str, torch.Tensor] | None = None,
-        all_reduce: AllReduce | None = None,
     ) -> None:
-        """Update `master` and `state` in place. Collective for a rule that is not elementwise: call on every rank.
+        """Update a tile's `master` and `state` in place. Of an elementwise rule. Not collective.
 
         Args:
             master: fp32, 1-D; padding is 0 and stays 0.
@@ -85,10 +74,48 @@ class Rule(ABC):
             group: a torch param group; its "lr" is not read.
             lr: the rate to use.
             step: counts this block's updates, this one included: 1 at the first.
-            segments: what lies in `master`; only read by a rule that is not elementwise.
-            extra: what `init_extra()` returned, on any device; updated in place.
-            all_reduce: sums a tensor in place over the ranks that share the parameters; None for one rank.
         """
+        raise NotImplementedError(f"{self.name} is updated by whole runs")
+
+    def update_run(
+        self,
+        visit: Visit,
+        grad: torch.Tensor,
+        group: Mapping[str, Any],
+        *,
+        lr: float,
+        step: int,
+        segments: Sequence[Segment],
+        extra: dict[str, torch.Tensor],
+        all_reduce: AllReduce | None,
+    ) -> None:
+        """`update` of a whole run, of a rule that is not elementwise. Collective: call on every rank.
+
+        Args:
+            visit: The run's tiles of master weights; may be visited more than once.
+            grad: As for `update`, of the whole run.
+            segments: What lies in the run.
+            extra: What `init_extra()` returned, on any device; updated in place.
+            all_reduce: Sums a tensor in place over the ranks that share the parameters; `None` for one rank.
+        """
+        raise NotImplementedError(f"{self.name} is updated tile by tile")
+
+    def update_run_fused(
+        self,
+        visit: VisitWeights,
+        grad: torch.Tensor,
+        group: Mapping[str, Any],
+        scalars: torch.Tensor,
+        *,
+        lr: float,
+        step: int,
+        segments: Sequence[Segment],
+        extra: dict[str, torch.Tensor],
+        all_reduce: AllReduce,
+        seed: int,
+    ) -> None:
+        """`update_run` by the fused kernels, with arguments as of `update_fused`. Collective."""
+        raise NotImplementedError(f"{self.name} is updated tile by tile")
 
     def prepared(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """The hyper-parameters that `hift_kernels.grad_norm.prepare` takes into the kernel's vector of scalars."""
@@ -127,15 +154,6 @@ class Rule(ABC):
     def read(self, group: Mapping[str, Any], key: str) -> Any:
         """The group's hyper-parameter, or its default where the optimizer that made the group has no such key."""
         return group[key] if key in group else self.defaults()[key]
-
-
-def pieces(segments: Sequence[Segment], start: int, numel: int) -> Iterator[tuple[int, int, int]]:
-    """Which part of a tile that begins at `start` of a run belongs to which segment: index, first and last + 1 element
-    of the run."""
-    for index, segment in enumerate(segments):
-        first, last = max(segment.offset, start), min(segment.offset + segment.numel, start + numel)
-        if first < last:
-            yield index, first, last
 
 
 def check_number(

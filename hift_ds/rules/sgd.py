@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hift_ds.rules.base import AllReduce, Rule, Segment, check_bool, check_number, refuse_flags
+from hift_ds.rules.base import Rule, check_bool, check_number, refuse_flags
 
 if TYPE_CHECKING:
     from hift_kernels.launching import Weights
@@ -55,9 +55,6 @@ class SGD(Rule):
         *,
         lr: float,
         step: int,
-        segments: Sequence[Segment] = (),
-        extra: dict[str, torch.Tensor] | None = None,
-        all_reduce: AllReduce | None = None,
     ) -> None:
         momentum = float(self.read(group, "momentum"))
         weight_decay = float(self.read(group, "weight_decay"))

@@ -63,7 +63,7 @@ def _passes(grad: torch.Tensor, shape: tuple[int, int], form: str) -> Contestant
 
 def _eager(grad: torch.Tensor, shape: tuple[int, int]) -> Contestant:
     from hift_ds.rules.adafactor import Adafactor
-    from hift_ds.rules.base import Segment
+    from hift_ds.shards import Segment
 
     def make() -> Callable[[], None]:
         rule, group = Adafactor(), {"weight_decay": 0.01}

@@ -76,7 +76,7 @@ def _deepspeed_adam(params: list[torch.nn.Parameter]) -> Any:
 
 
 def _compiled_rule(grad: torch.Tensor) -> Contestant:
-    from hift_ds.rules import rule_from_config
+    from hift_ds.config.optimizers import rule_from_config
 
     def make() -> Callable[[], None]:
         if grad.device.type != "cuda":

@@ -42,12 +42,13 @@ class Run:
 
 def make(name: str, numel: int, device: torch.device, compute: Callable[[], None]) -> Run:
     """Blocks whose state is kept as `name` says (one of RINGS)."""
-    from hift_ds.host_memory import HostMemory
-    from hift_ds.host_update import HostUpdate
-    from hift_ds.rules import rule_from_config
+    from hift_ds.config.optimizers import rule_from_config
     from hift_ds.shards import BlockShard
-    from hift_ds.state import MIN_SLOTS, TILE_BYTES, TILE_MULTIPLE, Storage, make_states
-    from hift_ds.update import BlockUpdate, Scaling
+    from hift_ds.state.block_state import MIN_SLOTS, TILE_BYTES, TILE_MULTIPLE, Storage, make_states
+    from hift_ds.state.host_memory import HostMemory
+    from hift_ds.zero.host_update import HostUpdate
+    from hift_ds.zero.update import BlockUpdate, Scaling
+    from hift_ds.zero.weights import write_weights
 
     rule, defaults = rule_from_config("AdamW", {"lr": 1e-3, "weight_decay": 0.01})
     params = [torch.nn.Parameter(torch.randn(numel, device=device).bfloat16()) for _ in range(NUM_BLOCKS)]
@@ -71,7 +72,7 @@ def make(name: str, numel: int, device: torch.device, compute: Callable[[], None
         compute()
         state = states[index % NUM_BLOCKS]
         weights = update.run(state, grad, scaling, [1e-3], index % NUM_BLOCKS)
-        state.shard.write_weights(weights, None, numel)
+        write_weights(state.shard, weights, None, numel)
         if ring is not None:
             ring.prefetch(states[(index + 1) % NUM_BLOCKS].tiles)
 

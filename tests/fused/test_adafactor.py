@@ -15,7 +15,7 @@ from hift_testing import fused_oracle
 from hift_testing.fused_cases import DEVICE, DTYPES, Guarded, Shard, as_numpy, awkward_gradient, gradient
 
 from hift_ds.rules.adafactor import Adafactor
-from hift_ds.rules.base import Segment
+from hift_ds.shards import Segment
 
 EPS1 = 2.0**-23
 GROUP = {"weight_decay": 0.1, "beta2_decay": -0.8, "eps": (EPS1, 1e-3), "d": 1.0}
@@ -122,7 +122,10 @@ class Eager:
 
     def step(self, grads: list[torch.Tensor], lr: float, step: int, divisor: float = 1.0) -> None:
         grad = torch.cat([grad.to(self.dtype) for grad in grads]) / divisor
-        self.rule.update(self.master, grad, {}, GROUP, lr=lr, step=step, segments=self.segments, extra=self.extra)
+        self.rule.update_run(
+            lambda write: iter([(0, self.master)]), grad, GROUP, lr=lr, step=step, segments=self.segments,
+            extra=self.extra, all_reduce=None,
+        )  # fmt: skip
 
     def of(self, param: Parameter) -> torch.Tensor:
         segment = self.segments[param.index]

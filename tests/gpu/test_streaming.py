@@ -4,7 +4,7 @@ import pytest
 import torch
 from hift_testing import gpu_cases as cases
 
-from hift_ds.forms import Form
+from hift_ds.state.formats import Form
 
 pytestmark = pytest.mark.gpu
 TURNS = [0, 1, 2, 0, 1, 1, 1, 2, 2, 0, 0, 1]

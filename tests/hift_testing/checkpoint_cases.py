@@ -37,7 +37,7 @@ from hift_testing.parity_cases import RULES
 from hift_testing.training import batch_of, cast_parameters, ds_config, engine_of, run_steps, small_llama, whole_weights
 from torch.optim.lr_scheduler import LinearLR, SequentialLR
 
-from hift_ds.forms import split_master
+from hift_ds.state.formats import split_master
 
 WARMUP = {"type": "WarmupDecayLR", "params": {"total_num_steps": 40, "warmup_num_steps": 9, "warmup_max_lr": 0.002}}
 FP16 = {"enabled": True, "initial_scale_power": 6, "hysteresis": 1, "loss_scale_window": 3}
@@ -340,7 +340,7 @@ def after_a_step_that_failed(folder: str, stage: int) -> dict[str, Any]:
     facts["kept"] = (root / "start" / "hift.json").read_text() == before
     fresh = _everything(engine_of(ds_config(stage, "fp32", hift), Reentrant(head=False)))
     step()
-    with Warnings("hift_ds.optimizer") as messages:
+    with Warnings("hift_ds.zero.optimizer") as messages:
         engine.load_checkpoint(root, tag="start")
     facts["differs"] = changed(fresh, _everything(engine))
     facts["warnings"] = list(messages)

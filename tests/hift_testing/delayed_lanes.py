@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hift_ds.ring import Lanes
+from hift_ds.state.ring import Lanes
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,14 @@ from unittest import mock
 import torch
 from torch.utils._pytree import tree_iter
 
-from hift_ds.host_memory import HostMemory
 from hift_ds.memory.storages import StorageMeter
+from hift_ds.state.host_memory import HostMemory
 
 
 class DeviceMeter(StorageMeter):
     """Inside `with meter.measuring():`, the bytes of every storage that an operation takes or makes, until it is freed.
 
-    Host memory is what `hift_ds.host_memory.HostMemory` gives; `current` and `peak` leave it out.
+    Host memory is what `hift_ds.state.host_memory.HostMemory` gives; `current` and `peak` leave it out.
 
     Args:
         tensors: Alive already, and on the device.

@@ -129,7 +129,7 @@ def activation_checkpointing(stage: int, reentrant: bool | None, steps: int = 7)
     if reentrant is not None:
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.train()
-    with Warnings("hift_ds.activations") as messages:
+    with Warnings("hift_ds.zero.activations") as messages:
         engine = engine_of(ds_config(stage, "fp32", {"order": "top2down"}), model)
     layers = engine.module.model.layers
     alive, runs = [False] * len(layers), [0] * len(layers)

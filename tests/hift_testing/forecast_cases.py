@@ -88,7 +88,7 @@ def full_forecast_and_measured(
     layout = planner.layout(request)
     events = planner.events(request, tuple(layout.params))
     moments = list(full_moments(layout, request, events, layout.gathered(events)))
-    figures, _ = full_figures(planner, request, layout)
+    figures, _ = full_figures(layout, request, events)
     forecast = {
         phase: layout.weights + figures.state + max(m.nbytes for m in moments if m.phase == phase) for phase in measured
     }

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from hift_testing.training import DEVICE, batch_of, ds_config, engine_of, whole_weights
 
-from hift_ds.forms import Form
-from hift_ds.host_memory import HostMemory
-from hift_ds.rules import rule_from_config
+from hift_ds.config.optimizers import rule_from_config
 from hift_ds.shards import BlockShard
-from hift_ds.state import BlockState, Storage, make_states
-from hift_ds.update import BlockUpdate, Scaling
+from hift_ds.state.block_state import BlockState, Storage, make_states
+from hift_ds.state.formats import Form
+from hift_ds.state.host_memory import HostMemory
+from hift_ds.zero.update import BlockUpdate, Scaling
+from hift_ds.zero.weights import write_weights
 
 BLOCKS, NUMEL, STEPS = 3, 100_003, 12
 _made: list[Any] = []  # the engine whose peaks were measured in this process
@@ -40,7 +41,7 @@ def trained(form: Form, streams: bool, turns: list[int], ring_bytes: int | None 
         state = states[block]
         grad = torch.randn(state.shard.numel, generator=torch.Generator().manual_seed(step)).bfloat16().to(DEVICE)
         weights = update.run(state, grad, Scaling(1.0, 0.0, None, square), [1e-2], block)
-        state.shard.write_weights(weights, None, NUMEL)
+        write_weights(state.shard, weights, None, NUMEL)
         if update.ring is not None and step + 1 < len(turns):
             update.ring.prefetch(states[turns[step + 1]].tiles)
     if update.ring is not None:

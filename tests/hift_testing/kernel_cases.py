@@ -17,7 +17,7 @@ from hift_testing.parity_cases import RULES
 from hift_testing.training import batch_of, ds_config, engine_of, run_steps, whole_weights
 
 from hift_ds import start as start_module
-from hift_ds.rules import KernelChoice
+from hift_ds.config.kernels import KernelChoice
 
 HIFT = {"layers_per_block": 3}
 

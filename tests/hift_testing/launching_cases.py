@@ -6,7 +6,7 @@ import argparse
 
 from deepspeed import comm as dist
 
-from hift_ds.launching import agree
+from hift_ds.distributed import agree
 from hift_ds.recipes.setup import load_run
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hift_ds.config import HiFTConfig
+from hift_ds.config.keys import HiFTConfig
 from hift_ds.memory.fake_model import _cast
 from hift_ds.memory.layout import Layout
 from hift_ds.memory.plan import DTYPES

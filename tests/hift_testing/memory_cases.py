@@ -18,13 +18,15 @@ from hift_testing.training import DTYPES, cast_parameters, ds_config, engine_of,
 from torch import nn
 
 from hift_ds import engine as engine_module
-from hift_ds import host_update, ring, state
 from hift_ds.engine import HiFTEngine
 from hift_ds.memory.plan import Planner
 from hift_ds.memory.request import Request
 from hift_ds.recipes.planning import complete_config
-from hift_ds.ring import Lanes
 from hift_ds.rules.adam import Adam
+from hift_ds.state import block_state as state
+from hift_ds.state import ring
+from hift_ds.state.ring import Lanes
+from hift_ds.zero import host_update
 
 WIDTH, LAYERS, TILE, STEPS = 64, 12, 2048, 3
 RING_BYTES = 3 * TILE * 12  # three tiles of fp32 master and moments

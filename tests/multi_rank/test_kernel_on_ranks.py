@@ -3,7 +3,7 @@
 import pytest
 from hift_testing import kernel_cases, parity_cases
 
-from hift_ds.rules import KernelChoice
+from hift_ds.config.kernels import KernelChoice
 
 pytestmark = pytest.mark.multi_rank
 

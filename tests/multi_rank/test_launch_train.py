@@ -219,7 +219,7 @@ def test_run_shows_plan_memory_answers_steps_and_where_the_model_is(by_deepspeed
         r"^ +6 blocks, cycle 0 *$",
         *(rf"^ +{index} │ +{index} │ model\.layers\.{index - 1} +│" for index in (1, 2, 3, 4)),
         r"^largest block: model\.layers\.0, ",
-        r"^ +Peak bytes per rank by role, MiB *$",
+        r"^ +Peak memory of a rank, MiB: forecast for a card *$",
         r"^host memory: masters and state │",
         r"^before training: held-out loss \d\.\d{3}$",
         r"^  Q: what is thing\d\n  A: .*$",
@@ -236,11 +236,15 @@ def test_run_shows_plan_memory_answers_steps_and_where_the_model_is(by_deepspeed
         place = found.end()
 
 
-def test_memory_table_counts_the_weights_of_the_model(by_deepspeed, folder):
+def test_memory_table_is_of_the_model_and_the_summary_says_what_this_cpu_takes(by_deepspeed, folder):
     shown = re.search(r"^model weights +│ +(\S+) │ +(\S+)$", by_deepspeed.out, re.MULTILINE).groups()
     count = sum(tensor.nbytes for tensor in weights(folder / "model").values())
     assert count > 2**20
     assert shown == (f"{count / 2**20:,.1f}",) * 2
+    summary = json.loads((folder / "deepspeed" / "summary.json").read_text())
+    card, cpu = summary["forecast_on_a_card"], summary["forecast_on_this_cpu"]
+    assert cpu["hift"] > card["hift"], "all masters and moments stay in the one memory"
+    assert f"{cpu['hift'] / 2**20:,.1f} beside {cpu['full'] / 2**20:,.1f} MiB" in by_deepspeed.out.replace("\n", " ")
 
 
 def test_saved_folder_loads_with_weights_and_tokenizer_of_the_run(by_deepspeed, folder):

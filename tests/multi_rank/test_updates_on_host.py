@@ -7,8 +7,8 @@ import torch
 from hift_testing import memory_cases as cases
 from hift_testing.parity_cases import RULES
 
-from hift_ds.host_update import HostUpdate
 from hift_ds.rules.adam import Adam
+from hift_ds.zero.host_update import HostUpdate
 
 pytestmark = pytest.mark.multi_rank
 
@@ -47,7 +47,7 @@ def test_an_op_that_cannot_be_built_is_refused_at_once(monkeypatch):
     def fails(*args, **kwargs):
         raise RuntimeError("DeepSpeedCPUAdam requires the cpu_adam op") from OSError("c++ not found")
 
-    monkeypatch.setattr("hift_ds.host_update.DeepSpeedCPUAdam", fails)
+    monkeypatch.setattr("hift_ds.zero.host_update.DeepSpeedCPUAdam", fails)
     with pytest.raises(RuntimeError, match=r"offload_optimizer\.device='cpu': .* \(c\+\+ not found\); install a C\+\+"):
         HostUpdate(Adam(True), [], torch.device("cpu"), lambda tensor: tensor, [])
 

@@ -12,8 +12,8 @@ from deepspeed.runtime import lr_schedules
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.config_utils import dict_raise_error_on_duplicate_keys
 
-from hift_ds.config import HiFTConfig
-from hift_ds.ds_keys import check_ds_config
+from hift_ds.config.ds_keys import check_ds_config
+from hift_ds.config.keys import HiFTConfig
 
 FOLDER = Path(__file__).parents[2] / "ds_configs"
 NAMES = [f"zero{stage}_{dtype}" for stage in range(4) for dtype in ("fp32", "bf16", "fp16")]

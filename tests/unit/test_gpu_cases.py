@@ -5,7 +5,7 @@ import torch
 from hift_testing import gpu_cases as cases
 from hift_testing.ranks import RankError
 
-from hift_ds.forms import Form
+from hift_ds.state.formats import Form
 
 TURNS = [0, 1, 1, 2]
 

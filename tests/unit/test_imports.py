@@ -13,25 +13,22 @@ import hift_ds
 PACKAGE = Path(hift_ds.__file__).parent
 ROOT = PACKAGE.parent
 
-# Of the core, only these know DeepSpeed.
-KNOW_DEEPSPEED = {
-    "engine", "start", "optimizer", "shards", "gradients", "measure", "reach", "host_update", "launching", "fragments",
-    "surface", "memory",
-}  # fmt: skip
-# From the bottom up: a module imports from its own row and those before it.
+# Of the core, only these rooms know DeepSpeed (of config/, the files that read its config and name its surface).
+KNOW_DEEPSPEED = {"engine", "start", "zero", "distributed", "config", "memory"}
+# From the bottom up: a module imports from its own room and those before it.
 LAYERS = (
-    ("rules",),
-    ("rewind",),
-    ("config", "blocks", "rotation", "schedule", "ds_keys", "surface", "activations"),
-    ("host_memory", "ring", "forms", "offload", "param_groups", "shards", "gradients", "launching"),
-    ("state", "measure", "traces", "attachment", "guard", "reach", "step_hooks"),
-    ("settings",),
+    ("shards",),
+    ("rules", "rotation"),
+    ("config",),
+    ("state",),
+    ("distributed",),
+    ("zero",),
     ("memory",),
-    ("checkpoint", "update", "host_update", "optimizer", "fragments"),
     ("view", "engine"),
     ("start",),
-    ("recipes", "integrations", "cli", "run"),
+    ("recipes", "cli"),
 )
+PURE = ("rotation.blocks", "rotation.rotation", "rotation.schedule", "rotation.param_groups", "shards")
 
 
 def modules():
@@ -43,18 +40,10 @@ def modules():
     return found
 
 
-def imports_of(tree, run_time_only=False):
-    """Absolute names of the modules that a tree imports, inside functions too."""
-    checking = {
-        node
-        for test in ast.walk(tree)
-        if isinstance(test, ast.If) and "TYPE_CHECKING" in ast.unparse(test.test)
-        for node in ast.walk(test)
-    }
+def imports_of(tree):
+    """Absolute names of the modules that a tree imports: inside functions and for type checking, too."""
     names = set()
     for node in ast.walk(tree):
-        if run_time_only and node in checking:
-            continue
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -64,8 +53,8 @@ def imports_of(tree, run_time_only=False):
 
 
 def inner_imports(tree):
-    """Top-level modules of hift_ds that a tree imports at run time."""
-    found = {name.split(".")[1] for name in imports_of(tree, run_time_only=True) if name.startswith("hift_ds.")}
+    """Rooms and top-level modules of hift_ds that a tree imports."""
+    found = {name.split(".")[1] for name in imports_of(tree) if name.startswith("hift_ds.")}
     return {name for name in found if (PACKAGE / name).is_dir() or (PACKAGE / f"{name}.py").is_file()}
 
 
@@ -84,12 +73,12 @@ def test_the_package_alone_loads_nothing_heavy():
     assert not loaded_by("import hift_ds; hift_ds.__version__") & {"torch", "deepspeed", "transformers", "triton"}
 
 
-@pytest.mark.parametrize("name", ["config", "blocks", "rotation", "schedule"])
+@pytest.mark.parametrize("name", ["config.keys", *PURE])
 def test_the_pure_modules_load_neither_deepspeed_nor_transformers(name):
     assert not loaded_by(f"import hift_ds.{name}") & {"deepspeed", "transformers", "accelerate", "datasets"}
 
 
-@pytest.mark.parametrize("name", ["config", "rotation", "schedule", "ds_keys"])
+@pytest.mark.parametrize("name", ["config.keys", "config.ds_keys", "rotation.rotation", "rotation.schedule"])
 def test_what_needs_no_tensors_loads_no_torch(name):
     assert "torch" not in loaded_by(f"import hift_ds.{name}")
 
@@ -111,7 +100,7 @@ def test_only_the_named_modules_import_deepspeed():
 
 def test_the_pure_modules_import_neither_even_inside_functions():
     trees = modules()
-    for name in ("config", "blocks", "rotation", "schedule"):
+    for name in ("config.keys", *PURE):
         packages = {found.split(".")[0] for found in imports_of(trees[name])}
         assert not packages & {"deepspeed", "transformers"}, name
 
@@ -132,12 +121,21 @@ def test_imports_go_one_way():
     assert upwards == []
 
 
-def test_imports_have_no_circle():
-    graph = {}
-    for name, tree in modules().items():
-        if name not in ("", "__init__"):
-            own = name.split(".")[0]
-            graph.setdefault(own, set()).update(inner_imports(tree) - {own})
+def test_imports_have_no_circle_between_rooms_or_files_and_none_for_type_checking():
+    trees = {name: tree for name, tree in modules().items() if name not in ("", "__init__")}
+    rooms = {}
+    for name, tree in trees.items():
+        own = name.split(".")[0]
+        rooms.setdefault(own, set()).update(inner_imports(tree) - {own})
+    files = {
+        name: {found.removeprefix("hift_ds.") for found in imports_of(tree)} & trees.keys() - {name}
+        for name, tree in trees.items()
+    }
+    for graph in (rooms, files):
+        assert_no_circle(graph)
+
+
+def assert_no_circle(graph):
     finished = []
 
     def visit(name, path):

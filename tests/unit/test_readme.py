@@ -8,8 +8,8 @@ import sys
 from dataclasses import MISSING, fields
 from pathlib import Path
 
-from hift_ds.config import HiFTConfig, StateConfig
-from hift_ds.ds_keys import markdown_table
+from hift_ds.config.ds_keys import markdown_table
+from hift_ds.config.keys import HiFTConfig, StateConfig
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

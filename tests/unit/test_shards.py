@@ -6,7 +6,9 @@ import pytest
 import torch
 from deepspeed.runtime.zero.partition_parameters import Init
 
-from hift_ds.shards import ALIGNMENT, Averaging, BlockShard, full_numel, is_partitioned
+from hift_ds.shards import ALIGNMENT, BlockShard, full_numel, is_partitioned
+from hift_ds.zero.gradients import Averaging
+from hift_ds.zero.weights import write_weights
 
 # Smaller than the number of ranks, a scalar, an empty one, sizes that no world divides.
 SHAPES = {"a": (37, 5), "b": (3,), "scalar": (), "c": (64,), "empty": (0, 4), "d": (7, 11, 2), "one": (1,)}
@@ -164,14 +166,14 @@ def test_one_rank_writes_what_it_has_read(max_numel):
     copy = shard.read_weights(torch.empty(shard.numel, dtype=torch.float64))
     for param in shard.params:
         param.data.zero_()
-    shard.write_weights(copy, None, max_numel)
+    write_weights(shard, copy, None, max_numel)
     assert all(torch.equal(param.detach(), value) for param, value in zip(shard.params, before, strict=True))
 
 
 def test_weights_are_written_in_each_parameter_s_dtype():
     shard = BlockShard(parameters({"a": torch.bfloat16}), GROUPS, 1, 0)
     new = torch.full((shard.numel,), 1.0 + 2**-10)
-    shard.write_weights(new, None, 10**9)
+    write_weights(shard, new, None, 10**9)
     values = {fqn: param.detach() for fqn, param in zip(shard.fqns, shard.params, strict=True)}
     assert values["a"].dtype == torch.bfloat16
     assert torch.equal(values["a"], torch.ones(37, 5, dtype=torch.bfloat16))
@@ -188,7 +190,7 @@ def test_a_zero_3_parameter_is_read_and_written_through_its_shard():
     shard = BlockShard([("w", param)], {"w": 0}, 2, 1)
     out = shard.read_weights(torch.full((16,), -1.0))
     assert out.tolist() == [3.0, 4.0] + [0.0] * 14
-    shard.write_weights(torch.arange(16.0), None, 10**9)
+    write_weights(shard, torch.arange(16.0), None, 10**9)
     assert param.ds_tensor.tolist() == [0.0, 1.0, 99.0]
 
 

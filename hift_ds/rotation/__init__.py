@@ -1,0 +1,1 @@
+"""Which parameters train, when and at what rate. Needs torch.nn only."""

@@ -1,0 +1,1 @@
+"""Where masters and moments live: formats, host memory, the ring through which they stream."""

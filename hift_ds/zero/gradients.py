@@ -1,0 +1,245 @@
+"""From the whole gradients that backward leaves on parameters to this rank's averaged gradient shard of a block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+
+from hift_ds.shards import BlockShard
+
+MAX_IN_FLIGHT = 2  # buckets being reduced at once: one is filled while the other is on the wire
+
+
+@dataclass(frozen=True)
+class Averaging:
+    """How gradients are summed over the data-parallel ranks; DeepSpeed's keys of the same names.
+
+    Attributes:
+        dtype: `communication_data_type`.
+        predivide: `gradient_predivide_factor` (with `prescale_gradients`: the world size).
+        mean: `False` for `gradient_allreduce_op: sum`.
+    """
+
+    dtype: torch.dtype
+    predivide: float
+    mean: bool
+
+    def before(self, packed: torch.Tensor) -> None:
+        if self.mean and self.predivide != 1.0:
+            packed.mul_(1.0 / self.predivide)
+
+    def after(self, reduced: torch.Tensor, world: int) -> None:
+        if self.mean and self.predivide != world:
+            reduced.mul_(self.predivide / world)
+
+
+@dataclass
+class _Window:
+    """What one accumulation window has gathered for one block so far."""
+
+    shard: BlockShard
+    buckets: list[range]
+    result: torch.Tensor | None = None  # 1-D, shard length, accumulation dtype
+    whole: dict[torch.nn.Parameter, torch.Tensor] = field(default_factory=dict)
+    touched: set[torch.nn.Parameter] = field(default_factory=set)
+    ready: set[torch.nn.Parameter] = field(default_factory=set)  # of the present backward
+    launched: int = 0  # buckets of the present backward that are on their way
+    reduced_once: bool = False  # an earlier backward of the window is in `result`
+    in_flight: list[tuple[Any, torch.Tensor, slice]] = field(default_factory=list)
+
+
+class GradientReducer:
+    """Reduces the active blocks' gradients; holds nothing of any other block.
+
+    At stages 2 and 3 a bucket is reduced as soon as its parameters' gradients exist, at stages 0 and 1 at the
+    accumulation boundary. A lone rank has nothing to send: each gradient is added to the shard as it arrives, and its
+    memory is free again. Buckets go out in one fixed order, and a parameter without a gradient counts as zeros (as in
+    DeepSpeed's ZeRO), so that all ranks issue the same collectives whatever part of the model their batch used.
+
+    Args:
+        stage: ZeRO stage, 0 to 3.
+        group: The data-parallel process group.
+        world: Its size.
+        averaging: How the sum becomes a mean, and in which dtype it travels.
+        accumulation_dtype: dtype of the gradient shard, and of whole gradients between micro steps.
+        bucket_numel: `reduce_bucket_size`.
+        overlap: Reduce while backward goes on (`overlap_comm`); otherwise wait for each bucket.
+    """
+
+    def __init__(
+        self,
+        stage: int,
+        group: object,
+        world: int,
+        averaging: Averaging,
+        accumulation_dtype: torch.dtype,
+        bucket_numel: int,
+        overlap: bool,
+    ) -> None:
+        self.stage, self.group, self.world = stage, group, world
+        self.averaging, self.accumulation_dtype = averaging, accumulation_dtype
+        self.bucket_numel, self.max_in_flight = bucket_numel, MAX_IN_FLIGHT if overlap else 0
+        self.at_once = stage >= 2
+        self.finished = False  # nothing has arrived since the last `finish_backward` of this micro step
+        self._windows: dict[int, _Window] = {}
+        self._window_of: dict[torch.nn.Parameter, _Window] = {}
+
+    def open(self, shards: Iterable[BlockShard]) -> None:
+        """Begins to take the gradients of `shards`, and only of these."""
+        self._windows, self._window_of = {}, {}
+        for shard in shards:
+            window = _Window(shard, shard.buckets(self.bucket_numel) if self.world > 1 else [])
+            self._windows[id(shard)] = window
+            self._window_of.update(dict.fromkeys(shard.params, window))
+
+    def on_gradient(self, param: torch.nn.Parameter) -> None:
+        """The hook of a parameter whose `.grad` has just been accumulated.
+
+        Raises:
+            RuntimeError: A gradient after its bucket has been reduced in the same backward.
+        """
+        window = self._window_of.get(param)
+        if window is None:
+            raise RuntimeError("a gradient arrived for a parameter whose block is not active; was requires_grad set?")
+        self.finished = False
+        window.touched.add(param)
+        if self.world == 1:
+            self._add_alone(window, param)
+        elif self.at_once:
+            if param in window.ready:
+                fqn = window.shard.fqns[window.shard.position[param]]
+                raise RuntimeError(
+                    f"{fqn}: a second gradient in one backward, after the first was reduced: reentrant checkpointing "
+                    "of a shared parameter does this (call the checkpoint with use_reentrant=False), and so does a "
+                    "backward after one that ended with an error (call engine.zero_grad()), or a second one that did "
+                    "not begin at an output of the engine (call engine.backward(loss) for every loss)"
+                )
+            window.ready.add(param)
+            self._launch_ready()
+        elif param.grad.dtype != self.accumulation_dtype:
+            grad = param.grad.to(self.accumulation_dtype)
+            window.whole[param] = window.whole[param].add_(grad) if param in window.whole else grad
+            param.grad = None
+
+    def finish_backward(self, boundary: bool) -> None:
+        """After each backward: reduces what is left. Collective at stages 2 and 3, else where `boundary` is true."""
+        if not self.at_once and not boundary:
+            return
+        self.finished = True
+        for window in self._windows.values():
+            while window.launched < len(window.buckets):
+                self._launch(window)
+            self._drain(window, 0)
+            window.launched, window.reduced_once = 0, True
+            window.ready.clear()
+            window.whole.clear()
+
+    def take(self, shard: BlockShard) -> tuple[torch.Tensor, set[torch.nn.Parameter]]:
+        """Ends the window of a block.
+
+        Returns:
+            The averaged gradient shard (1-D, shard length, accumulation dtype; zeros if nothing was reduced), and the
+            parameters that had a gradient on this rank.
+        """
+        assert self.finished or self.world == 1, "a window is taken that has not been reduced"
+        window = self._windows[id(shard)]
+        result, touched = window.result, window.touched
+        window.result, window.touched, window.reduced_once = None, set(), False
+        if result is None:
+            result = torch.zeros(shard.numel, dtype=self.accumulation_dtype, device=shard.params[0].device)
+        return result, touched
+
+    def averaged(self, shard: BlockShard) -> torch.Tensor | None:
+        """The averaged gradient shard of a window that has not ended, itself; `None` while there is none."""
+        window = self._windows.get(id(shard))  # only the active blocks have one
+        return None if window is None else window.result
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Everything held beside the `.grad` of parameters."""
+        for window in self._windows.values():
+            yield from window.whole.values()
+            if window.result is not None:
+                yield window.result
+            for (_, packed), reduced, _ in window.in_flight:
+                yield from (packed, reduced)
+
+    def discard(self) -> None:
+        """Drops everything gathered, whole gradients too. Waits for what is on its way; sends nothing."""
+        self.finished = False
+        for window in self._windows.values():
+            self._drain(window, 0)
+            for param in window.shard.params:
+                param.grad = None
+            window.whole.clear()
+            window.ready.clear()
+            window.launched = 0
+            window.result, window.touched, window.reduced_once = None, set(), False
+
+    def _launch_ready(self) -> None:
+        """In one order over all windows: a rank whose batch misses the block must not send the always-active first."""
+        for window in self._windows.values():
+            params = window.shard.params
+            while window.launched < len(window.buckets):
+                if not all(params[index] in window.ready for index in window.buckets[window.launched]):
+                    return
+                self._launch(window)
+
+    @torch.no_grad()
+    def _add_alone(self, window: _Window, param: torch.nn.Parameter) -> None:
+        shard = window.shard
+        if window.result is None:
+            window.result = torch.zeros(shard.numel, dtype=self.accumulation_dtype, device=param.grad.device)
+        segment = shard.segments[shard.position[param]]
+        window.result[segment.offset : segment.offset + segment.numel].add_(param.grad.reshape(-1))
+        param.grad = None
+
+    @torch.no_grad()
+    def _launch(self, window: _Window) -> None:
+        bucket, shard = window.buckets[window.launched], window.shard
+        window.launched += 1
+        params = [shard.params[index] for index in bucket]
+        grads = [window.whole.pop(param, param.grad) for param in params]
+        packed = shard.pack(bucket, grads, self.averaging.dtype)
+        for param in params:
+            param.grad = None
+        del grads
+        span = shard.span(bucket)
+        self.averaging.before(packed)
+        reduced = packed
+        if self.stage > 0:
+            reduced = torch.empty(span.stop - span.start, dtype=packed.dtype, device=packed.device)
+        window.in_flight.append(((self._send(packed, reduced), packed), reduced, span))
+        self._drain(window, self.max_in_flight)
+
+    def _send(self, packed: torch.Tensor, reduced: torch.Tensor) -> Any:
+        """Starts the sum of `packed` over the ranks, into `reduced` (stage 0: in place); returns its handle."""
+        if self.stage == 0:
+            return dist.all_reduce(packed, group=self.group, async_op=True)
+        return dist.reduce_scatter_tensor(reduced, packed, group=self.group, async_op=True)
+
+    @torch.no_grad()
+    def _drain(self, window: _Window, remaining: int) -> None:
+        while len(window.in_flight) > remaining:
+            (handle, _packed), reduced, span = window.in_flight.pop(0)
+            handle.wait()
+            self.averaging.after(reduced, self.world)
+            if window.result is None:
+                window.result = torch.empty(
+                    window.shard.numel, dtype=self.accumulation_dtype, device=reduced.device
+                )
+            if window.reduced_once:
+                window.result[span].add_(reduced)
+            else:
+                window.result[span].copy_(reduced)
+
+
+
+def accumulation_dtype(asked: torch.dtype | None, model_dtype: torch.dtype, accumulates: bool) -> torch.dtype:
+    """dtype of averaged gradients: `data_types.grad_accum_dtype`, else fp32 where micro steps are summed."""
+    if asked is not None:
+        return asked
+    return torch.float32 if accumulates else model_dtype

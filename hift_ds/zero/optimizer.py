@@ -1,0 +1,621 @@
+"""HiFTOptimizer: reduce, clip, update and rotate, on top of ZeRO 0-3."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
+
+from hift_ds.rotation.blocks import BlockPlan
+from hift_ds.rotation.param_groups import group_indices, groups_fault, step_fault
+from hift_ds.rotation.rotation import Rotation
+from hift_ds.rotation.schedule import DelayedRate
+from hift_ds.rules import Rule
+from hift_ds.shards import BlockShard
+from hift_ds.state.block_state import BlockState, Storage, layout_fault, make_states
+from hift_ds.state.ring import lane_of
+from hift_ds.zero import checkpoint
+from hift_ds.zero.attachment import Attachment, Flags
+from hift_ds.zero.fragments import Fragments
+from hift_ds.zero.gradients import GradientReducer
+from hift_ds.zero.guard import ModuleGuard
+from hift_ds.zero.host_update import HostUpdate
+from hift_ds.zero.offload import STATES, WEIGHTS, Offloaded
+from hift_ds.zero.reach import Reach
+from hift_ds.zero.settings import Settings
+from hift_ds.zero.step_check import StepCheck, Verdict
+from hift_ds.zero.step_hooks import StepHooks
+from hift_ds.zero.traces import Traces, leave_inference_mode, partition_all
+from hift_ds.zero.update import BlockUpdate, Scaling
+from hift_ds.zero.weights import write_weights
+
+logger = logging.getLogger(__name__)
+ENDED = (
+    "this engine has ended: destroy() was called, or a later hift_ds.initialize took its model over; use the engine "
+    "that it returned"
+)
+
+
+class HiFTOptimizer(ZeROOptimizer):
+    """Owns gradients, master weights and state, and of these only the active block's are on the device.
+
+    DeepSpeed's engine owns everything else and talks to this class through the attributes that `hift_ds.config.surface`
+    names.
+
+    Args:
+        holder: A torch optimizer whose param groups hold the hyper-parameters (schedulers write there); it is never
+            stepped and has no state.
+        rule: The update rule.
+        plan: Blocks, always-active and frozen parameters.
+        module: The model.
+        params: Every trainable parameter by name.
+        as_found: `requires_grad` of the model's parameters before `initialize`.
+        rotation: The order of blocks and the position in it.
+        reducer: Brings gradients to this rank's shard.
+        loss_scaler: DeepSpeed's loss scaler (scale 1 outside fp16).
+        offload: DeepSpeed's ZeRO-3 parameter manager; `None` below stage 3.
+        lr_update: See `hift_ds.rotation.schedule`.
+        device: Where the model is.
+        group: The data-parallel process group.
+        settings: The rest.
+    """
+
+    custom_loss_scaler = False
+    torch_autocast_gradscaler = None
+
+    def __init__(
+        self,
+        *,
+        holder: torch.optim.Optimizer,
+        rule: Rule,
+        plan: BlockPlan,
+        module: torch.nn.Module,
+        params: dict[str, torch.nn.Parameter],
+        as_found: Flags,
+        rotation: Rotation,
+        reducer: GradientReducer,
+        loss_scaler: Any,
+        offload: Any,
+        lr_update: str,
+        device: torch.device,
+        group: object,
+        settings: Settings,
+    ) -> None:
+        super().__init__()
+        self.optimizer, self.rule, self.plan, self.rotation = holder, rule, plan, rotation
+        self.reducer, self.loss_scaler, self.offload = reducer, loss_scaler, offload
+        self.settings, self.device, self.group, self._module = settings, device, group, module
+        self.dynamic_loss_scale = bool(loss_scaler.dynamic)
+        self.overflow = False
+        self._global_grad_norm = 0.0
+        self.load_weights_only = self._loads = False
+        self.save_mark: str | None = None  # of the last save
+        self.scheduler: Any = None  # the one that the engine steps; set when the engine has built it
+        self.rate = DelayedRate(holder.param_groups, lr_update, rotation.steps_per_cycle)
+        if settings.stage > 0:
+            self.dp_process_group = group  # tells DeepSpeed that every rank saves an optimizer file
+        self._shard_world = settings.world if settings.stage > 0 else 1
+        group_of = group_indices(holder.param_groups, params)
+        rank = dist.get_rank(group=group) if self._shard_world > 1 else 0
+
+        def shard(fqns: tuple[str, ...]) -> BlockShard:
+            return BlockShard([(fqn, params[fqn]) for fqn in fqns], group_of, self._shard_world, rank)
+
+        storage = settings.storage(device)
+        self.states, self.ring = make_states(
+            [shard(block.fqns) for block in plan.blocks], rule, holder.param_groups, storage, settings.ring_bytes,
+            settings.card_bytes,
+        )  # fmt: skip
+        self.always = None
+        if plan.always_active:
+            on_device = Storage(device, settings.form)
+            self.always = BlockState(shard(plan.always_active), rule, holder.param_groups, on_device)
+        self.update = BlockUpdate(
+            rule, holder.param_groups, device, self._sum_over_shards, settings.kernel, self.ring, settings.seed
+        )
+        self.host_update = None
+        if settings.on_host:
+            self.host_update = HostUpdate(rule, holder.param_groups, device, self._sum_over_shards, self.states)
+        self.hooks = StepHooks(holder)
+        self.reach = Reach(plan, settings.no_gradient)
+        self.guard = ModuleGuard(module, params)
+        # Where nothing needs to know on the host how a step's gradients are, it does not wait for the device.
+        self._waits = (
+            settings.kernel != "triton" or settings.on_host or bool(loss_scaler.dynamic) or self.reach.skips
+        )
+        self._unread: tuple[StepCheck, int, list[BlockState]] | None = None
+        self._facts_out = lane_of(device)
+        self._offloaded = Offloaded(device)
+        self._traces = None if offload is None else Traces(offload)
+        self._attachment = Attachment(module, params.values(), self._on_gradient, self.zero_grad, as_found)
+        self._fragments = Fragments(  # deepspeed.utils.safe_get_full_fp32_param and its kin
+            self._all_states(), device, group, self._bring_up_to_date, reducer.averaged
+        )
+        self._grouped = [list(map(id, group["params"])) for group in holder.param_groups]
+        self._begun = self._warned_of_direct = False
+        self.window_cut = False  # the window's gradients were dropped with an interrupted backward
+        for param in params.values():
+            param.grad = None
+        self._attachment.attach()
+        self._fragments.attach()
+        holder.zero_grad = self.zero_grad  # a client optimizer's own would leave what has been reduced
+        self.activate()
+
+    def step_aside(self) -> None:
+        """Until `step_back` the model's flags are as the user had them; a window that has begun stays as it is."""
+        self._attachment.restore_flags()
+
+    def step_back(self) -> None:
+        """The flags are those of the present turn again."""
+        self._attachment.freeze_untrained()
+        for state in self._all_states():
+            for param in state.shard.params:
+                param.requires_grad_(param in self._active_params)
+
+    def destroy(self) -> None:
+        """The module is as it was before, at stage 3 partitioned; frees masters and state.
+
+        A last step that was not good is a warning.
+        """
+        self.reload_states()  # `finish` reads them
+        self.finish("destroy()")
+        self.reducer.discard()
+        self.reducer.open(())
+        self._fragments.detach()
+        self._attachment.detach()
+        vars(self.optimizer).pop("zero_grad", None)
+        if self.offload is not None:
+            self.checkpoint_event_prologue()
+            self._traces.end()
+            self.offload.destroy()
+        self.unregister_grad_acc_post_hooks()
+        self.states, self.always, self.ring, self._active = [], None, None, []
+        self.update = self.host_update = self._traces = self.offload = self._fragments = None
+
+    # What DeepSpeed's engine, its checkpoint files and its schedulers read.
+
+    @property
+    def param_groups(self) -> list[dict]:
+        """The holder's param groups: the rate here is the scheduler's, `rates` is the one in force."""
+        return self.optimizer.param_groups
+
+    @property
+    def bit16_groups(self) -> list[list[torch.nn.Parameter]]:
+        """Every trained parameter, in shard order, a list per block."""
+        return [list(state.shard.params) for state in self._all_states()]
+
+    fp16_groups = bit16_groups
+
+    @property
+    def loss_scale(self) -> float:
+        """The loss scale in force (1 outside fp16)."""
+        return self.loss_scaler.loss_scale
+
+    cur_scale = loss_scale
+
+    def get_lr(self) -> float:
+        """The first param group's rate, which the scheduler sets; `rates` are those in force."""
+        return self.param_groups[0]["lr"]
+
+    def set_lr(self, lr: float) -> None:
+        """Sets every param group's rate, as a scheduler does."""
+        for group in self.param_groups:
+            group["lr"] = lr
+
+    @property
+    def rates(self) -> list[float]:
+        """Learning rate in force, one per param group."""
+        return list(self.rate.rates or [float(group["lr"]) for group in self.param_groups])
+
+    @property
+    def parameter_offload(self) -> Any:
+        """DeepSpeed's ZeRO-3 parameter manager, by the name that tools look for it.
+
+        Raises:
+            AttributeError: Below stage 3, where there is none.
+        """
+        if self.offload is None:
+            raise AttributeError("parameter_offload: there is none below ZeRO stage 3")
+        return self.offload
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drops all gradients of the window, those that have been reduced too, and those of an interrupted backward."""
+        self.reducer.discard()
+        self.clear_backward_seen_flag()
+        interrupted = self.interrupted
+        self.exit_backward()
+        if interrupted:
+            self.window_cut = True
+            if self.offload is not None:
+                self.checkpoint_event_prologue()
+                self._traces.forget()
+
+    def end_window(self) -> None:
+        """The next window begins with the next batch; the engine, which counts micro steps, puts its own here."""
+
+    def begin_forward(self) -> None:
+        """Before a forward that may have a backward."""
+        self.require_whole()
+        if torch._C._current_graph_task_id() == -1:  # else a checkpointed forward runs again, inside its backward
+            self._leave_interrupted()
+        self._begun = True
+        self.guard.stop_inactive(self._active_params)
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether the last backward was entered and never left: it ended with an error and has left a part of a
+        gradient."""
+        return self._backward_active_depth > 0
+
+    def begin_backward(self) -> None:
+        """Before `engine.backward`."""
+        self._leave_interrupted()
+        self._begun = True
+
+    def _leave_interrupted(self) -> None:
+        self.drop_interrupted()
+        if self.window_cut:  # and no `step` of the engine has counted it as a micro step
+            self.window_cut = False
+            self.end_window()
+
+    def drop_interrupted(self) -> None:
+        """Before the next backward: what an interrupted one has left must not enter an update."""
+        if self.interrupted:
+            logger.warning("the last backward ended with an error: all gradients of its window are dropped")
+            self.zero_grad()
+
+    def exit_backward(self) -> None:
+        """Ends a backward, which begins once for every output of `forward` in its loss."""
+        self._backward_active_depth = 0
+
+    def backward_epilogue(self, **kwargs: Any) -> None:
+        """Stage 3: releases what a backward that stopped early has left gathered."""
+        if self.offload is not None:
+            self.offload.release_backward_leftovers()
+
+    def finalize_gradient_accumulation_boundary(self) -> None:
+        """Called at the boundary with `managed_gradient_accumulation: false`; each backward has already reduced."""
+
+    def checkpoint_event_prologue(self) -> None:
+        """Stage 3: partitions everything, so that saving and loading see shards. Collective."""
+        if self.offload is not None:
+            partition_all(self.offload)
+
+    def checkpoint_event_epilogue(self) -> None:
+        """Stage 3: gathers the small persistent parameters again. Collective."""
+        if self.offload is not None and self.offload.persistent_parameters and not self._loads:
+            self.offload.persistent_parameters[0].all_gather(self.offload.persistent_parameters)
+
+    def offload_states(
+        self, include: Any = None, device: Any = None, pin_memory: bool = True, non_blocking: bool = False
+    ) -> None:
+        """What of weights, masters and moments is on the device goes to the host; `reload_states` brings it back.
+
+        Args:
+            include: DeepSpeed's OffloadStateTypeEnum members; `None` = all. Gradients stay: none is kept beyond a step.
+        """
+        wanted = {WEIGHTS, *STATES} if include is None else {getattr(kind, "value", kind) for kind in include}
+        wanted -= self._offloaded.kinds
+        self.checkpoint_event_prologue()
+        if wanted & STATES and not self._offloaded.kinds & STATES:
+            self.settle()
+        resident = [state for state in self._all_states() if not state.streams]
+        if "hp_params" in wanted:
+            masters = [state.master for state in resident if state.master is not None]
+            self._offloaded.take_states("hp_params", masters, pin_memory)
+        if "optim_states" in wanted:
+            moments = [tensor for state in resident for tensor in (*state.slots.values(), *state.extra.values())]
+            ring = [] if self.ring is None else [self.ring.buffer]
+            self._offloaded.take_states("optim_states", [*moments, *ring], pin_memory)
+        if WEIGHTS in wanted:
+            weights = [getattr(param, "ds_tensor", param) for param in self._module.parameters()]
+            self._offloaded.take_weights(weights, pin_memory)
+        gc.collect()
+        get_accelerator().empty_cache()
+
+    def reload_states(self, non_blocking: bool = False) -> None:
+        """The inverse of `offload_states`."""
+        if self._offloaded.kinds:
+            self._offloaded.reload()
+            self.checkpoint_event_epilogue()
+
+    def require_states(self, *kinds: str) -> None:
+        """Raises RuntimeError while one of these kinds, or any without them, is offloaded."""
+        if self._offloaded.kinds.intersection(kinds or self._offloaded.kinds):
+            raise RuntimeError("states are offloaded (engine.offload_states): call engine.reload_states() first")
+
+    @property
+    def state(self) -> Any:
+        """The holder's, which is empty.
+
+        DeepSpeed's is keyed by flat partitions, in which nobody finds a parameter either; masters and moments of a
+        parameter, which lie in shards, in streams and perhaps in 8 bits, are read with `deepspeed.utils.safe_get_*`.
+        """
+        return self.optimizer.state
+
+    def empty_partition_cache(self) -> None:
+        """Stage 3: partitions everything; else nothing is gathered. Collective."""
+        self.checkpoint_event_prologue()
+
+    def refresh_fp32_params(self) -> None:
+        """Takes every master weight anew from the model weights (a load of weights alone)."""
+        self.settle()
+        for state in self._all_states():
+            state.refresh_master()
+            state.torn = False
+            self.guard.note(state.shard)
+
+    _restore_from_bit16_weights = refresh_fp32_params
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's part of the optimizer: position, rates, masters and state of every block."""
+        self.require_whole()
+        self.settle()
+        self.adopt_writes(self._all_states())
+        return checkpoint.optimizer_state(self.run_state, self.save_mark)
+
+    def load_state_dict(self, state_dict_list: Any, load_optimizer_states: bool = True, **_: Any) -> None:
+        """Restores `state_dict`; DeepSpeed passes one per rank (stages 1-3) or the whole (stage 0)."""
+        whole = load_optimizer_states and not self.load_weights_only
+        if whole:
+            self.settle()
+        checkpoint.load_optimizer_state(self.run_state, state_dict_list, whole)
+        if whole:
+            self.reducer.discard()
+
+    @property
+    def run_state(self) -> checkpoint.RunState:
+        """What a checkpoint holds."""
+        return checkpoint.RunState(
+            self._all_states(), self.rule.name, self.settings.form, self.settings.stage, self.settings.world,
+            self.rotation, self.rate, self.param_groups, self.loss_scaler, self.scheduler,
+        )  # fmt: skip
+
+    # Rotation.
+
+    def active_states(self) -> list[BlockState]:
+        """The active block's state, then the always-active parameters', as `activate` left them."""
+        return self._active
+
+    def activate(self) -> None:
+        """Makes the rotation's active block, and no other, require gradients."""
+        active = [self.states[self.rotation.active_block]]
+        self._active = active = active if self.always is None else [*active, self.always]
+        self._active_params = {param for state in active for param in state.shard.params}
+        if self._traces is not None:
+            self._traces.enter(self.rotation.active_block)
+        self.step_back()
+        self.reducer.open(state.shard for state in active)
+
+    @contextmanager
+    def all_trainable(self, also: Iterable[torch.nn.Parameter] = ()) -> Iterator[None]:
+        """Inside, inactive parameters (`also` others) do not look frozen to DeepSpeed's checkpoint code."""
+        self.require_states()
+        leave_inference_mode(self._module.parameters())
+        self.guard.stop_inactive(self._active_params)
+        params = {param: param.requires_grad for state in self._all_states() for param in state.shard.params}
+        params.update((param, param.requires_grad) for param in also if param.is_floating_point())
+        try:
+            for param in params:
+                param.requires_grad_(True)
+            yield
+        finally:
+            for param, flag in params.items():
+                param.requires_grad_(flag)
+
+    @contextmanager
+    def loading(self, weights_only: bool, params: Iterable[torch.nn.Parameter]) -> Iterator[None]:
+        """Around DeepSpeed's load, which issues no collective inside: a rank that fails leaves no other waiting.
+
+        Args:
+            weights_only: What `load_state_dict` shall take.
+            params: The whole model's.
+        """
+        self.require_states()
+        self.load_weights_only, self._loads = weights_only, True
+        # Below stage 3 the model file has every weight, and DeepSpeed would want what is frozen now to have been then.
+        whole_in_model_file = self.settings.stage < 3
+        try:
+            with self.all_trainable(params if whole_in_model_file else ()):
+                yield
+        finally:
+            self.load_weights_only = self._loads = False
+            for state in self._all_states():
+                self.guard.note(state.shard)
+            self.activate()
+        self.checkpoint_event_epilogue()
+
+    def _all_states(self) -> list[BlockState]:
+        return self.states if self.always is None else [*self.states, self.always]
+
+    def _on_gradient(self, param: torch.nn.Parameter) -> None:
+        if not self._begun and not self._warned_of_direct:
+            self._warned_of_direct = True
+            logger.warning(
+                "a backward came through the model that neither engine(...) nor engine.backward began: its gradients "
+                "are kept for the engine's next step and are not in param.grad; to train the model in another way, end "
+                "the engine with engine.destroy()"
+            )
+        self.reducer.on_gradient(param)
+        self.queue_post_backward_callback()
+
+    # The step.
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """One optimizer step of the active block (and the always-active parameters), then the rotation moves on.
+
+        Collective. A gradient that is not finite changes no weight and no state. Where the host waits for the device
+        (eager rules, updates on the host, dynamic loss scales) it changes nothing but the loss scale: no schedule, no
+        rotation. Otherwise the kernels leave the update out by themselves, the block's turn passes, and the host hears
+        of it at the next step.
+        """
+        if not self.states:
+            raise RuntimeError(ENDED)
+        self._hear()
+        self.require_whole()
+        self.require_states()
+        self._begun = False
+        if self.interrupted:
+            raise RuntimeError(
+                "the last backward ended with an error, so there is no whole gradient to step with: its window is "
+                "dropped; go on with the next batch"
+            )
+        if not self.reducer.finished:  # a direct call, a loss that no engine's output led to, `no_sync` everywhere
+            self.reducer.finish_backward(True)
+        states, block = self.active_states(), self.rotation.active_block
+        fault = self.guard.fault() or groups_fault(self.param_groups, self._grouped)
+        fault = fault or step_fault(self.optimizer) or layout_fault(self.rule, self.param_groups, states)
+        self.guard.warn_of_stopped(self._active_params)
+        grads, touched = map(list, zip(*(self.reducer.take(state.shard) for state in states), strict=True))
+        self.checkpoint_event_prologue()
+        ends = (self.rotation.at_turn_end, self.rotation.at_cycle_end)  # of a block, and of what is always active
+        silent = sum(map(self.reach.note, (state.shard for state in states), touched, ends))
+        measured = StepCheck(
+            grads, reached=len(touched[0]), must_reach=not self.reach.skips, silent=silent, faults=int(bool(fault)),
+            block=block, stage=self.settings.stage, world=self.settings.world, group=self.group,
+            fused=self.settings.kernel == "triton",
+        )  # fmt: skip
+        if fault:
+            raise RuntimeError(fault)
+        self.overflow, reached, norm = False, True, None
+        if self._waits:
+            verdict = measured.verdict()
+            self._refuse(verdict, block, states)
+            self.overflow, reached = not verdict.finite, verdict.reached > 0
+            norm = verdict.norm / self.loss_scale
+        else:
+            measured.send(self._facts_out)
+        self.reach.warn_partial(block, states[0].shard, touched[0])
+        if self.overflow:
+            self._global_grad_norm = float("inf")  # this and the dtypes are DeepSpeed's
+        else:
+            dtype = torch.float64 if self.settings.stage == 3 else torch.float32
+            self._global_grad_norm = measured.square.sqrt().squeeze().to(dtype) / self.loss_scale
+            self.adopt_writes(states)
+            updates = reached or self.always is not None
+            if updates:
+                self.hooks.before()
+            self._apply(states, grads, Scaling(self.loss_scale, self.settings.clip, norm, measured.square), reached)
+            if updates:
+                self.hooks.after()
+        if not self._waits:
+            self._unread = (measured, block, states)
+        self.loss_scaler.update_scale(self.overflow)
+        if self.offload is not None and self.offload.allgather_stream is not None:
+            # DeepSpeed gathers there what has just been written here.
+            self.offload.allgather_stream.wait_stream(get_accelerator().current_stream())
+        if not self.overflow:
+            self._advance(block, reached)
+
+    def _advance(self, block: int, reached: bool) -> None:
+        if not reached:
+            self.reach.skip(block, self.rotation.at_cycle_end)
+        self.optimizer._opt_called = True  # torch's schedulers warn when they see no step of "their" optimizer
+        if self.rotation.advance():
+            self.activate()
+        if self.ring is not None:
+            # During the coming forward and backward.
+            self.ring.prefetch(self.active_states()[0].tiles, self._begins_anew())
+
+    def adopt_writes(self, states: list[BlockState]) -> None:
+        """Weights that the user has written since the last update become the masters; only those elements change."""
+        for state in states:
+            written = self.guard.written(state.shard)
+            if written:
+                self.settle()
+            for index in written:
+                state.adopt(index)
+
+    def finish(self, before: str) -> None:
+        """As `settle`, before something that makes the last step of no account: it may be no error any more."""
+        self.require_states()
+        try:
+            self.settle()
+        except RuntimeError as error:
+            logger.warning("the last step before %s: %s", before, error)
+
+    def require_whole(self) -> None:
+        """Raises RuntimeError where an update has ended with an error half way (out of memory)."""
+        for index, state in enumerate(self._all_states()):
+            if state.torn:
+                block = "what is always active" if state is self.always else f"block {index}"
+                raise RuntimeError(
+                    f"the update of {block} ended with an error half way, so its masters, moments and weights do not "
+                    "belong together: load a checkpoint, or call engine.destroy() and hift_ds.initialize again"
+                )
+
+    def settle(self) -> None:
+        """Before the host reads or changes state: all updates have landed there and have been checked."""
+        self.require_states(*STATES)
+        self._hear()
+        if self.ring is not None:
+            self.ring.settle()
+        if self.device.type == "cuda":  # extra tensors go back to the host with the update itself
+            torch.cuda.current_stream(self.device).synchronize()
+
+    def _bring_up_to_date(self, state: BlockState) -> None:
+        self.require_whole()
+        self.settle()
+        self.adopt_writes([state])
+
+    def _hear(self) -> None:
+        """Reads what the last step did not wait for."""
+        if self._unread is None:
+            return
+        (measured, block, states), self._unread = self._unread, None
+        verdict = measured.verdict()
+        if not verdict.good:
+            for state in states:
+                state.step -= 1  # nothing was stored
+        self._refuse(verdict, block, states)
+        if not verdict.finite:
+            logger.warning(
+                "the gradient of block %d (%s) was not finite; its update was left out", block,
+                self.plan.blocks[block].name,
+            )  # fmt: skip
+
+    def _refuse(self, verdict: Verdict, block: int, states: list[BlockState]) -> None:
+        """Raises RuntimeError, on every rank, if an update would be lost."""
+        if verdict.faults:
+            raise RuntimeError("another rank cannot make this step; its own error says why")
+        if not verdict.agreed:
+            raise RuntimeError(f"ranks disagree on the active block (here {block}); was a rank restarted alone?")
+        if not verdict.reached and not self.reach.skips:
+            raise RuntimeError(self.reach.message(block))
+        if verdict.silent:
+            self.reach.check([state.shard for state in states])
+
+    def _apply(self, states: list[BlockState], grads: list[torch.Tensor], scaling: Scaling, reached: bool) -> None:
+        rates = self.rate.update(self.rotation.at_cycle_start, self.scheduler)
+        if self._begins_anew():
+            if reached and self.ring is not None and not states[0].extra:  # which is not in the ring
+                states[0].forget()
+            else:
+                self.settle()
+                states[0].reset()
+        for index, state in enumerate(states):
+            if state is states[0] and not reached:
+                continue
+            block = self.rotation.active_block if state is states[0] else len(self.states)
+            update = self.host_update if self.host_update is not None and state.streams else self.update
+            weights = update.run(state, grads[index], scaling, rates, block)
+            grads[index] = torch.empty(0)  # free before the next allocation
+            write_weights(state.shard, weights, self.group, self.settings.publish_numel)
+        for state in states:  # all of a step, or none of it
+            state.torn = False
+
+    def _begins_anew(self) -> bool:
+        return self.settings.reset_state and self.rotation.at_turn_start
+
+    def _sum_over_shards(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self._shard_world > 1:
+            dist.all_reduce(tensor, group=self.group)
+        return tensor

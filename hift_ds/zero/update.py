@@ -1,0 +1,192 @@
+"""One update of one block: master weights and state tile by tile, by an eager rule or by a fused kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hift_ds.rules import Rule
+from hift_ds.shards import Run
+from hift_ds.state.block_state import BlockState
+from hift_ds.state.ring import Ring, Tile
+
+Tensors = dict[str, torch.Tensor]
+# Updates one tile in place: its range of the shard, gradient as reduced, model weights, state tensors on the device.
+Compute = Callable[[slice, torch.Tensor, torch.Tensor, Tensors], None]
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """What unscales and clips a gradient.
+
+    Attributes:
+        loss_scale: 1 outside fp16.
+        clip: Largest norm; 0 = off.
+        norm: Global norm of the unscaled gradient; `None` where the host does not wait for it (fused kernels alone).
+        square: The same on the device, scaled and squared: fp64, one element; nan leaves the update out.
+    """
+
+    loss_scale: float
+    clip: float
+    norm: float | None
+    square: torch.Tensor
+
+    @property
+    def divisor(self) -> float:
+        """What eager rules divide by."""
+        assert self.norm is not None
+        excess = (self.norm + 1e-6) / self.clip if self.clip > 0 else 1.0
+        return self.loss_scale * max(1.0, excess)
+
+
+class BlockUpdate:
+    """Updates blocks, one at a time.
+
+    Args:
+        rule: The update rule.
+        param_groups: The hyper-parameter holder's; their "lr" is not read.
+        device: Where updates run.
+        all_reduce: Sums a tensor over the ranks that share a block's state.
+        kernel: `torch` (eager) or `triton` (one fused pass, no fp32 copy of the gradient).
+        ring: What streaming states stream through.
+        seed: Draws stochastic rounding, together with block, step and rank.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        param_groups: list[dict[str, Any]],
+        device: torch.device,
+        all_reduce: Callable[[torch.Tensor], torch.Tensor],
+        kernel: str,
+        ring: Ring | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.rule, self.param_groups, self.device = rule, param_groups, device
+        self.all_reduce, self.kernel, self.ring, self.seed = all_reduce, kernel, ring, seed
+
+    def run(
+        self, state: BlockState, grad: torch.Tensor, scaling: Scaling, rates: list[float], block: int
+    ) -> torch.Tensor:
+        """Updates masters and state of a block in place. Collective for a rule that is not elementwise.
+
+        Args:
+            state: The block's; its `step` is counted up. It is `torn` until the caller ends the step.
+            grad: The averaged gradient shard, scaled and not clipped: 1-D, shard length.
+            rates: Learning rate in force, one per param group.
+            block: Tells blocks apart where rounding is random.
+
+        Returns:
+            The new model weights of this rank's shard: 1-D, in the model's dtype (fp32 where a block mixes dtypes).
+        """
+        with state.counted() as fresh:
+            weights = self._weights(state)
+            if not self.rule.elementwise:
+                for index, run in enumerate(state.shard.runs):
+                    self._whole_run(state, index, run, grad, weights, scaling, rates[run.group], block)
+                return weights
+            of_run = self._fused if self.kernel == "triton" else self._eager
+            computes = [of_run(state, run, scaling, rates[run.group], block) for run in state.shard.runs]
+            for tile, tensors in self._visit(state, state.tiles, fresh=fresh):
+                computes[tile.run](tile.span, grad[tile.span], weights[tile.span], tensors)
+        return weights
+
+    def _weights(self, state: BlockState) -> torch.Tensor:
+        """Where the new model weights go; the present ones are in it where they are the masters or a part of them."""
+        weights = torch.empty(state.shard.numel, dtype=state.shard.dtype, device=self.device)
+        if state.master is None or state.master.dtype != torch.float32:
+            state.shard.read_weights(weights)
+        return weights
+
+    def _visit(
+        self, state: BlockState, tiles: list[Tile], write: bool = True, fresh: bool = False
+    ) -> Iterator[tuple[Tile, Tensors]]:
+        if state.streams and self.ring is not None:
+            return self.ring.visit(tiles, write, fresh)
+        return ((tile, tile.home) for tile in tiles)
+
+    def _eager(self, state: BlockState, run: Run, scaling: Scaling, lr: float, block: int) -> Compute:
+        def compute(span: slice, grad: torch.Tensor, weights: torch.Tensor, tensors: Tensors) -> None:
+            master, gradient = tensors.get("master"), unscaled(grad, scaling)
+            state.torn = True
+            self.rule.update(
+                weights if master is None else master, gradient, tensors, self.param_groups[run.group], lr=lr,
+                step=state.step,
+            )  # fmt: skip
+            if master is not None:
+                weights.copy_(master)
+
+        return compute
+
+    def _fused(self, state: BlockState, run: Run, scaling: Scaling, lr: float, block: int) -> Compute:
+        from hift_kernels.rounding import mixed_seed
+
+        group = self.param_groups[run.group]
+        scalars = self._scalars(state, group, scaling, lr)
+
+        def compute(span: slice, grad: torch.Tensor, weights: torch.Tensor, tensors: Tensors) -> None:
+            seed = mixed_seed(self.seed, block, state.step, state.shard.rank, span.start)
+            state.torn = True
+            self.rule.update_fused(grad, _form(weights, tensors.get("master")), tensors, group, scalars, seed)
+
+        return compute
+
+    def _scalars(self, state: BlockState, group: dict[str, Any], scaling: Scaling, lr: float) -> torch.Tensor:
+        """What the kernels need of step, rate, norm and clipping, on the device; no wait."""
+        from hift_kernels.grad_norm import STEP, prepare
+        from hift_kernels.launching import NUM_SCALARS
+
+        scalars = torch.zeros(NUM_SCALARS, device=self.device)
+        scalars[STEP].fill_(state.step - 1)
+        scale = torch.full((1,), scaling.loss_scale, dtype=torch.float64, device=self.device)
+        prepare(scaling.square, scale, scalars, lr=lr, max_norm=scaling.clip, **self.rule.prepared(group))
+        return scalars
+
+    def _whole_run(
+        self, state: BlockState, index: int, run: Run, grad: torch.Tensor, weights: torch.Tensor, scaling: Scaling,
+        lr: float, block: int,
+    ) -> None:  # fmt: skip
+        """A rule that looks at whole parameters: it goes over the tiles of a run more than once."""
+        tiles = [tile for tile in state.tiles if tile.run == index]
+        group, gradient = self.param_groups[run.group], grad[run.start : run.stop]
+        common = dict(lr=lr, step=state.step, segments=run.segments, extra=state.extra, all_reduce=self.all_reduce)
+
+        def masters(write: bool) -> Iterator[tuple[int, torch.Tensor]]:
+            for tile, tensors in self._visit(state, tiles, write):
+                master = tensors.get("master")
+                yield tile.span.start - run.start, weights[tile.span] if master is None else master
+                if write and master is not None:
+                    weights[tile.span].copy_(master)
+
+        def forms(write: bool) -> Iterator[tuple[int, Any]]:
+            for tile, tensors in self._visit(state, tiles, write):
+                yield tile.span.start - run.start, _form(weights[tile.span], tensors.get("master"))
+
+        if self.kernel == "triton":
+            from hift_kernels.rounding import mixed_seed
+
+            seed = mixed_seed(self.seed, block, state.step, state.shard.rank, index)
+            scalars = self._scalars(state, group, scaling, lr)
+            state.torn = True
+            self.rule.update_run_fused(forms, gradient, group, scalars, seed=seed, **common)
+        else:
+            gradient = unscaled(gradient, scaling)
+            state.torn = True
+            self.rule.update_run(masters, gradient, group, **common)
+
+
+def unscaled(grad: torch.Tensor, scaling: Scaling) -> torch.Tensor:
+    """The gradient in fp32 as eager rules take it; one that is fp32 already is changed in place."""
+    gradient = grad.float()
+    return gradient if scaling.divisor == 1.0 else gradient.mul_(1.0 / scaling.divisor)
+
+
+def _form(weights: torch.Tensor, master: torch.Tensor | None) -> Any:
+    from hift_kernels.launching import Weights
+
+    if master is None:
+        return Weights("plain" if weights.dtype == torch.float32 else "none", weights)
+    return Weights("split16" if master.dtype == torch.int16 else "fp32", weights, master)

@@ -1,0 +1,141 @@
+"""The surface of DeepSpeed that hift_ds relies on: all there, and named when it is not."""
+
+import ast
+import sys
+import types
+from pathlib import Path
+
+import deepspeed
+import pytest
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+
+import hift_ds
+from hift_ds.config import surface
+
+PACKAGE = Path(hift_ds.__file__).parent
+
+
+def test_the_installed_deepspeed_has_all_of_it():
+    assert surface.missing() == []
+    surface.require()
+
+
+@pytest.mark.parametrize(
+    ("owner", "attribute", "named"),
+    [
+        (DeepSpeedEngine, "allreduce_gradients", "deepspeed.runtime.engine.DeepSpeedEngine.allreduce_gradients"),
+        (DeepSpeedEngine, "clip_fp32_gradients", "deepspeed.runtime.engine.DeepSpeedEngine.clip_fp32_gradients"),
+        (
+            DeepSpeedZeRoOffload, "partition_all_parameters",
+            "deepspeed.runtime.zero.parameter_offload.DeepSpeedZeRoOffload.partition_all_parameters",
+        ),
+        (deepspeed.comm, "reduce_scatter_tensor", "deepspeed.comm.reduce_scatter_tensor"),
+        (deepspeed, "DeepSpeedEngine", "deepspeed.DeepSpeedEngine"),
+    ],
+)  # fmt: skip
+def test_a_lacking_attribute_is_named(monkeypatch, owner, attribute, named):
+    monkeypatch.delattr(owner, attribute)
+    assert named in surface.missing()
+    with pytest.raises(RuntimeError) as caught:
+        surface.require()
+    message = str(caught.value)
+    assert message.startswith(f"deepspeed {deepspeed.__version__} lacks ")
+    assert named in message
+    assert "deepspeed>=0.19.8,<0.20" in message
+
+
+def test_a_lacking_class_is_named_once(monkeypatch):
+    from deepspeed.runtime import base_optimizer
+
+    monkeypatch.delattr(base_optimizer, "ZeROOptimizer")
+    assert surface.missing() == ["deepspeed.runtime.base_optimizer.ZeROOptimizer"]
+
+
+def test_a_lacking_module_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "deepspeed.runtime.fp16.loss_scaler", None)
+    assert "deepspeed.runtime.fp16.loss_scaler" in surface.missing()
+
+
+def test_a_module_that_only_instances_need_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "deepspeed.runtime.zero.parameter_offload", None)
+    found = surface.missing()
+    assert "deepspeed.runtime.zero.parameter_offload" in found
+    assert "deepspeed.runtime.zero.parameter_offload.DeepSpeedZeRoOffload().param_coordinator" in found
+
+
+def test_an_attribute_that_instances_no_longer_set_is_named(monkeypatch):
+    def bare(self):
+        self._config = self.client_optimizer
+
+    monkeypatch.setattr(DeepSpeedEngine, "__init__", bare)
+    found = surface.missing()
+    assert "deepspeed.runtime.engine.DeepSpeedEngine().client_optimizer" in found, "read, never set"
+    assert "deepspeed.runtime.engine.DeepSpeedEngine()._config" not in found
+
+
+def test_several_are_named_in_one_message(monkeypatch):
+    monkeypatch.delattr(DeepSpeedEngine, "get_lr")
+    monkeypatch.setattr(deepspeed, "ops", types.SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "deepspeed.ops", types.ModuleType("deepspeed.ops"))
+    with pytest.raises(RuntimeError, match=r"DeepSpeedEngine\.get_lr.*install"):
+        surface.require()
+    assert {"deepspeed.ops.__compatible_ops__", "deepspeed.runtime.engine.DeepSpeedEngine.get_lr"} <= set(
+        surface.missing()
+    )
+
+
+def test_what_our_engine_overrides_is_in_the_surface():
+    """Every method of HiFTEngine that DeepSpeed's engine also has: DeepSpeed calls it, so it must keep its name."""
+    from hift_ds.engine import HiFTEngine
+
+    overridden = {name for name in vars(HiFTEngine) if hasattr(DeepSpeedEngine, name) and not name.startswith("__")}
+    named = set(surface.SURFACE["deepspeed.runtime.engine"]["DeepSpeedEngine"])
+    assert overridden - named == set()
+
+
+def core_trees():
+    """Of the library, by dotted name under it; the planner and the scripts come by DeepSpeed's public names."""
+    return {
+        ".".join(path.relative_to(PACKAGE).with_suffix("").parts): ast.parse(path.read_text())
+        for path in PACKAGE.rglob("*.py") if "recipes" not in path.parts and "memory" not in path.parts
+    }  # fmt: skip
+
+
+def test_what_the_core_imports_from_deepspeed_is_in_the_surface():
+    """`from deepspeed... import name`, but for modules."""
+    named = {
+        f"{module}.{name}" for module, owners in surface.SURFACE.items() for name in (*owners, *owners.get("", ()))
+    }
+    lacking = []
+    for stem, tree in core_trees().items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "deepspeed":
+                full = [f"{node.module}.{alias.name}" for alias in node.names]
+                lacking += [f"{stem}: {name}" for name in full if name not in named and name not in surface.SURFACE]
+    assert lacking == []
+
+
+@pytest.mark.parametrize(
+    ("stem", "class_name", "base"),
+    [
+        ("engine", "HiFTEngine", ("deepspeed.runtime.engine", "DeepSpeedEngine")),
+        ("zero.optimizer", "HiFTOptimizer", ("deepspeed.runtime.base_optimizer", "ZeROOptimizer")),
+    ],
+)
+def test_what_our_classes_take_from_their_base_is_in_the_surface(stem, class_name, base):
+    """`self.name` of something that the class does not define itself."""
+    (own,) = [n for n in core_trees()[stem].body if isinstance(n, ast.ClassDef) and n.name == class_name]
+    used, defined = set(), set()
+    for node in ast.walk(own):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            defined.add(node.name)
+        elif isinstance(node, (ast.AnnAssign, ast.Assign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            defined |= {t.id for target in targets for t in ast.walk(target) if isinstance(t, ast.Name)}
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
+            (defined if isinstance(node.ctx, ast.Store) else used).add(node.attr)
+    module, class_in_module = base
+    named = set(surface.SURFACE[module][class_in_module])
+    named |= set(surface.INSTANCE_SURFACE.get(module, {}).get(class_in_module, ()))
+    assert used - defined - named - {"module"} == set()  # DeepSpeed writes `module` into __dict__

@@ -1,0 +1,56 @@
+"""One update of one block: what the kernels are given."""
+
+from itertools import product
+
+import pytest
+import torch
+from torch import nn
+
+from hift_ds.config.optimizers import rule_from_config
+from hift_ds.rules import adafactor_fused
+from hift_ds.shards import BlockShard
+from hift_ds.state.block_state import BlockState, Storage
+from hift_ds.zero.update import BlockUpdate, Scaling
+
+CPU = torch.device("cpu")
+SCALING = Scaling(1.0, 0.0, None, torch.ones(1, dtype=torch.float64))
+
+
+def seeds_of(kind: str, monkeypatch) -> dict[tuple[int, ...], int]:
+    """(seed, block, rank, step, tile or run) -> the seed that the kernel draws its rounding from."""
+    found: dict[tuple[int, ...], int] = {}
+    rule, defaults = rule_from_config(kind, {})
+    given: list[int] = []
+    monkeypatch.setattr(type(rule), "update_fused", lambda self, *args: given.append(args[-1]))
+    monkeypatch.setattr(adafactor_fused, "update_run", lambda *args, seed, **_: given.append(seed))
+    params = {name: nn.Parameter(torch.randn(600).bfloat16()) for name in ("matrix", "norm")}
+    groups = [{**defaults, "params": [param]} for param in params.values()]
+    for seed, block, rank in product((0, 1), (0, 1), (0, 1)):
+        shard = BlockShard(list(params.items()), {"matrix": 0, "norm": 1}, 2, rank)
+        state = BlockState(shard, rule, groups, Storage(CPU), tile_numel=128)
+        update = BlockUpdate(rule, groups, CPU, lambda tensor: tensor, "triton", seed=seed)
+        for step in (1, 2):
+            given.clear()
+            update.run(state, torch.zeros(shard.numel), SCALING, [0.1, 0.1], block)
+            found |= {(seed, block, rank, step, index): value for index, value in enumerate(given)}
+    return found
+
+
+@pytest.mark.parametrize(("kind", "parts"), [("AdamW", 6), ("Adafactor", 2)])
+def test_no_two_tiles_steps_blocks_ranks_or_seeds_round_alike(monkeypatch, kind, parts):
+    """The same noise twice would be an error that does not average out."""
+    found = seeds_of(kind, monkeypatch)
+    assert len(found) == 2 * 2 * 2 * 2 * parts
+    assert len(set(found.values())) == len(found)
+
+
+def test_a_resumed_step_rounds_as_the_uninterrupted_one(monkeypatch):
+    assert seeds_of("AdamW", monkeypatch) == seeds_of("AdamW", monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("scale", "clip", "norm", "divisor"),
+    [(1.0, 0.0, 9.0, 1.0), (8.0, 0.0, 9.0, 8.0), (8.0, 3.0, 6.0, 16.0), (8.0, 3.0, 1.0, 8.0)],
+)
+def test_a_gradient_is_unscaled_and_clipped_only_where_its_norm_exceeds_the_bound(scale, clip, norm, divisor):
+    assert Scaling(scale, clip, norm, torch.ones(1)).divisor == pytest.approx(divisor, rel=1e-6)
