@@ -220,7 +220,7 @@ def test_run_shows_plan_memory_answers_steps_and_where_the_model_is(by_deepspeed
         *(rf"^ +{index} │ +{index} │ model\.layers\.{index - 1} +│" for index in (1, 2, 3, 4)),
         r"^largest block: model\.layers\.0, ",
         r"^ +Peak memory of a rank, MiB: forecast for a card *$",
-        r"^host memory: masters and state │",
+        r"^host: masters and moments │",
         r"^before training: held-out loss \d\.\d{3}$",
         r"^  Q: what is thing\d\n  A: .*$",
         r"^step 8/8  loss \d\.\d{3} lr \d\.\de-\d\d [\d,]+ tok/s model\.layers\.0$",
