@@ -57,11 +57,12 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     add("--host_memory", metavar="SIZE", help="of one node, as 256GiB (default: not checked)")
     add("--micro_batch", type=positive, metavar="B", help="rows per GPU and forward (default: the config's, or 1)")
     add("--seq", type=positive, default=512, metavar="S", help="tokens of a row (default: %(default)s)")
+    add("--optimizer", metavar="NAME", help="AdamW, SGD, ... with defaults, instead of the config's")
     add("--precision", choices=("fp32", "bf16", "fp16"), help="instead of the config's")
     add("--stage", type=int, choices=(0, 1, 2, 3), help="ZeRO stage, instead of the config's")
     add("--layers_per_block", type=positive, metavar="M", help="instead of the config's (default: 1)")
     add("--attn", choices=("sdpa", "eager"), help="attention (default: transformers' choice, mostly sdpa)")
-    add("--activation_checkpointing", action="store_true", help="recompute activations in backward")
+    add("--gradient_checkpointing", action="store_true", help="recompute activations in backward")
     add("--padded", action="store_true", help="rows have padding (default: they are full, as packed rows are)")
     add("--every_block", action="store_true", help="trace each block: slower; by default alike blocks are interpolated")
     add("--json", nargs="?", const="-", metavar="FILE", help="everything in bytes, to a file or instead of the table")
@@ -82,7 +83,7 @@ def run_plan(args: argparse.Namespace) -> int:
     _check_outputs(args)
     request = request_of(args)
     planner = Planner(load_config(str(fetch_sample()) if args.model == SAMPLE else args.model))
-    if request.hift.layers_per_block is None and request.hift.blocks is None:
+    if request.config.hift.layers_per_block is None and request.config.hift.blocks is None:
         request = _with_chosen_blocks(planner, request)
     plan = planner.plan(request, args.every_block)
     advice = None if plan.fits in (None, True) else advise(planner, plan)
@@ -106,7 +107,7 @@ def _with_chosen_blocks(planner: Planner, request: Request) -> Request:
 
     if request.gpu_memory is None:
         raise ValueError("hift.layers_per_block=null: the choice needs the size of a card; add --gpu_memory")
-    choice = largest_blocks(planner, request, request.gpu_memory, apart=True)
+    choice = largest_blocks(planner, request, request.gpu_memory)
     print(f"layers_per_block: {choice.note}", file=sys.stderr)
     return request.changed("hift", "layers_per_block", value=choice.layers_per_block)
 

@@ -16,7 +16,7 @@ from deepspeed.runtime.zero import parameter_offload
 from torch.utils import _pytree as pytree
 
 from hift_ds.config.keys import HiFTConfig
-from hift_ds.config.optimizers import check_form, rule_from_config, rule_from_optimizer
+from hift_ds.config.resolve import ResolvedConfig
 from hift_ds.distributed import agree, of_rank_0, require_alike
 from hift_ds.rotation.blocks import BlockPlan
 from hift_ds.rotation.param_groups import (
@@ -28,16 +28,14 @@ from hift_ds.rotation.param_groups import (
 )
 from hift_ds.rotation.rotation import Rotation
 from hift_ds.rotation.schedule import CycleScheduler
-from hift_ds.rules import Rule
-from hift_ds.state.formats import Form
+from hift_ds.state.block_state import card_bytes
 from hift_ds.view import HiFT
 from hift_ds.zero import checkpoint
 from hift_ds.zero.activations import use_non_reentrant_checkpointing
 from hift_ds.zero.attachment import Flags
-from hift_ds.zero.gradients import Averaging, GradientReducer, accumulation_dtype
+from hift_ds.zero.gradients import GradientReducer
 from hift_ds.zero.offload import WEIGHTS
 from hift_ds.zero.optimizer import ENDED, HiFTOptimizer
-from hift_ds.zero.settings import Settings, card_bytes, offload_optimizer, updates_on_host
 
 logger = logging.getLogger(__name__)
 LIVING: weakref.WeakSet[HiFTEngine] = weakref.WeakSet()  # from initialize to destroy
@@ -51,11 +49,16 @@ class HiFTEngine(DeepSpeedEngine):
     """
 
     # Given by initialize() before __init__ runs, which calls _configure_optimizer.
-    hift_config: HiFTConfig
+    resolved: ResolvedConfig
     block_plan: BlockPlan
     as_found: Flags
     separate_host: bool | None = None
     _released = _destroyed = False
+
+    @property
+    def hift_config(self) -> HiFTConfig:
+        """The "hift" section, with what null has chosen."""
+        return self.resolved.hift
 
     def _configure_optimizer(self, client_optimizer: Any, model_parameters: Any) -> None:
         use_non_reentrant_checkpointing(self.module)
@@ -66,17 +69,17 @@ class HiFTEngine(DeepSpeedEngine):
         if "throughput" not in (self.config.get("timers") or {}):
             # By default this timer waits for the device at every micro step; no state would stream meanwhile.
             self.tput_timer.config.synchronized = False
-        holder, rule = self._hyper_parameters(client_optimizer, model_parameters)
+        holder = self._hyper_parameters(client_optimizer, model_parameters)
+        rule = self.resolved.rule
         check_inside(holder, self.module)
         check_step(holder)
         self._check_for_duplicates(holder)
         for group in holder.param_groups:
             rule.check_group(group)
         check_coverage(holder, params)
-        check_form(self.hift_config.state.master, self.hift_config.state.moments, rule, self.get_data_types()[0])
         self.basic_optimizer = holder
         offload = self._make_offload() if self.zero_optimization_stage() == 3 else None
-        config = self.hift_config
+        config = self.resolved.hift
         rotation = Rotation(len(self.block_plan.blocks), config.order, config.seed, config.steps_per_block)
         self.optimizer = HiFTOptimizer(
             holder=holder,
@@ -86,7 +89,7 @@ class HiFTEngine(DeepSpeedEngine):
             params=params,
             as_found=self.as_found,
             rotation=rotation,
-            reducer=self._make_reducer(),
+            reducer=GradientReducer.of(self.resolved, self.seq_data_parallel_group),
             loss_scaler=CreateLossScaler(
                 dtype=self.get_data_types()[0],
                 static_loss_scale=self.loss_scale(),
@@ -97,62 +100,27 @@ class HiFTEngine(DeepSpeedEngine):
             lr_update=config.lr_update,
             device=self.device,
             group=self.seq_data_parallel_group,
-            settings=Settings(
-                stage=self.zero_optimization_stage(),
-                world=self.seq_dp_world_size,
-                clip=self.gradient_clipping(),
-                publish_numel=self.zero_allgather_bucket_size(),
-                reset_state=config.inactive_state == "reset",
-                kernel=config.kernel,  # resolved by initialize()
-                form=Form(config.state.master, config.state.moments),
-                resident=config.state.residency == "device",
-                ring_bytes=config.state.ring_bytes,
-                pin_memory=config.state.pin_memory and self._pins_memory(),
-                on_host=updates_on_host(self.config) and (self.device.type != "cpu" or bool(self.separate_host)),
-                separate_host=self.separate_host,
-                seed=config.seed,
-                no_gradient=config.no_gradient,
-                card_bytes=card_bytes(self.device),
-            ),
+            config=self.resolved,
+            card_bytes=card_bytes(self.device),
         )
         self.optimizer.end_window = self._end_window
         self.hift = HiFT(self.block_plan, self.optimizer)
         self._hook_outputs()
         LIVING.add(self)
 
-    def _pins_memory(self) -> bool:
-        # Only a written `false` counts: DeepSpeed's own default of the key is false too.
-        return offload_optimizer(self.config).get("pin_memory") is not False
-
-    def _hyper_parameters(self, client_optimizer: Any, model_parameters: Any) -> tuple[torch.optim.Optimizer, Rule]:
+    def _hyper_parameters(self, client_optimizer: Any, model_parameters: Any) -> torch.optim.Optimizer:
         if client_optimizer is None:
             # DeepSpeed's own way would compile FusedAdam or CPUAdam just to hold a learning rate.
-            rule, defaults = rule_from_config(self.optimizer_name(), self.optimizer_params() or {})
-            return HyperParameters(trainable_groups(model_parameters), defaults), rule
+            return HyperParameters(trainable_groups(model_parameters), dict(self.resolved.group))
         if not isinstance(client_optimizer, torch.optim.Optimizer):
             client_optimizer = client_optimizer(model_parameters)
+            self.resolved = self.resolved.with_optimizer(client_optimizer)
         if any(client_optimizer.state.values()) and self.global_rank == 0:
             logger.warning(
                 "the optimizer has state (momentum) of earlier steps: HiFT does not take it over and begins with fresh "
                 "state"
             )
-        return client_optimizer, rule_from_optimizer(client_optimizer)
-
-    def _make_reducer(self) -> GradientReducer:
-        model_dtype, asked = self.get_data_types()
-        asked = None if self._config.grad_accum_dtype is None else asked
-        accumulates = self.gradient_accumulation_steps() > 1 or not self.managed_gradient_accumulation()
-        world = self.seq_dp_world_size
-        predivide = self.gradient_predivide_factor() if self.postscale_gradients() else float(world)
-        return GradientReducer(
-            stage=self.zero_optimization_stage(),
-            group=self.seq_data_parallel_group,
-            world=world,
-            averaging=Averaging(self.communication_data_type, predivide, self.gradient_average),
-            accumulation_dtype=accumulation_dtype(asked, model_dtype, accumulates),
-            bucket_numel=self.zero_reduce_bucket_size(),
-            overlap=bool(self.zero_overlap_comm()),
-        )
+        return client_optimizer
 
     def _make_offload(self) -> Any:
         """DeepSpeed's ZeRO-3 parameter manager over the whole module, able to make one coordinator per block."""
@@ -175,7 +143,7 @@ class HiFTEngine(DeepSpeedEngine):
 
     def _configure_lr_scheduler(self) -> None:
         super()._configure_lr_scheduler()
-        if self.lr_scheduler is not None and self.hift_config.lr_update == "paper":
+        if self.lr_scheduler is not None and self.resolved.hift.lr_update == "paper":
             self.lr_scheduler = CycleScheduler(self.lr_scheduler, self.optimizer.rotation)
         self.optimizer.scheduler = self.lr_scheduler
         self.optimizer.rate.try_look_ahead(self.lr_scheduler, agree)

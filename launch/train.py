@@ -150,13 +150,13 @@ def show_memory(engine: Any, run: Any, args: argparse.Namespace, display: Any) -
     """The forecast of the run, by role, beside full fine-tuning's; returns its peaks for the summary. On rank 0."""
     from hift_ds.memory.figures import Plan
     from hift_ds.recipes.display import memory_table, saved
-    from hift_ds.recipes.forecast import card_of, forecast
+    from hift_ds.recipes.forecast import forecast
+    from hift_ds.state.block_state import card_bytes
 
     if not display.active:
         return {}
-    card = card_of(engine, None)
-    common = (engine, run.ds_config, args.seq_len, args.gradient_checkpointing, True, card)
-    plan = forecast(*common, on_cpu=False, ends_alone=True)
+    common = (engine, run.ds_config, args.seq_len, args.gradient_checkpointing, True, card_bytes(engine.device))
+    plan = forecast(*common, device_type="cuda", ends_alone=True)
     if not isinstance(plan, Plan):
         display.print(f"no forecast of memory: {plan}", markup=False)
         return {}

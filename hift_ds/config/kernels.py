@@ -19,20 +19,16 @@ class KernelChoice:
     why_not: str | None = None
 
 
-def choose_kernel(
-    kernel: str | None, device_type: str, compact: bool = False, on_host: bool = False
-) -> KernelChoice:
-    """This rank's choice.
+def check_kernel(kernel: str | None, compact: bool, on_host: bool) -> None:
+    """Refuses what no machine can do.
 
     Args:
-        kernel: `hift.kernel`. `None` takes the fused kernels where `compact` needs them, and on a CUDA device on which
-            a probe gives the right bits.
-        device_type: Where the updates run.
+        kernel: `hift.kernel`.
         compact: `hift.state` asks for masters or moments that are not fp32.
         on_host: `offload_optimizer.device: cpu` asks for updates on the host.
 
     Raises:
-        ValueError: `triton` where kernels cannot run; `torch` where only kernels can.
+        ValueError: Kernels are asked for where none are, or eager torch where only kernels can.
     """
     if on_host and (kernel == "triton" or compact):
         what = "hift.kernel='triton'" if kernel == "triton" else "hift.state"
@@ -44,7 +40,23 @@ def choose_kernel(
         raise ValueError(
             "hift.kernel='torch': updates masters and moments in fp32 alone; use null or 'triton' with this hift.state"
         )
-    if expected_kernel(kernel, device_type != "cuda", compact, on_host) == "torch":
+
+
+def choose_kernel(
+    kernel: str | None, device_type: str, compact: bool = False, on_host: bool = False
+) -> KernelChoice:
+    """This rank's choice, of what `check_kernel` has passed.
+
+    Args:
+        kernel: `None` takes the fused kernels where `compact` needs them, and on a CUDA device on which a probe gives
+            the right bits.
+        device_type: Where the updates run.
+        compact, on_host: As of `check_kernel`.
+
+    Raises:
+        ValueError: `triton`, or a `hift.state` that needs it, where kernels cannot run.
+    """
+    if expected_kernel(kernel, device_type, compact, on_host) == "torch":
         return KernelChoice("torch")
     why_not = _trouble(device_type, kernel is None, compact)
     if why_not is None:
@@ -56,9 +68,9 @@ def choose_kernel(
     raise ValueError(f"{asked}: {why_not}; {remedy}")
 
 
-def expected_kernel(kernel: str | None, on_cpu: bool, compact: bool, on_host: bool) -> str:
+def expected_kernel(kernel: str | None, device_type: str, compact: bool, on_host: bool) -> str:
     """What `choose_kernel` will choose where nothing is wrong with the kernels; for plans, which have no device."""
-    fused = kernel == "triton" or compact or (kernel is None and not on_cpu and not on_host)
+    fused = kernel == "triton" or compact or (kernel is None and device_type == "cuda" and not on_host)
     return "triton" if fused else "torch"
 
 

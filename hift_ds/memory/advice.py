@@ -41,7 +41,7 @@ class Advice:
 def advise(planner: Planner, plan: Plan) -> Advice:
     """The cheapest change, or set of changes, after which `plan`'s request fits."""
     probe = _Probe(planner, plan)
-    changes = [change for change in _changes(plan.request) if change.apply(plan.request) is not None]
+    changes = [change for change in _changes(plan.request) if _can(change, plan.request)]
     for change in changes:
         if probe.fits((change,)):
             found = planner.plan(_applied(plan.request, (change,)))
@@ -71,8 +71,8 @@ class _Probe:
         self._indices = sorted({plan.blocks.index(plan.worst), 0, 1, max(0, last - 1), last})
 
     def fits(self, changes: tuple[Change, ...]) -> bool:
-        request = _applied(self._plan.request, changes)
         try:
+            request = _applied(self._plan.request, changes)
             layout = self._planner.layout(request)
         except (ValueError, TypeError):  # not with this model or these settings
             return False
@@ -85,6 +85,15 @@ class _Probe:
         if layout.weights + layout.device_state + RESERVE_BYTES > limit:
             return False  # without a look at activations
         return self._planner.peak(request, self._indices) + RESERVE_BYTES <= limit
+
+
+def _can(change: Change, request: Request) -> bool:
+    """Whether there is something to change, and `hift_ds.initialize` would take what comes of it."""
+    changed = change.apply(request)
+    try:
+        return changed is not None and changed.config is not None
+    except (ValueError, TypeError):
+        return False
 
 
 def _applied(request: Request, changes: tuple[Change, ...]) -> Request:
@@ -103,7 +112,7 @@ def _changes(request: Request) -> Iterator[Change]:
     for size in RING_SIZES:
         yield Change(f'"ring_bytes": {size} in hift.state', "less of the copies is hidden", partial(_ring, size=size))
     yield Change("activation checkpointing", "about one more forward a step", _checkpointing)
-    rows = request.micro_batch // 2
+    rows = request.config.micro_batch // 2
     while rows >= 1:
         what = f"micro batch {rows} and as many more micro steps"
         yield Change(what, "smaller products, a little slower", partial(_micro_batch, rows=rows))
@@ -128,57 +137,60 @@ def _checkpointing(request: Request) -> Request | None:
 
 
 def _stream(request: Request) -> Request | None:
-    streams = request.hift.state.residency == "stream"
+    streams = request.config.hift.state.residency == "stream"
     return None if streams else request.changed("hift", "state", "residency", value=None)
 
 
 def _smallest_blocks(request: Request) -> Request | None:
-    one = (request.hift.layers_per_block or 1) == 1
+    one = (request.config.hift.layers_per_block or 1) == 1
     return None if one else request.changed("hift", "layers_per_block", value=1)
 
 
 def _stage_2(request: Request) -> Request | None:
-    return None if request.world == 1 or request.stage >= 2 else request.changed("zero_optimization", "stage", value=2)
+    if request.world == 1 or request.config.stage >= 2:
+        return None
+    return request.changed("zero_optimization", "stage", value=2)
 
 
 def _stage_3(request: Request) -> Request | None:
-    return None if request.world == 1 or request.stage == 3 else request.changed("zero_optimization", "stage", value=3)
+    if request.world == 1 or request.config.stage == 3:
+        return None
+    return request.changed("zero_optimization", "stage", value=3)
 
 
 def _split16(request: Request) -> Request | None:
-    if request.precision != "bf16" or request.hift.state.master != "fp32" or request.host_memory is None:
+    if request.config.precision != "bf16" or request.config.hift.state.master != "fp32" or request.host_memory is None:
         return None
     return request.changed("hift", "state", "master", value="split16")
 
 
 def _ring(request: Request, size: int) -> Request | None:
-    state = request.hift.state
+    state = request.config.hift.state
     if state.residency != "stream" or size >= (state.ring_bytes or ring_limit(request.gpu_memory)):
         return None
     return request.changed("hift", "state", "ring_bytes", value=size)
 
 
 def _micro_batch(request: Request, rows: int) -> Request | None:
-    if request.micro_batch % rows or rows >= request.micro_batch:
+    if request.config.micro_batch % rows or rows >= request.config.micro_batch:
         return None
-    steps = request.ds_config["gradient_accumulation_steps"] * request.micro_batch // rows
+    steps = request.config.micro_steps * request.config.micro_batch // rows
     changed = request.changed("gradient_accumulation_steps", value=steps)
     return changed.changed("train_micro_batch_size_per_gpu", value=rows)
 
 
 def _bf16_moments(request: Request) -> Request | None:
-    if request.host_memory is None or request.hift.state.moments != "fp32":
+    if request.host_memory is None or request.config.hift.state.moments != "fp32":
         return None
     return request.changed("hift", "state", "moments", value="bf16")
 
 
 def _bf16(request: Request) -> Request | None:
-    return request.changed("bf16", value={"enabled": True}) if request.precision == "fp32" else None
+    return request.changed("bf16", value={"enabled": True}) if request.config.precision == "fp32" else None
 
 
 def _offload(request: Request) -> Request | None:
-    section = request.ds_config["zero_optimization"].get("offload_param") or {}
-    if request.stage == 3 and section.get("device") == "cpu":
+    if request.config.offloads_params:
         return None
     staged = request.changed("zero_optimization", "stage", value=3)
     return staged.changed("zero_optimization", "offload_param", value={"device": "cpu"})

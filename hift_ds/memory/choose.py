@@ -13,13 +13,11 @@ import psutil
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.config import DeepSpeedConfig
 
-from hift_ds.config.optimizers import rule_from_optimizer
 from hift_ds.distributed import agree
 from hift_ds.memory.plan import Planner
-from hift_ds.memory.request import RESERVE_BYTES, Request, zero_section
-from hift_ds.zero.settings import card_bytes
+from hift_ds.memory.request import RESERVE_BYTES, Request
+from hift_ds.state.block_state import card_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -41,17 +39,19 @@ class Choice:
 
 
 def choose_layers_per_block(
-    module: Any, ds_config: Mapping[str, Any], world: int, memory: int, apart: bool, card: int | None = None
-) -> Choice:
+    module: Any, ds_config: Mapping[str, Any], world: int, memory: int, device_type: str, card: int | None = None,
+    optimizer: Any = None,
+) -> Choice:  # fmt: skip
     """The choice for a transformers model; 1, with a warning, for a module that cannot be traced.
 
     Args:
         module: The model; only its class and config are looked at.
-        ds_config: A DeepSpeed config with batch sizes resolved, "optimizer" and "hift".
+        ds_config: A DeepSpeed config with a "hift" section.
         world: Ranks.
         memory: Bytes that a rank may use.
-        apart: Host and device are separate memories; otherwise the host's state counts, too.
+        device_type: Where the model trains.
         card: Bytes of the card, by which the run chooses its ring.
+        optimizer: The client's, if there is one; that of a function, which is not made yet, is taken for AdamW.
     """
     config = getattr(module, "config", None)
     if not hasattr(module, "_from_config") or config is None:
@@ -59,19 +59,24 @@ def choose_layers_per_block(
     seq = _sequence(ds_config, config)
     checkpointing = bool(getattr(module, "is_gradient_checkpointing", False))
     attention = getattr(config, "_attn_implementation", None)
-    request = Request(ds_config, seq, attention, checkpointing, gpus=world, gpu_memory=card, on_cpu=not apart)
+    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        ds_config, optimizer = {**ds_config, "optimizer": {"type": "AdamW"}}, None
+    request = Request(
+        ds_config, seq, attention, checkpointing, gpus=world, gpu_memory=card, device_type=device_type,
+        optimizer=optimizer,
+    )  # fmt: skip
     frozen = [fqn for fqn, param in module.named_parameters() if not param.requires_grad]
     try:
-        return largest_blocks(Planner(copy.deepcopy(config), type(module), frozen), request, memory, apart)
+        return largest_blocks(Planner(copy.deepcopy(config), type(module), frozen), request, memory)
     except Exception as error:  # whatever a model's own code raises on fake tensors
         return Choice(1, f"{type(module).__name__} cannot be traced ({error}): 1", warning=True)
 
 
-def largest_blocks(planner: Planner, request: Request, memory: int, apart: bool) -> Choice:
+def largest_blocks(planner: Planner, request: Request, memory: int) -> Choice:
     """The choice for a request.
 
     Args:
-        memory, apart: As in `choose_layers_per_block`.
+        memory: As in `choose_layers_per_block`.
     """
 
     def need(layers_per_block: int) -> int:
@@ -79,9 +84,9 @@ def largest_blocks(planner: Planner, request: Request, memory: int, apart: bool)
         layout = planner.layout(asked)
         last = len(layout.plan.blocks) - 1
         peak = planner.peak(asked, sorted({0, 1, max(0, last - 1), last}))
-        return peak + (RESERVE_BYTES if apart else layout.host_state())
+        return peak + (0 if layout.config.device_type == "cpu" else RESERVE_BYTES)
 
-    found = (f"{memory / 2**30:.1f} GiB", f"{request.micro_batch} x {request.seq} tokens")
+    found = (f"{memory / 2**30:.1f} GiB", f"{request.config.micro_batch} x {request.seq} tokens")
     smallest = need(1)
     if smallest > memory:
         note = f"1, but even that needs {smallest / 2**30:.1f} GiB of {found[0]} at {found[1]}"
@@ -118,10 +123,9 @@ def agreed_layers_per_block(module: Any, ds_config: Mapping[str, Any], optimizer
     def choose() -> Choice | None:
         if dist.get_rank():
             return None
-        apart = get_accelerator().device_name() != "cpu"
-        config = _resolved(ds_config, optimizer)
         card = card_bytes(torch.device(get_accelerator().current_device_name()))
-        return choose_layers_per_block(module, config, len(found), min(found), apart, card)
+        device_type = get_accelerator().device_name()
+        return choose_layers_per_block(module, ds_config, len(found), min(found), device_type, card, optimizer)
 
     choices: list[Choice | None] = [None] * len(found)
     dist.all_gather_object(choices, agree(choose))
@@ -143,19 +147,3 @@ def memory_found() -> int:
         return accelerator.total_memory()
     free, total = torch.cuda.mem_get_info()
     return min(free + torch.cuda.memory_reserved(), int(total * torch.cuda.get_per_process_memory_fraction()))
-
-
-def _resolved(ds_config: Mapping[str, Any], optimizer: Any) -> dict[str, Any]:
-    """The config with DeepSpeed's batch sizes, and an "optimizer" section that keeps as much state as a client's."""
-    config = copy.deepcopy(dict(ds_config))
-    known = DeepSpeedConfig(config)
-    config["train_micro_batch_size_per_gpu"] = known.train_micro_batch_size_per_gpu
-    config["gradient_accumulation_steps"] = known.gradient_accumulation_steps
-    config["zero_optimization"] = zero_section(config)
-    config.pop("train_batch_size", None)
-    if isinstance(optimizer, torch.optim.Optimizer):
-        momentum = {key: optimizer.param_groups[0][key] for key in ("momentum",) if key in optimizer.param_groups[0]}
-        config["optimizer"] = {"type": rule_from_optimizer(optimizer).name, "params": momentum}
-    elif not config.get("optimizer"):
-        config["optimizer"] = {"type": "AdamW"}
-    return config

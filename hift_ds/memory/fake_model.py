@@ -101,7 +101,7 @@ class FakeModel:
         if checkpointing:
             if not getattr(self.module, "supports_gradient_checkpointing", False):
                 raise ValueError(
-                    f"--activation_checkpointing: {type(self.module).__name__} has none; leave the option out"
+                    f"--gradient_checkpointing: {type(self.module).__name__} has none; leave the option out"
                 )
             self.module.gradient_checkpointing_enable({"use_reentrant": False})
             use_non_reentrant_checkpointing(self.module)

@@ -24,13 +24,12 @@ import torch
 from hift_ds.memory.figures import Figures, Moment
 from hift_ds.memory.gathering import Gathered
 from hift_ds.memory.layout import Layout
-from hift_ds.memory.request import Request
 from hift_ds.memory.trace import FETCH, GRADIENT, Event
 
 FLATTENED = 500_000_000
 
 
-def full_figures(layout: Layout, request: Request, events: Sequence[Event]) -> tuple[Figures, int]:
+def full_figures(layout: Layout, events: Sequence[Event]) -> tuple[Figures, int]:
     """The figures, and bytes of a rank's host memory.
 
     Args:
@@ -38,11 +37,11 @@ def full_figures(layout: Layout, request: Request, events: Sequence[Event]) -> t
     """
     trained = layout.trained
     numel, element = sum(layout.params[fqn].numel() for fqn in trained), layout.dtype.itemsize
-    on_host = layout.settings.on_host
+    on_host = layout.config.home == "host"
     state = _state_bytes(layout, trained)
     gathered = layout.gathered(events)
-    worst = max(full_moments(layout, request, events, gathered), key=lambda moment: moment.nbytes)
-    shard = numel // (layout.world if layout.stage >= 1 else 1)
+    worst = max(full_moments(layout, events, gathered), key=lambda moment: moment.nbytes)
+    shard = numel // (layout.config.world if layout.config.stage >= 1 else 1)
     return Figures(
         "full fine-tuning", numel, layout.weights + worst.weights, 0 if on_host else state, worst.gradients,
         worst.activations, worst.phase, state if on_host else 0, shard * element if on_host else 0,
@@ -50,9 +49,7 @@ def full_figures(layout: Layout, request: Request, events: Sequence[Event]) -> t
     ), state if on_host else 0  # fmt: skip
 
 
-def full_moments(
-    layout: Layout, request: Request, events: Sequence[Event], gathered: Gathered
-) -> Iterator[Moment]:  # fmt: skip
+def full_moments(layout: Layout, events: Sequence[Event], gathered: Gathered) -> Iterator[Moment]:
     """Moments of a step, among them the worst of each phase.
 
     Args:
@@ -71,15 +68,15 @@ def full_moments(
         yield Moment(phase, weights, during, event.current)
         weights = gathered.after[index]
     yield Moment("backward", gradients=at_the_end)
-    yield Moment("update", gradients=_update_bytes(layout, numel, _temporaries(layout, request, sizes)))
+    yield Moment("update", gradients=_update_bytes(layout, numel, _temporaries(layout, sizes)))
 
 
 def _held(layout: Layout, events: Sequence[Event], numel: int) -> tuple[list[tuple[int, int]], int]:
     """Bytes of gradients that stay, before each event and at most right after it; and at the end of backward."""
-    stage, element = layout.stage, layout.dtype.itemsize
-    part, buckets, size = _part_bytes(layout, numel), _bucket_bytes(layout), layout.zero.reduce_bucket_size
-    several = layout.micro_steps > 1
-    at_once = stage >= 2 or (stage == 1 and layout.zero.overlap_comm)  # else after backward
+    stage, element = layout.config.stage, layout.dtype.itemsize
+    part, buckets, size = _part_bytes(layout, numel), _bucket_bytes(layout), layout.config.zero.reduce_bucket_size
+    several = layout.config.micro_steps > 1
+    at_once = stage >= 2 or (stage == 1 and layout.config.zero.overlap_comm)  # else after backward
     if stage < 2:  # gradients stay where autograd leaves them; at the boundary those reduced at once go
         held, stays = several * (numel * element + buckets), not (several or at_once)
     else:
@@ -107,68 +104,68 @@ def _held(layout: Layout, events: Sequence[Event], numel: int) -> tuple[list[tup
 
 def _flattened_at_stage_3(layout: Layout, numel: int, number: int) -> int:
     """The copy of a bucket of `number` gradients in the order of the ranks' parts; a lone one is sent as it is."""
-    return numel * layout.dtype.itemsize if layout.stage == 3 and layout.world > 1 and number > 1 else 0
+    return numel * layout.dtype.itemsize if layout.config.stage == 3 and layout.config.world > 1 and number > 1 else 0
 
 
 def _part_bytes(layout: Layout, numel: int) -> int:
     """A rank's part of the gradients."""
-    if layout.stage == 0 or layout.settings.on_host:
+    if layout.config.stage == 0 or layout.config.home == "host":
         return 0
-    return numel // layout.world * layout.dtype.itemsize
+    return numel // layout.config.world * layout.dtype.itemsize
 
 
 def _update_bytes(layout: Layout, numel: int, temporaries: int) -> int:
     """Gradients and their copies, and what the optimizer makes."""
     element, part = layout.dtype.itemsize, _part_bytes(layout, numel)
     cast = 4 if element != 4 else 0
-    if layout.settings.on_host:
-        return _bucket_bytes(layout) if layout.stage == 3 else 0
-    if layout.stage == 0:
+    if layout.config.home == "host":
+        return _bucket_bytes(layout) if layout.config.stage == 3 else 0
+    if layout.config.stage == 0:
         flattened = cast * numel if _fused(layout) and layout.rule.name == "adamw" else 0
         return (element + cast) * numel + max(flattened, temporaries)
-    numel //= layout.world
-    if layout.stage == 3:
-        numel = min(numel, layout.zero.sub_group_size)
+    numel //= layout.config.world
+    if layout.config.stage == 3:
+        numel = min(numel, layout.config.zero.sub_group_size)
     copies = (element + cast) * numel
-    if layout.stage == 3:
+    if layout.config.stage == 3:
         return part + _bucket_bytes(layout) + max(copies, 4 * numel + temporaries)
-    parts = 2 if layout.stage == 2 and layout.micro_steps > 1 else 1
+    parts = 2 if layout.config.stage == 2 and layout.config.micro_steps > 1 else 1
     return max(parts * part + copies, 4 * numel + temporaries)
 
 
 def _fused(layout: Layout) -> bool:
     """Whether DeepSpeed makes the update with a kernel of its own."""
-    switches = layout.deepspeed.optimizer_params or {}
+    switches = layout.config.optimizer_params
     return layout.rule.name in ("adamw", "lion") and not switches.get("torch_adam")
 
 
-def _temporaries(layout: Layout, request: Request, sizes: Sequence[int]) -> int:
+def _temporaries(layout: Layout, sizes: Sequence[int]) -> int:
     """Bytes of the fp32 tensors that torch's AdamW, Adagrad and SGD make while they update parameters.
 
     On CUDA they update all tensors of a group at once (`foreach`), on a CPU one after the other; from stage 1 on all
     parameters of a rank (of a sub-group) are one tensor. Counted in torch 2.13's torch/optim.
     """
-    params = layout.deepspeed.optimizer_params or {}
+    params, on_cpu = layout.config.optimizer_params, layout.config.device_type == "cpu"
     if _fused(layout) or params.get("fused"):
         return 0
     name = layout.rule.name
     decayed = bool(params.get("weight_decay")) and name != "adamw"  # a gradient with decay in it
     # On CUDA Adagrad works in that gradient, or makes another tensor.
-    number = {"adamw": 2, "adagrad": 1 + decayed} if request.on_cpu else {"adamw": 1, "adagrad": 2}
-    if layout.stage == 0:
-        tensor = max(sizes) if request.on_cpu else sum(sizes)
+    number = {"adamw": 2, "adagrad": 1 + decayed} if on_cpu else {"adamw": 1, "adagrad": 2}
+    if layout.config.stage == 0:
+        tensor = max(sizes) if on_cpu else sum(sizes)
     else:
-        tensor = sum(sizes) // layout.world
-        if layout.stage == 3:
-            tensor = min(tensor, layout.zero.sub_group_size)
+        tensor = sum(sizes) // layout.config.world
+        if layout.config.stage == 3:
+            tensor = min(tensor, layout.config.zero.sub_group_size)
     return 4 * tensor * number.get(name, decayed)
 
 
 def _bucket_bytes(layout: Layout) -> int:
-    zero = layout.zero
-    if layout.stage == 0 or (layout.stage < 3 and not zero.contiguous_gradients):
+    zero = layout.config.zero
+    if layout.config.stage == 0 or (layout.config.stage < 3 and not zero.contiguous_gradients):
         return 0
-    buffers = 2 if layout.stage < 3 and zero.overlap_comm else 1
+    buffers = 2 if layout.config.stage < 3 and zero.overlap_comm else 1
     return buffers * zero.reduce_bucket_size * layout.dtype.itemsize
 
 
@@ -180,15 +177,15 @@ def _state_bytes(layout: Layout, trained: tuple[str, ...]) -> int:
         whole += sum(tensor.nbytes for tensor in layout.extra(shard).values())
     for fqn in trained:
         param = layout.params[fqn]
-        masters = param.dtype != torch.float32 or layout.stage >= 1
+        masters = param.dtype != torch.float32 or layout.config.stage >= 1
         sharded += 4 * param.numel() * (len(slots) + masters)
-        if layout.rule.name == "adagrad" and masters and layout.stage < 3 and not layout.settings.on_host:
+        if layout.rule.name == "adagrad" and masters and layout.config.stage < 3 and layout.config.home != "host":
             whole += param.nbytes  # torch's Adagrad makes sums for the weights it is given, before there are masters
-    return sharded // (layout.world if layout.stage >= 1 else 1) + whole
+    return sharded // (layout.config.world if layout.config.stage >= 1 else 1) + whole
 
 
 def _network_bytes(layout: Layout, whole: int, gathered: int) -> int:
-    if layout.world == 1:
+    if layout.config.world == 1:
         return 0
-    reduced = whole * (layout.micro_steps if layout.stage >= 2 else 1)
-    return reduced + (whole if layout.stage in (1, 2) else 0) + gathered * layout.micro_steps
+    reduced = whole * (layout.config.micro_steps if layout.config.stage >= 2 else 1)
+    return reduced + (whole if layout.config.stage in (1, 2) else 0) + gathered * layout.config.micro_steps

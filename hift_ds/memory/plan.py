@@ -7,8 +7,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from hift_ds.memory.fake_model import FakeModel
 from hift_ds.memory.figures import Figures, Moment, Plan
 from hift_ds.memory.full import full_figures
@@ -18,7 +16,6 @@ from hift_ds.memory.request import Request
 from hift_ds.memory.trace import FETCH, GRADIENT, Event, trace_micro_step
 from hift_ds.shards import BlockShard
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Between two traced blocks of the same shape the peak is linear in the number of layers above; this share of it may be
 # missing (at stage 3 what is prefetched varies from layer to layer).
 TOLERANCE = 1e-3
@@ -64,7 +61,7 @@ class Planner:
         return tuple(self.figures(request, layout, index) for index in indices)
 
     def _plan(self, request: Request, layout: Layout, blocks: tuple[Figures, ...]) -> Plan:
-        full = full_figures(layout, request, self.events(request, layout.trained))
+        full = full_figures(layout, self.events(request, layout.trained))
         offloaded = layout.offloaded_weights
         return Plan(
             request, type(layout.model.module).__name__, blocks, full[0],
@@ -73,10 +70,7 @@ class Planner:
 
     def layout(self, request: Request) -> Layout:
         """The layout that the request's config makes."""
-        return Layout(
-            self._model(request), request.ds_config, request.hift, request.world, self._frozen, request.gpu_memory,
-            request.on_cpu,
-        )  # fmt: skip
+        return Layout(self._model(request), request.config, self._frozen, request.gpu_memory)
 
     def peak(self, request: Request, indices: Sequence[int]) -> int:
         """Highest peak of some blocks; indices that the request's plan does not have count as its last."""
@@ -103,8 +97,8 @@ class Planner:
 
     def events(self, request: Request, trained: tuple[str, ...]) -> list[Event]:
         """The traced micro step in which the parameters `trained` have gradients."""
-        modules = request.stage == 3
-        workload = (request.micro_batch, request.seq, request.padded, modules)
+        modules = request.config.stage == 3
+        workload = (request.config.micro_batch, request.seq, request.padded, modules)
         key = (*self._key(request), *workload, trained)
         if key not in self._traces:
             self._traces[key] = trace_micro_step(self._model(request), set(trained), *workload)
@@ -114,13 +108,13 @@ class Planner:
         key = self._key(request)
         if key not in self._models:
             self._models[key] = FakeModel(
-                self.config, DTYPES[request.precision], request.attn_implementation, request.checkpointing,
+                self.config, request.config.dtype, request.attn_implementation, request.checkpointing,
                 self._model_class,
             )  # fmt: skip
         return self._models[key]
 
     def _key(self, request: Request) -> tuple:
-        return request.precision, request.attn_implementation, request.checkpointing
+        return request.config.precision, request.attn_implementation, request.checkpointing
 
 
 @dataclass(frozen=True)
@@ -135,18 +129,18 @@ class Traced:
         """With what the layout says of the block."""
         block, shard = layout.plan.blocks[index], layout.shards[index]
         worst = max(self.moments.values(), key=lambda moment: moment.nbytes)
-        micro_steps = layout.micro_steps
+        micro_steps = layout.config.micro_steps
         network = layout.published_bytes(index)
-        if layout.world > 1:
-            network += self.reduced * (micro_steps if layout.stage >= 2 else 1) + self.gathered * micro_steps
+        if layout.config.world > 1:
+            network += self.reduced * (micro_steps if layout.config.stage >= 2 else 1) + self.gathered * micro_steps
         to_device, to_host = layout.bus_bytes(shard)
-        if layout.offloads_params:
-            to_device += self.gathered // layout.world * micro_steps
+        if layout.config.offloads_params:
+            to_device += self.gathered // layout.config.world * micro_steps
             to_host += shard.numel * shard.dtype.itemsize
         return Figures(
             block.name, block.numel, layout.weights + worst.weights, layout.device_state + worst.made, worst.gradients,
-            worst.activations, worst.phase, 0 if layout.settings.resident else layout.state_bytes(shard), to_device,
-            to_host, network,
+            worst.activations, worst.phase, 0 if layout.config.home == "device" else layout.state_bytes(shard),
+            to_device, to_host, network,
         )  # fmt: skip
 
 

@@ -37,8 +37,9 @@ def to_json(plan: Plan, advice: Advice | None, paper: dict[str, Any]) -> dict[st
         "model": plan.model,
         "parameters": plan.full.numel,
         "request": {
-            **{key: value for key, value in asdict(request).items() if key != "ds_config"},
-            "stage": request.stage, "precision": request.precision, "micro_batch": request.micro_batch,
+            **{key: value for key, value in asdict(request).items() if key not in ("ds_config", "optimizer")},
+            "stage": request.config.stage, "precision": request.config.precision,
+            "micro_batch": request.config.micro_batch,
         },
         "config": dict(request.ds_config),
         "blocks": [_figures(block) for block in plan.blocks],
@@ -98,7 +99,7 @@ def plot(plan: Plan, path: Path) -> None:
         side.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=5, frameon=False, fontsize=8)
     request = plan.request
-    figure.suptitle(f"{_heading(plan)}: {request.micro_batch} x {request.seq} tokens a rank", fontsize=10)
+    figure.suptitle(f"{_heading(plan)}: {request.config.micro_batch} x {request.seq} tokens a rank", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
@@ -118,14 +119,14 @@ def _heading(plan: Plan) -> str:
         ranks = f"{request.nodes} nodes of {ranks}"
     size = f"{numel / 1e9:.2f} B parameters" if numel >= 1e8 else f"{numel:,} parameters"
     checkpointing = ", activation checkpointing" if request.checkpointing else ""
-    return f"{plan.model}, {size}, {request.precision}, ZeRO-{request.stage}, {ranks}{checkpointing}"
+    return f"{plan.model}, {size}, {request.config.precision}, ZeRO-{request.config.stage}, {ranks}{checkpointing}"
 
 
 def _title(plan: Plan) -> str:
     request = plan.request
-    steps = request.ds_config["gradient_accumulation_steps"]
+    steps = request.config.micro_steps
     return (
-        f"{_heading(plan)}\n{request.micro_batch} x {request.seq} tokens a rank and micro step, {steps} micro "
+        f"{_heading(plan)}\n{request.config.micro_batch} x {request.seq} tokens a rank and micro step, {steps} micro "
         f"step{'s' * (steps > 1)}; {len(plan.blocks)} blocks, {request.ds_config['optimizer']['type']}"
     )
 

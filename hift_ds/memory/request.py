@@ -6,11 +6,11 @@ import copy
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
-from hift_ds.config.keys import HiFTConfig
+from hift_ds.config.resolve import ResolvedConfig, resolve, zero_section
 
-PRECISIONS = ("fp32", "bf16", "fp16")
 # CUDA's context, cuBLAS's workspace and the allocator's rounding and gaps: an allowance, not a measurement.
 RESERVE_BYTES = 1 << 30
 _UNITS = {"": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40,
@@ -22,7 +22,7 @@ class Request:
     """One run.
 
     Attributes:
-        ds_config: A DeepSpeed config with batch sizes resolved, an "optimizer" and an enabled "hift" section.
+        ds_config: A DeepSpeed config with an enabled "hift" section.
         seq: Tokens of a row.
         attn_implementation: `None` = transformers' choice.
         checkpointing: Activation checkpointing.
@@ -31,7 +31,9 @@ class Request:
         nodes: Nodes.
         gpu_memory: Bytes of one card, by which the ring is chosen, too; `None` = not given.
         host_memory: Bytes of one node; `None` = not given.
-        on_cpu: The ranks train on CPUs.
+        device_type: Where the ranks train.
+        separate_host: As of `resolve`.
+        optimizer: The client's, instead of the config's.
     """
 
     ds_config: Mapping[str, Any]
@@ -43,38 +45,32 @@ class Request:
     nodes: int = 1
     gpu_memory: int | None = None
     host_memory: int | None = None
-    on_cpu: bool = False
+    device_type: str = "cuda"
+    separate_host: bool | None = None
+    optimizer: Any = None
 
     @property
     def world(self) -> int:
         """Ranks of all nodes."""
         return self.gpus * self.nodes
 
-    @property
-    def hift(self) -> HiFTConfig:
-        """The "hift" section, checked."""
-        config = HiFTConfig.from_ds_config(self.ds_config)
-        assert config is not None
-        return config
+    @cached_property
+    def config(self) -> ResolvedConfig:
+        """What the config means.
 
-    @property
-    def stage(self) -> int:
-        """ZeRO stage."""
-        return int(zero_section(self.ds_config).get("stage", 0))
-
-    @property
-    def precision(self) -> str:
-        """Of the model weights."""
-        return precision_of(self.ds_config)
-
-    @property
-    def micro_batch(self) -> int:
-        """Rows of a rank's forward."""
-        return self.ds_config["train_micro_batch_size_per_gpu"]
+        Raises:
+            ValueError, TypeError: As `hift_ds.initialize`.
+        """
+        resolved = resolve(
+            self.ds_config, world=self.world, device_type=self.device_type, separate_host=self.separate_host,
+            optimizer=self.optimizer,
+        )  # fmt: skip
+        assert resolved is not None
+        return resolved
 
     def changed(self, *path: str, value: Any) -> Request:
         """The request with one key of its DeepSpeed config set; `None` removes the key."""
-        config = copy.deepcopy(dict(self.ds_config))
+        config = copy.deepcopy(dict(self.ds_config)) | {"zero_optimization": zero_section(self.ds_config)}
         section = config
         for key in path[:-1]:
             section = section.setdefault(key, {})
@@ -82,20 +78,6 @@ class Request:
         if value is not None:
             section[path[-1]] = value
         return replace(self, ds_config=config)
-
-
-def zero_section(ds_config: Mapping[str, Any]) -> dict[str, Any]:
-    """The "zero_optimization" section, a copy; `true` is DeepSpeed's old way to write stage 1."""
-    section = ds_config.get("zero_optimization")
-    return dict(section) if isinstance(section, Mapping) else {"stage": int(bool(section))}
-
-
-def precision_of(ds_config: Mapping[str, Any]) -> str:
-    """One of `PRECISIONS`; `bfloat16` is DeepSpeed's old name of the section `bf16`."""
-    for key, precision in (("bf16", "bf16"), ("bfloat16", "bf16"), ("fp16", "fp16")):
-        if (ds_config.get(key) or {}).get("enabled"):
-            return precision
-    return "fp32"
 
 
 def parse_bytes(text: str) -> int:

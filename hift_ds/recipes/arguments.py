@@ -4,27 +4,18 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import Field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hift_ds.config.keys import INACTIVE_STATES, KERNELS, LR_UPDATES, ORDERS
+from hift_ds.config.batch import ACCUMULATION, MICRO, TRAIN
+from hift_ds.config.keys import HiFTConfig, StateConfig
+from hift_ds.config.kinds import Kind, declared, default_of
 
 # Nothing here imports torch or DeepSpeed at the top: --help is quick, and the number of threads can still be chosen.
-_MICRO, _ACCUMULATION, _TRAIN = "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"
-
-_HIFT = {
-    "layers_per_block": dict(type=int, metavar="M", help="consecutive layers trained together"),
-    "order": dict(choices=ORDERS, help="order in which blocks are visited"),
-    "seed": dict(type=int, help="draws the random order"),
-    "steps_per_block": dict(type=int, metavar="K", help="optimizer steps before the next block's turn"),
-    "lr_update": dict(choices=LR_UPDATES, help="when the learning rate changes"),
-    "inactive_state": dict(choices=INACTIVE_STATES, help="keep or reset a block's state between its turns"),
-    "kernel": dict(choices=KERNELS, help="the update in fused kernels (CUDA) or in plain PyTorch"),
-    "frozen": dict(nargs="+", metavar="REGEX", help="parameters that are never trained"),
-    "always_active": dict(nargs="+", metavar="REGEX", help="parameters trained at every step"),
-}
-
 
 def add_arguments(parser: argparse.ArgumentParser, default_config: Path) -> None:
     """Adds what all launch scripts share."""
@@ -52,8 +43,36 @@ def add_arguments(parser: argparse.ArgumentParser, default_config: Path) -> None
     add("--verbose", action="store_true", help="show DeepSpeed's own messages")
     group = parser.add_argument_group('HiFT (each overrides the config\'s "hift" section)')
     group.add_argument("--hift", action="store_true", help="rotate blocks; without it: full fine-tuning")
-    for key, options in _HIFT.items():
-        group.add_argument(f"--hift_{key}", **options)
+    for option, path, part in _hift_options():
+        kind, default = part.metadata["kind"], default_of(part)
+        words = f"{part.metadata['description']} ({kind.allowed}; default: {default})"
+        words = words.replace("%", "%%").replace("`", "")
+        many = {"nargs": "+", "metavar": "REGEX"} if kind.several else {"metavar": part.name.upper()}
+        parse = str if kind.several else partial(_parsed, kind, "hift." + ".".join(path))
+        group.add_argument(f"--{option}", type=parse, default=argparse.SUPPRESS, help=words, **many)
+
+
+def _hift_options() -> Iterator[tuple[str, tuple[str, ...], Field]]:
+    """Option, place in the section, and declaration of every key."""
+    for part in declared(HiFTConfig):
+        if part.name == "state":
+            for inner in declared(StateConfig):
+                yield f"hift_state_{inner.name}", ("state", inner.name), inner
+        elif part.name != "enabled":
+            yield f"hift_{part.name}", (part.name,), part
+
+
+def _parsed(kind: Kind, key: str, text: str) -> Any:
+    """An argparse type: the value as JSON has it, a string without its quotes too."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = text
+    try:
+        kind.check(key, value)
+    except (ValueError, TypeError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return value
 
 
 def build_ds_config(args: argparse.Namespace, max_steps: int | None = None) -> dict[str, Any]:
@@ -72,15 +91,18 @@ def build_ds_config(args: argparse.Namespace, max_steps: int | None = None) -> d
         raise ValueError(f"--deepspeed_config {args.deepspeed_config!r}: no such file; give a DeepSpeed JSON's path")
     config = copy.deepcopy(config)
     section = config.pop("hift", None) or {}
-    overrides = {key: getattr(args, f"hift_{key}") for key in _HIFT if getattr(args, f"hift_{key}") is not None}
+    overrides = {path: vars(args)[option] for option, path, _ in _hift_options() if option in vars(args)}
     if args.hift and not isinstance(section, Mapping):
         raise TypeError(f'hift={section!r}: must be an object such as {{"layers_per_block": 1}}')
     if args.hift:
-        config["hift"] = {**section, "enabled": True, **overrides}
+        config["hift"] = {**section, "enabled": True}
+        for path, value in overrides.items():
+            inner = config["hift"] if len(path) == 1 else _inner_section(config["hift"], path[0])
+            inner[path[-1]] = value
         if config["hift"].get("layers_per_block", 1) is None:
             config["hift"].setdefault("seq_len", args.seq_len)  # else the choice would be for the model's longest rows
     elif overrides:
-        raise ValueError(f"--hift_{next(iter(overrides))}: has no effect without --hift; add --hift")
+        raise ValueError(f"--hift_{'_'.join(next(iter(overrides)))}: has no effect without --hift; add --hift")
     override_batch(config, args.micro_batch, args.accumulation)
     if args.lr is not None:
         _override_rate(config, args.lr)
@@ -91,40 +113,18 @@ def build_ds_config(args: argparse.Namespace, max_steps: int | None = None) -> d
     return config
 
 
-def resolve_batch(config: dict[str, Any], world: int) -> tuple[int, int]:
-    """Rows per forward and micro steps per optimizer step, by DeepSpeed's rule train = micro x accumulation x ranks.
-
-    What follows from the sizes given is written into `config`.
-
-    Raises:
-        ValueError: Sizes that are missing, no whole numbers of 1 or more, or that contradict each other.
-    """
-    for key in (_MICRO, _ACCUMULATION, _TRAIN):
-        value = config.get(key)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise ValueError(f"{key}={value!r}: must be a whole number, 1 or more; change the config")
-    micro, accumulation, train = (config.get(key) for key in (_MICRO, _ACCUMULATION, _TRAIN))
-    if micro is None and train is None:
-        raise ValueError(f"{_MICRO}: missing; put it into the config, or pass --micro_batch")
-    if micro is None:
-        accumulation = accumulation or 1
-        micro = train // (accumulation * world)
-    elif accumulation is None:
-        accumulation = 1 if train is None else train // (micro * world)
-    if train is not None and train != micro * accumulation * world:
-        raise ValueError(
-            f"{_TRAIN}={train}: must be {_MICRO} x {_ACCUMULATION} x {world} ranks, here {micro} x {accumulation} x "
-            f"{world}; change one of them, or pass --micro_batch and --accumulation"
-        )
-    config.update({_MICRO: micro, _ACCUMULATION: accumulation, _TRAIN: micro * accumulation * world})
-    return micro, accumulation
+def _inner_section(section: dict[str, Any], name: str) -> dict[str, Any]:
+    if not isinstance(section.get(name) or {}, Mapping):
+        raise TypeError(f"hift.{name}={section[name]!r}: must be null or an object")
+    section[name] = dict(section.get(name) or {})
+    return section[name]
 
 
 def override_batch(config: dict[str, Any], micro: int | None, accumulation: int | None) -> None:
     """Where the config fixes `train_batch_size`, one size given changes the other; both given change the batch."""
-    given = {_MICRO: micro, _ACCUMULATION: accumulation}
-    if _TRAIN in config and any(given.values()):
-        for key in (_TRAIN,) if all(given.values()) else given:
+    given = {MICRO: micro, ACCUMULATION: accumulation}
+    if TRAIN in config and any(given.values()):
+        for key in (TRAIN,) if all(given.values()) else given:
             config.pop(key, None)
     config.update({key: value for key, value in given.items() if value})
 

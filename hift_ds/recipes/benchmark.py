@@ -19,8 +19,9 @@ from hift_ds.memory.peaks import Report
 from hift_ds.memory.request import parse_bytes
 from hift_ds.recipes import training
 from hift_ds.recipes.display import Display
-from hift_ds.recipes.forecast import card_of, forecast
+from hift_ds.recipes.forecast import forecast
 from hift_ds.recipes.results import provenance
+from hift_ds.state.block_state import card_bytes
 
 
 def add_benchmark_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,7 +86,7 @@ def measure(args: argparse.Namespace, display: Display) -> dict[str, Any]:
     report = meter.gather()
     plan = None
     if dist.get_rank() == 0:
-        card = card_of(engine, limit_of(args))
+        card = card_bytes(engine.device)  # or the part of it that --gpu_memory_limit leaves
         plan = forecast(engine, run.ds_config, args.seq_len, args.gradient_checkpointing, stream.padded, card)
     return _row(args, run, engine, report, plan) | {
         "steps": steps,
@@ -167,23 +168,25 @@ class _Watched:
 def _random_run(args: argparse.Namespace) -> Any:
     from transformers.integrations import HfDeepSpeedConfig
 
+    from hift_ds.config.batch import batch_sizes
+    from hift_ds.config.resolve import DTYPES, precision_of, stage_of
     from hift_ds.distributed import agree
     from hift_ds.memory.fake_model import load_config
-    from hift_ds.recipes.arguments import build_ds_config, resolve_batch
+    from hift_ds.recipes.arguments import build_ds_config
     from hift_ds.recipes.models import SAMPLE, fetch_sample, random_model
-    from hift_ds.recipes.setup import Run, is_zero3, weights_dtype
+    from hift_ds.recipes.setup import Run
 
     def prepare() -> tuple[dict[str, Any], int, Any]:
         ds_config = build_ds_config(args, args.max_steps or 100)
-        micro_batch, _ = resolve_batch(ds_config, dist.get_world_size())
+        micro_batch, _ = batch_sizes(ds_config, dist.get_world_size())
         source = str(fetch_sample()) if args.model_name_or_path == SAMPLE else args.model_name_or_path
         return ds_config, micro_batch, load_config(source)
 
     ds_config, micro_batch, config = agree(prepare)
-    kept = HfDeepSpeedConfig(ds_config) if is_zero3(ds_config) else None
+    kept = HfDeepSpeedConfig(ds_config) if stage_of(ds_config) == 3 else None
     model = random_model(
-        config, dtype=weights_dtype(ds_config), attn_implementation=args.attn_implementation, zero3=kept is not None,
-        device=get_accelerator().current_device_name(), seed=args.seed,
+        config, dtype=DTYPES[precision_of(ds_config)], attn_implementation=args.attn_implementation,
+        zero3=kept is not None, device=get_accelerator().current_device_name(), seed=args.seed,
     )  # fmt: skip
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

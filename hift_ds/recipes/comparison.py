@@ -12,8 +12,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from hift_ds.memory.request import zero_section
-
 COLUMNS = (
     "status", "method", "stage", "ranks", "nodes", "dtype", "optimizer", "layers_per_block", "order", "steps_per_block",
     "blocks", "activation_checkpointing", "micro_batch", "accumulation", "sequence", "peak_mib", "active_mib",
@@ -97,6 +95,8 @@ def config_of(cell: Cell, base: dict[str, Any]) -> dict[str, Any]:
         if cell.precision == "fp16":
             # From DeepSpeed's 2**16 a small model's first steps, those that are measured, overflow and update nothing.
             config["fp16"]["initial_scale_power"] = 10
+    from hift_ds.config.resolve import zero_section
+
     config["zero_optimization"] = {**zero_section(config), "stage": cell.stage}
     config["optimizer"] = _optimizer(config.get("optimizer") or {}, cell.optimizer)
     section = dict(config.get("hift") or {})

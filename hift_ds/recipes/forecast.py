@@ -7,17 +7,16 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from deepspeed import comm as dist
 
 from hift_ds.memory.figures import Plan
 from hift_ds.memory.plan import Planner
-from hift_ds.memory.request import Request, zero_section
+from hift_ds.memory.request import Request
 
 
 def forecast(
     engine: Any, ds_config: Mapping[str, Any], seq_len: int, checkpointing: bool, padded: bool = True,
-    card_bytes: int | None = None, on_cpu: bool | None = None, ends_alone: bool = False,
+    card_bytes: int | None = None, device_type: str | None = None, ends_alone: bool = False,
 ) -> Plan | str:  # fmt: skip
     """The plan of a run, or why there is none. Not collective.
 
@@ -28,37 +27,23 @@ def forecast(
         checkpointing: Activations are recomputed.
         padded: Rows have padding.
         card_bytes: Of the card.
-        on_cpu: Host and device are one memory; `None` = as in this run.
+        device_type: Of the forecast; `None` = this run's.
         ends_alone: Of the first and the last two blocks alone, which is quick.
     """
-    model = engine.module
-    on_cpu = engine.device.type == "cpu" if on_cpu is None else on_cpu
-    hift = getattr(engine, "hift_config", None)
+    model, hift = engine.module, getattr(engine, "hift_config", None)
     config = copy.deepcopy(dict(ds_config))
     config["hift"] = {**(config.get("hift") or {}), "enabled": True}
     if hift is not None:
         config["hift"]["layers_per_block"] = hift.layers_per_block or 1
-    if on_cpu:  # nothing streams
-        state = {**(config["hift"].get("state") or {}), "residency": "device"}
-        state.pop("ring_bytes", None)
-        config["hift"]["state"] = state
-        config["zero_optimization"] = zero_section(config)
-        config["zero_optimization"].pop("offload_optimizer", None)
     world = dist.get_world_size()
     nodes = max(1, world // int(os.environ.get("LOCAL_WORLD_SIZE", world)))
     attention = getattr(model.config, "_attn_implementation", None)
     request = Request(
-        config, seq_len, attention, checkpointing, padded, world // nodes, nodes, card_bytes, on_cpu=on_cpu
-    )
+        config, seq_len, attention, checkpointing, padded, world // nodes, nodes, card_bytes,
+        device_type=device_type or engine.device.type,
+    )  # fmt: skip
     try:
         planner = Planner(copy.deepcopy(model.config), type(model))
         return planner.plan_of_ends(request) if ends_alone else planner.plan(request)
     except (ValueError, TypeError) as error:
         return str(error)
-
-
-def card_of(engine: Any, limit: int | None) -> int | None:
-    """Bytes that a run may take of its card: the cap, or all; `None` on a CPU."""
-    if limit is None and engine.device.type == "cuda":
-        return torch.cuda.get_device_properties(engine.device).total_memory
-    return limit

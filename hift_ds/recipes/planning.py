@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import argparse
 import copy
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from hift_ds.config.ds_keys import check_ds_config
+from hift_ds.config.batch import MICRO, TRAIN
 from hift_ds.config.files import load_ds_config
-from hift_ds.config.keys import HiFTConfig
-from hift_ds.memory.request import Request, parse_bytes, zero_section
-from hift_ds.recipes.arguments import override_batch, resolve_batch
+from hift_ds.config.resolve import zero_section
+from hift_ds.memory.request import Request, parse_bytes
+from hift_ds.recipes.arguments import override_batch
 
 
 def request_of(args: argparse.Namespace) -> Request:
@@ -30,7 +31,8 @@ def request_of(args: argparse.Namespace) -> Request:
     config = complete_config(source, args.precision, args.stage, args.micro_batch, args.gpus * args.nodes)
     if args.layers_per_block is not None:
         config["hift"]["layers_per_block"] = args.layers_per_block
-    check_ds_config(config)
+    if args.optimizer is not None:
+        config["optimizer"] = {"type": args.optimizer}
     sizes: dict[str, Any] = {}
     for name in ("gpu_memory", "host_memory"):
         text = getattr(args, name)
@@ -40,10 +42,13 @@ def request_of(args: argparse.Namespace) -> Request:
             raise ValueError(f"--{name} {error}") from None
     if sizes["gpu_memory"] is None:
         sizes["gpu_memory"] = _card_here()
-    return Request(
-        config, args.seq, args.attn, args.activation_checkpointing, args.padded, args.gpus, args.nodes,
+    request = Request(
+        config, args.seq, args.attn, args.gradient_checkpointing, args.padded, args.gpus, args.nodes,
         sizes["gpu_memory"], sizes["host_memory"],
     )  # fmt: skip
+    for note in request.config.notes:
+        print(f"DeepSpeed config: {note}", file=sys.stderr)
+    return request
 
 
 def _card_here() -> int | None:
@@ -55,29 +60,26 @@ def _card_here() -> int | None:
 def complete_config(
     ds_config: Mapping[str, Any] | None, precision: str | None, stage: int | None, micro_batch: int | None, world: int
 ) -> dict[str, Any]:
-    """A DeepSpeed config with everything that a plan needs: what is missing is AdamW, bf16, HiFT, one row a rank.
+    """A DeepSpeed config as a plan takes it. Without one: AdamW, bf16, ZeRO-2 (one rank: 0); then HiFT, one row a rank.
 
-    Raises:
-        ValueError, TypeError: Batch sizes that contradict each other; a bad "hift" section.
+    Args:
+        precision, stage, micro_batch: Instead of the config's; `None` = as it is.
+        world: Ranks.
     """
-    config: dict[str, Any] = copy.deepcopy(dict(ds_config or {}))
-    config.setdefault("optimizer", {"type": "AdamW", "params": {}})
-    if precision is not None or ds_config is None:
+    stage_by_default = {"stage": 2 if world > 1 else 0}
+    default = {"optimizer": {"type": "AdamW"}, "bf16": {"enabled": True}, "zero_optimization": stage_by_default}
+    config: dict[str, Any] = copy.deepcopy(default if ds_config is None else dict(ds_config))
+    if precision is not None:
         for key in ("bf16", "bfloat16", "fp16"):
             config.pop(key, None)
         if precision != "fp32":
-            config[precision or "bf16"] = {"enabled": True}
-    config["zero_optimization"] = zero_section(config)
+            config[precision] = {"enabled": True}
     if stage is not None:
-        config["zero_optimization"]["stage"] = stage
-    elif ds_config is None:
-        config["zero_optimization"]["stage"] = 2 if world > 1 else 0
+        config["zero_optimization"] = {**zero_section(config), "stage": stage}
     override_batch(config, micro_batch, None)
-    if "train_batch_size" not in config:
-        config.setdefault("train_micro_batch_size_per_gpu", 1)
-    resolve_batch(config, world)
-    section = config.get("hift")
-    if section is None or isinstance(section, Mapping):
-        config["hift"] = {**(section or {}), "enabled": True}
-    HiFTConfig.from_ds_config(config)
+    if TRAIN not in config:
+        config.setdefault(MICRO, 1)
+    section = config.setdefault("hift", {"enabled": True})
+    if section is None or (isinstance(section, Mapping) and section.get("enabled") is False):
+        config["hift"] = {**(section or {}), "enabled": True}  # planned as if it were on
     return config

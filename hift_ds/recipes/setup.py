@@ -8,7 +8,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ def load_run(args: argparse.Namespace) -> Run:
         ValueError, TypeError, OSError: In one sentence, what is wrong with an argument, the config, the data.
         RuntimeError: The same of another rank.
     """
+    from hift_ds.config.resolve import stage_of
     from hift_ds.distributed import agree, require_alike
 
     if not args.verbose:
@@ -58,7 +59,7 @@ def load_run(args: argparse.Namespace) -> Run:
     ds_config, tokenizer, data, micro_batch, max_steps = agree(lambda: _load_data(args))
     agree_on_data = (len(data.train), len(data.eval), micro_batch, max_steps)
     require_alike("rows of the data set or steps", agree_on_data)  # else some rank would wait for ever at the end
-    if is_zero3(ds_config):  # loading issues collectives: another in the place of one of them would never end
+    if stage_of(ds_config) == 3:  # loading issues collectives: another in the place of one of them would never end
         model = _load_model(args, ds_config)
     else:
         model = agree(lambda: _load_model(args, ds_config))
@@ -67,9 +68,11 @@ def load_run(args: argparse.Namespace) -> Run:
 
 def _load_data(args: argparse.Namespace) -> tuple[dict[str, Any], Any, Any, int, int]:
     from deepspeed import comm as dist
+    from deepspeed.accelerator import get_accelerator
 
-    from hift_ds.config.keys import HiFTConfig
-    from hift_ds.recipes.arguments import build_ds_config, resolve_batch
+    from hift_ds.config.batch import batch_sizes
+    from hift_ds.config.resolve import resolve
+    from hift_ds.recipes.arguments import build_ds_config
     from hift_ds.recipes.datasets import load_text_dataset
     from hift_ds.recipes.models import load_tokenizer
 
@@ -79,46 +82,30 @@ def _load_data(args: argparse.Namespace) -> tuple[dict[str, Any], Any, Any, int,
     except OSError as error:
         raise ValueError(f"--output_dir {args.output_dir!r}: {error.strerror}; name another folder") from None
     ds_config = build_ds_config(args)
-    HiFTConfig.from_ds_config(ds_config)  # a typo is found before minutes of loading
-    micro_batch, accumulation = resolve_batch(ds_config, world)
+    resolve(ds_config, world=world, device_type=get_accelerator().device_name())  # a typo is found before the loading
+    micro_batch, accumulation = batch_sizes(ds_config, world)
     tokenizer = load_tokenizer(args.model_name_or_path)
     data = load_text_dataset(args.dataset, tokenizer, seq_len=args.seq_len, pack=args.pack, seed=args.seed)
     max_steps = args.max_steps or max(1, EPOCHS * len(data.train) // (micro_batch * accumulation * world))
-    ds_config = build_ds_config(args, max_steps)
-    resolve_batch(ds_config, world)
-    return ds_config, tokenizer, data, micro_batch, max_steps
+    return build_ds_config(args, max_steps), tokenizer, data, micro_batch, max_steps
 
 
 def _load_model(args: argparse.Namespace, ds_config: dict[str, Any]) -> Any:
     from transformers.integrations import HfDeepSpeedConfig
 
+    from hift_ds.config.resolve import DTYPES, precision_of, stage_of
     from hift_ds.recipes.models import load_model
 
     # While this object lives, from_pretrained partitions each parameter as it is created.
-    kept = HfDeepSpeedConfig(ds_config) if is_zero3(ds_config) else None
+    kept = HfDeepSpeedConfig(ds_config) if stage_of(ds_config) == 3 else None
     model = load_model(
-        args.model_name_or_path, dtype=weights_dtype(ds_config), attn_implementation=args.attn_implementation,
+        args.model_name_or_path, dtype=DTYPES[precision_of(ds_config)], attn_implementation=args.attn_implementation,
         zero3=kept is not None,
     )  # fmt: skip
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.config.use_cache = False
     return model
-
-
-def weights_dtype(ds_config: Mapping[str, Any]) -> Any:
-    """dtype of the model weights that a DeepSpeed config asks for."""
-    import torch
-
-    from hift_ds.memory.request import precision_of
-
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision_of(ds_config)]
-
-
-def is_zero3(ds_config: Mapping[str, Any]) -> bool:
-    """Whether a DeepSpeed config asks for stage 3."""
-    zero = ds_config.get("zero_optimization")
-    return isinstance(zero, Mapping) and zero.get("stage") == 3
 
 
 def _quiet() -> None:

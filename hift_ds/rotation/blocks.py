@@ -99,15 +99,9 @@ def plan_blocks(
 
     Raises:
         TypeError: a string where a list of regexes belongs.
-        ValueError: no trainable parameter, or none left to rotate; `layers_per_block` < 1, or > 1 with `blocks`; an
-            invalid regex, or one without a match; an empty list in `blocks`; a parameter placed twice or nowhere.
+        ValueError: no trainable parameter, or none left to rotate; an invalid regex, or one without a match; an empty
+            list in `blocks`; a parameter placed twice or nowhere.
     """
-    if layers_per_block < 1:
-        raise ValueError(f"hift.layers_per_block={layers_per_block!r}: must be >= 1; use 1 for one unit a block.")
-    if blocks is not None and layers_per_block > 1:
-        raise ValueError(
-            f"hift.layers_per_block={layers_per_block!r}: must be 1 with hift.blocks; remove one of the two."
-        )
     numels = _numels(module)
     names = list(numels)
     trainable = [fqn for fqn, p in module.named_parameters() if p.requires_grad]

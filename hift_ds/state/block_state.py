@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
+from hift_ds.config.keys import StateConfig
+from hift_ds.config.resolve import ResolvedConfig
 from hift_ds.rules import Rule
 from hift_ds.shards import BlockShard
-from hift_ds.state.formats import GROUP, MOMENT_DTYPES, SCALE_SUFFIX, Form, decode_int8, join_split16, split_master
+from hift_ds.state.formats import (
+    GROUP,
+    MOMENT_DTYPES,
+    SCALE_SUFFIX,
+    decode_int8,
+    join_split16,
+    master_dtype,
+    split_master,
+)
 from hift_ds.state.host_memory import HostMemory, Shapes
 from hift_ds.state.ring import Ring, Tile, slot_bytes
 
@@ -29,27 +39,35 @@ class Storage:
 
     Attributes:
         device: Where updates run.
-        form: Of masters and moments.
+        state: How masters and moments are stored.
         memory: Allocates on the host; `None` = the device's memory is the home (a CPU run, `residency: device`).
         own_master: Keep an fp32 master even where the model weights are fp32 (updates on the host).
     """
 
     device: torch.device
-    form: Form = field(default_factory=Form)
+    state: StateConfig = StateConfig()  # noqa: RUF009
     memory: HostMemory | None = None
     own_master: bool = False
+
+    @classmethod
+    def of(cls, config: ResolvedConfig, device: torch.device) -> Storage:
+        """Of the blocks' state in a run."""
+        if config.home == "device":
+            return cls(device, config.hift.state)
+        memory = HostMemory.pinned() if config.pin_memory and device.type == "cuda" else HostMemory()
+        return cls(device, config.hift.state, memory, own_master=config.home == "host")
 
     def shapes(self, shard: BlockShard, rule: Rule, param_groups: list[dict]) -> Shapes:
         """The state tensors of a block, `master` first, then the rule's slots."""
         shapes: dict[str, tuple[int, torch.dtype]] = {}
         mixed = any(param.dtype != shard.dtype for param in shard.params)
-        master = torch.float32 if self.own_master or mixed else self.form.master_dtype(shard.dtype)
+        master = torch.float32 if self.own_master or mixed else master_dtype(self.state.master, shard.dtype)
         if master is not None:
             shapes["master"] = (shard.numel, master)
         slots = dict.fromkeys(slot for run in shard.runs for slot in rule.slots(param_groups[run.group]))
         for slot in slots:
-            shapes[slot] = (shard.numel, MOMENT_DTYPES[self.form.moments])
-            if self.form.moments == "int8":
+            shapes[slot] = (shard.numel, MOMENT_DTYPES[self.state.moments])
+            if self.state.moments == "int8":
                 shapes[slot + SCALE_SUFFIX] = (-(-shard.numel // GROUP) + len(shard.runs), torch.float32)
         return shapes
 
@@ -286,6 +304,14 @@ class RingPlan:
     tile_numel: int
     slot_bytes: int
     num_slots: int
+
+
+def card_bytes(device: torch.device) -> int | None:
+    """Bytes of the card's memory, or of its part where `set_per_process_memory_fraction` sets one; `None` on a CPU."""
+    if device.type != "cuda":
+        return None
+    total = torch.cuda.get_device_properties(device).total_memory
+    return int(total * torch.cuda.get_per_process_memory_fraction(device))
 
 
 def ring_limit(card_bytes: int | None) -> int:

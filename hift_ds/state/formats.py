@@ -10,8 +10,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 GROUP = 256  # elements of an int8 moment that share a scale, as in hift_kernels.quantize
@@ -20,16 +18,9 @@ MOMENT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.ui
 _MASTER_DTYPES = {"fp32": torch.float32, "split16": torch.int16}
 
 
-@dataclass(frozen=True)
-class Form:
-    """`hift.state.master` and `hift.state.moments`."""
-
-    master: str = "fp32"
-    moments: str = "fp32"
-
-    def master_dtype(self, weight_dtype: torch.dtype) -> torch.dtype | None:
-        """dtype of the tensor that the master weights need beside model weights of `weight_dtype`, or `None`."""
-        return None if weight_dtype == torch.float32 else _MASTER_DTYPES.get(self.master)
+def master_dtype(master: str, weight_dtype: torch.dtype) -> torch.dtype | None:
+    """dtype of the tensor that `hift.state.master` needs beside model weights of `weight_dtype`, or `None`."""
+    return None if weight_dtype == torch.float32 else _MASTER_DTYPES.get(master)
 
 
 def join_split16(weight: torch.Tensor, remainder: torch.Tensor) -> torch.Tensor:

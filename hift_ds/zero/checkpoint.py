@@ -23,7 +23,6 @@ from hift_ds.rotation.rewind import CannotRewind, Rewind
 from hift_ds.rotation.rotation import Rotation
 from hift_ds.rotation.schedule import CycleScheduler, DelayedRate
 from hift_ds.state.block_state import BlockState
-from hift_ds.state.formats import Form
 
 FORMAT = 2
 MANIFEST = "hift.json"
@@ -40,6 +39,7 @@ class RunState:
     Attributes:
         states: Of the blocks, then of what is always active.
         rule: Name of the update rule.
+        formats: `hift.state.master` and `hift.state.moments`.
         stage: ZeRO stage.
         world: Ranks of the data-parallel group.
         scheduler: What the engine steps, or `None`.
@@ -47,7 +47,7 @@ class RunState:
 
     states: Sequence[BlockState]
     rule: str
-    form: Form
+    formats: tuple[str, str]
     stage: int
     world: int
     rotation: Rotation
@@ -355,7 +355,7 @@ def _identity(run: RunState) -> dict[str, Any]:
         "state kept by the update rule, which optimizer.params (momentum) decide": [list(s.slots) for s in run.states],
         "hift.order and hift.seed": list(run.rotation.order),
         "hift.steps_per_block": run.rotation.steps_per_block,
-        "hift.state.master and hift.state.moments": [run.form.master, run.form.moments],
+        "hift.state.master and hift.state.moments": list(run.formats),
         DTYPES: sorted({str(param.dtype).removeprefix("torch.") for s in run.states for param in s.shard.params}),
     }
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from deepspeed import comm as dist
 
+from hift_ds.config.resolve import ResolvedConfig
 from hift_ds.shards import BlockShard
 
 MAX_IN_FLIGHT = 2  # buckets being reduced at once: one is filled while the other is on the wire
@@ -87,6 +88,16 @@ class GradientReducer:
         self.finished = False  # nothing has arrived since the last `finish_backward` of this micro step
         self._windows: dict[int, _Window] = {}
         self._window_of: dict[torch.nn.Parameter, _Window] = {}
+
+    @classmethod
+    def of(cls, config: ResolvedConfig, group: object) -> GradientReducer:
+        """The one of a run."""
+        return cls(
+            stage=config.stage, group=group, world=config.world,
+            averaging=Averaging(config.communication_dtype, config.predivide, config.mean),
+            accumulation_dtype=config.accumulation_dtype, bucket_numel=config.zero.reduce_bucket_size,
+            overlap=bool(config.zero.overlap_comm),
+        )  # fmt: skip
 
     def open(self, shards: Iterable[BlockShard]) -> None:
         """Begins to take the gradients of `shards`, and only of these."""
@@ -235,11 +246,3 @@ class GradientReducer:
                 window.result[span].add_(reduced)
             else:
                 window.result[span].copy_(reduced)
-
-
-
-def accumulation_dtype(asked: torch.dtype | None, model_dtype: torch.dtype, accumulates: bool) -> torch.dtype:
-    """dtype of averaged gradients: `data_types.grad_accum_dtype`, else fp32 where micro steps are summed."""
-    if asked is not None:
-        return asked
-    return torch.float32 if accumulates else model_dtype

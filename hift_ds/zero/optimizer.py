@@ -13,6 +13,7 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 
+from hift_ds.config.resolve import ResolvedConfig
 from hift_ds.rotation.blocks import BlockPlan
 from hift_ds.rotation.param_groups import group_indices, groups_fault, step_fault
 from hift_ds.rotation.rotation import Rotation
@@ -29,7 +30,6 @@ from hift_ds.zero.guard import ModuleGuard
 from hift_ds.zero.host_update import HostUpdate
 from hift_ds.zero.offload import STATES, WEIGHTS, Offloaded
 from hift_ds.zero.reach import Reach
-from hift_ds.zero.settings import Settings
 from hift_ds.zero.step_check import StepCheck, Verdict
 from hift_ds.zero.step_hooks import StepHooks
 from hift_ds.zero.traces import Traces, leave_inference_mode, partition_all
@@ -64,7 +64,8 @@ class HiFTOptimizer(ZeROOptimizer):
         lr_update: See `hift_ds.rotation.schedule`.
         device: Where the model is.
         group: The data-parallel process group.
-        settings: The rest.
+        config: The rest.
+        card_bytes: Of the card's memory, by which null chooses the ring; `None` on a CPU.
     """
 
     custom_loss_scaler = False
@@ -86,12 +87,13 @@ class HiFTOptimizer(ZeROOptimizer):
         lr_update: str,
         device: torch.device,
         group: object,
-        settings: Settings,
+        config: ResolvedConfig,
+        card_bytes: int | None = None,
     ) -> None:
         super().__init__()
         self.optimizer, self.rule, self.plan, self.rotation = holder, rule, plan, rotation
         self.reducer, self.loss_scaler, self.offload = reducer, loss_scaler, offload
-        self.settings, self.device, self.group, self._module = settings, device, group, module
+        self.config, self.device, self.group, self._module = config, device, group, module
         self.dynamic_loss_scale = bool(loss_scaler.dynamic)
         self.overflow = False
         self._global_grad_norm = 0.0
@@ -99,36 +101,34 @@ class HiFTOptimizer(ZeROOptimizer):
         self.save_mark: str | None = None  # of the last save
         self.scheduler: Any = None  # the one that the engine steps; set when the engine has built it
         self.rate = DelayedRate(holder.param_groups, lr_update, rotation.steps_per_cycle)
-        if settings.stage > 0:
+        if config.stage > 0:
             self.dp_process_group = group  # tells DeepSpeed that every rank saves an optimizer file
-        self._shard_world = settings.world if settings.stage > 0 else 1
         group_of = group_indices(holder.param_groups, params)
-        rank = dist.get_rank(group=group) if self._shard_world > 1 else 0
+        rank = dist.get_rank(group=group) if config.shard_world > 1 else 0
 
         def shard(fqns: tuple[str, ...]) -> BlockShard:
-            return BlockShard([(fqn, params[fqn]) for fqn in fqns], group_of, self._shard_world, rank)
+            return BlockShard([(fqn, params[fqn]) for fqn in fqns], group_of, config.shard_world, rank)
 
-        storage = settings.storage(device)
         self.states, self.ring = make_states(
-            [shard(block.fqns) for block in plan.blocks], rule, holder.param_groups, storage, settings.ring_bytes,
-            settings.card_bytes,
+            [shard(block.fqns) for block in plan.blocks], rule, holder.param_groups, Storage.of(config, device),
+            config.hift.state.ring_bytes, card_bytes,
         )  # fmt: skip
         self.always = None
         if plan.always_active:
-            on_device = Storage(device, settings.form)
+            on_device = Storage(device, config.hift.state)
             self.always = BlockState(shard(plan.always_active), rule, holder.param_groups, on_device)
         self.update = BlockUpdate(
-            rule, holder.param_groups, device, self._sum_over_shards, settings.kernel, self.ring, settings.seed
+            rule, holder.param_groups, device, self._sum_over_shards, config.kernel, self.ring, config.hift.seed
         )
         self.host_update = None
-        if settings.on_host:
+        if config.home == "host":
             self.host_update = HostUpdate(rule, holder.param_groups, device, self._sum_over_shards, self.states)
         self.hooks = StepHooks(holder)
-        self.reach = Reach(plan, settings.no_gradient)
+        self.reach = Reach(plan, config.hift.no_gradient)
         self.guard = ModuleGuard(module, params)
         # Where nothing needs to know on the host how a step's gradients are, it does not wait for the device.
         self._waits = (
-            settings.kernel != "triton" or settings.on_host or bool(loss_scaler.dynamic) or self.reach.skips
+            config.kernel != "triton" or config.home == "host" or bool(loss_scaler.dynamic) or self.reach.skips
         )
         self._unread: tuple[StepCheck, int, list[BlockState]] | None = None
         self._facts_out = lane_of(device)
@@ -373,8 +373,9 @@ class HiFTOptimizer(ZeROOptimizer):
     @property
     def run_state(self) -> checkpoint.RunState:
         """What a checkpoint holds."""
+        state = self.config.hift.state
         return checkpoint.RunState(
-            self._all_states(), self.rule.name, self.settings.form, self.settings.stage, self.settings.world,
+            self._all_states(), self.rule.name, (state.master, state.moments), self.config.stage, self.config.world,
             self.rotation, self.rate, self.param_groups, self.loss_scaler, self.scheduler,
         )  # fmt: skip
 
@@ -421,7 +422,7 @@ class HiFTOptimizer(ZeROOptimizer):
         self.require_states()
         self.load_weights_only, self._loads = weights_only, True
         # Below stage 3 the model file has every weight, and DeepSpeed would want what is frozen now to have been then.
-        whole_in_model_file = self.settings.stage < 3
+        whole_in_model_file = self.config.stage < 3
         try:
             with self.all_trainable(params if whole_in_model_file else ()):
                 yield
@@ -480,8 +481,8 @@ class HiFTOptimizer(ZeROOptimizer):
         silent = sum(map(self.reach.note, (state.shard for state in states), touched, ends))
         measured = StepCheck(
             grads, reached=len(touched[0]), must_reach=not self.reach.skips, silent=silent, faults=int(bool(fault)),
-            block=block, stage=self.settings.stage, world=self.settings.world, group=self.group,
-            fused=self.settings.kernel == "triton",
+            block=block, stage=self.config.stage, world=self.config.world, group=self.group,
+            fused=self.config.kernel == "triton",
         )  # fmt: skip
         if fault:
             raise RuntimeError(fault)
@@ -497,13 +498,13 @@ class HiFTOptimizer(ZeROOptimizer):
         if self.overflow:
             self._global_grad_norm = float("inf")  # this and the dtypes are DeepSpeed's
         else:
-            dtype = torch.float64 if self.settings.stage == 3 else torch.float32
+            dtype = torch.float64 if self.config.stage == 3 else torch.float32
             self._global_grad_norm = measured.square.sqrt().squeeze().to(dtype) / self.loss_scale
             self.adopt_writes(states)
             updates = reached or self.always is not None
             if updates:
                 self.hooks.before()
-            self._apply(states, grads, Scaling(self.loss_scale, self.settings.clip, norm, measured.square), reached)
+            self._apply(states, grads, Scaling(self.loss_scale, self.config.clip, norm, measured.square), reached)
             if updates:
                 self.hooks.after()
         if not self._waits:
@@ -608,14 +609,14 @@ class HiFTOptimizer(ZeROOptimizer):
             update = self.host_update if self.host_update is not None and state.streams else self.update
             weights = update.run(state, grads[index], scaling, rates, block)
             grads[index] = torch.empty(0)  # free before the next allocation
-            write_weights(state.shard, weights, self.group, self.settings.publish_numel)
+            write_weights(state.shard, weights, self.group, self.config.zero.allgather_bucket_size)
         for state in states:  # all of a step, or none of it
             state.torn = False
 
     def _begins_anew(self) -> bool:
-        return self.settings.reset_state and self.rotation.at_turn_start
+        return self.config.hift.inactive_state == "reset" and self.rotation.at_turn_start
 
     def _sum_over_shards(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self._shard_world > 1:
+        if self.config.shard_world > 1:
             dist.all_reduce(tensor, group=self.group)
         return tensor

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hift_testing import gpu_cases as cases
 
-from hift_ds.state.formats import Form
+from hift_ds.config.keys import StateConfig
 
 pytestmark = pytest.mark.gpu
 TURNS = [0, 1, 2, 0, 1, 1, 1, 2, 2, 0, 0, 1]
@@ -15,7 +15,7 @@ def same(found, wanted) -> bool:
     return all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
-@pytest.mark.parametrize("form", [Form(), Form("split16", "bf16"), Form("none", "int8")], ids=str)
+@pytest.mark.parametrize("form", [StateConfig(), StateConfig("split16", "bf16"), StateConfig("none", "int8")], ids=str)
 @pytest.mark.parametrize("ring_bytes", [SMALLEST, 10 * SMALLEST, None])
 def test_streamed_state_has_the_bits_of_resident_state(form, ring_bytes):
     """With random rounding, too: it is drawn by position in the shard, and tiles are cut alike."""

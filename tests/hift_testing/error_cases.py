@@ -6,10 +6,11 @@ Also a script, `python -m hift_testing.error_cases NAME`: the case NAME of `CASE
 from __future__ import annotations
 
 import copy
+import io
 import json
 import math
 import sys
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import hift_ds
+from hift_ds import cli
 
 
 class OwnAdamW(torch.optim.AdamW):
@@ -78,6 +80,22 @@ CASES: dict[str, Any] = {
         {"state": {"residency": "device"}},
         zero_optimization={"stage": 1, "offload_optimizer": {"device": "cpu"}},
     ),
+    "compact on host": lambda: _config(
+        {"state": {"master": "split16", "moments": "int8"}}, bf16={"enabled": True},
+        zero_optimization={"stage": 1, "offload_optimizer": {"device": "cpu"}},
+    ),
+    "kernel on host": lambda: _config({"kernel": "triton"}, zero_optimization={"cpu_offload": True, "stage": 2}),
+    "compact in torch": lambda: _config({"kernel": "torch", "state": {"moments": "bf16"}}),
+    "ring without streams": lambda: _config({"state": {"residency": "device", "ring_bytes": 1 << 20}}),
+    "blocks and layers": lambda: _config({"layers_per_block": 2, "blocks": [["."]]}),
+    "letters": lambda: (small_llama(), {**ds_config(1), "HiFT": {"enabled": True}, "hift": {"enabled": True}}, {}),
+    "scheduler": lambda: _config(scheduler={"type": "Warmup", "params": {}}),
+    "scheduler key": lambda: _config(scheduler={"type": "WarmupLR", "params": {"steps": 3}}),
+    "batch": lambda: _config(train_batch_size=7),
+    "micro batch": lambda: _config(train_micro_batch_size_per_gpu=0),
+    "two precisions": lambda: _config(bf16={"enabled": True}, fp16={"enabled": True}),
+    "stage": lambda: _zero(stage=4),
+    "clip": lambda: _config(gradient_clipping="1"),
     "nothing to train": _frozen,
     "nothing to train on rank 1": lambda: _frozen(on_rank=1),
     "other model on rank 1": _other_model_on_rank_1,
@@ -116,6 +134,24 @@ def refused(names: list[str]) -> dict[str, str]:
     engine = engine_of(ds_config(2, "fp32", {}))
     run_steps(engine, 1)
     found["good"] = str(engine.hift.active_block)
+    return found
+
+
+def refused_by_plan(names: list[str], folder: str) -> dict[str, str]:
+    """What `hift-ds plan --deepspeed_config` says of the same models and configs, on rank 0."""
+    found = {}
+    if dist.get_rank() == 0:
+        for name in names:
+            model, config, _ = CASES[name]()
+            model.config.save_pretrained(folder)
+            path = Path(folder, "ds_config.json")
+            path.write_text(json.dumps(config))
+            err = io.StringIO()
+            with redirect_stderr(err), redirect_stdout(io.StringIO()):
+                options = ["--model", folder, "--deepspeed_config", str(path), "--gpus", "2", "--seq", "8"]
+                code = cli.main(["plan", *options])
+            found[name] = f"exit {code}: {err.getvalue().strip()}"
+    dist.barrier()
     return found
 
 

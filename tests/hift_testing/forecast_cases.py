@@ -64,7 +64,7 @@ def forecast_and_measured(
         measured, counted = _measure(engine, meter, cycles=3, rows=rows)
     world = engine.dp_world_size
     config = complete_config(config, None, None, None, world)
-    request = Request(config, rows[1], attention, checkpointing, gpus=world, on_cpu=True)
+    request = Request(config, rows[1], attention, checkpointing, gpus=world, device_type="cpu", separate_host=True)
     facts = {"measured": measured, "counted": counted}
     return facts if dist.get_rank() else {**facts, **_forecast(request)}
 
@@ -83,12 +83,12 @@ def full_forecast_and_measured(
         gc.collect()
         (measured,), _ = _measure(engine, meter, cycles=3, rows=(ROWS, SEQ))
     config = complete_config(config, None, None, None, engine.dp_world_size)
-    request = Request(config, SEQ, gpus=engine.dp_world_size, on_cpu=True)
+    request = Request(config, SEQ, gpus=engine.dp_world_size, device_type="cpu")
     planner = Planner(LlamaConfig(**LLAMA))
     layout = planner.layout(request)
     events = planner.events(request, tuple(layout.params))
-    moments = list(full_moments(layout, request, events, layout.gathered(events)))
-    figures, _ = full_figures(layout, request, events)
+    moments = list(full_moments(layout, events, layout.gathered(events)))
+    figures, _ = full_figures(layout, events)
     forecast = {
         phase: layout.weights + figures.state + max(m.nbytes for m in moments if m.phase == phase) for phase in measured
     }

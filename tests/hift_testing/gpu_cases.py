@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from hift_testing.training import DEVICE, batch_of, ds_config, engine_of, whole_weights
 
+from hift_ds.config.keys import StateConfig
 from hift_ds.config.optimizers import rule_from_config
 from hift_ds.shards import BlockShard
 from hift_ds.state.block_state import BlockState, Storage, make_states
-from hift_ds.state.formats import Form
 from hift_ds.state.host_memory import HostMemory
 from hift_ds.zero.update import BlockUpdate, Scaling
 from hift_ds.zero.weights import write_weights
@@ -21,7 +21,7 @@ BLOCKS, NUMEL, STEPS = 3, 100_003, 12
 _made: list[Any] = []  # the engine whose peaks were measured in this process
 
 
-def states_of(form: Form, streams: bool, ring_bytes: int | None = None) -> tuple[list[BlockState], BlockUpdate]:
+def states_of(form: StateConfig, streams: bool, ring_bytes: int | None = None) -> tuple[list[BlockState], BlockUpdate]:
     """Three blocks of bf16 weights under AdamW, and what updates them with the fused kernels."""
     rule, defaults = rule_from_config("AdamW", {"lr": 1e-2, "weight_decay": 0.01})
     generator = torch.Generator().manual_seed(0)
@@ -33,7 +33,7 @@ def states_of(form: Form, streams: bool, ring_bytes: int | None = None) -> tuple
     return states, BlockUpdate(rule, groups, DEVICE, lambda tensor: tensor, "triton", ring, seed=5)
 
 
-def trained(form: Form, streams: bool, turns: list[int], ring_bytes: int | None = None) -> list[torch.Tensor]:
+def trained(form: StateConfig, streams: bool, turns: list[int], ring_bytes: int | None = None) -> list[torch.Tensor]:
     """Every state tensor and weight after updates of blocks in `turns`, with the next block's tiles prefetched."""
     states, update = states_of(form, streams, ring_bytes)
     square = torch.ones(1, dtype=torch.float64, device=DEVICE)
@@ -125,7 +125,7 @@ def device_bytes_of_state(ring_bytes: int) -> dict[str, int]:
     """Most bytes that an update allocates beside gradient and new weights, the ring included (CUDA only)."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
-    states, update = states_of(Form(), True, ring_bytes)
+    states, update = states_of(StateConfig(), True, ring_bytes)
     weights = sum(param.nbytes for state in states for param in state.shard.params)
     grad = torch.randn(states[0].shard.numel, device=DEVICE).bfloat16()
     torch.cuda.reset_peak_memory_stats()
@@ -148,10 +148,12 @@ def peaks(
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from hift_ds.config.resolve import DTYPES
     from hift_ds.memory import MemoryMeter
-    from hift_ds.memory.plan import DTYPES, Planner
+    from hift_ds.memory.plan import Planner
     from hift_ds.memory.request import Request
     from hift_ds.recipes.planning import complete_config
+    from hift_ds.state.block_state import card_bytes
 
     if _made:
         raise RuntimeError("peaks() is measured once in a process; give each case a `fresh_rank`")
@@ -169,10 +171,8 @@ def peaks(
             engine.backward(loss)
             del loss
             engine.step()
-    card, on_cpu = engine.optimizer.settings.card_bytes, engine.device.type == "cpu"
-    request = Request(config, seq, None, checkpointing, gpu_memory=card, on_cpu=on_cpu)
-    if engine.device.type == "cpu":  # one memory: nothing streams
-        request = request.changed("hift", "state", value={"residency": "device"})
+    device = engine.device
+    request = Request(config, seq, None, checkpointing, gpu_memory=card_bytes(device), device_type=device.type)
     plan = Planner(LlamaConfig(**llama)).plan(request)
     measured = meter.gather().block_peaks("requested" if engine.device.type == "cuda" else "allocated")
     return {block: peak - before for block, peak in measured.items()}, [block.peak for block in plan.blocks]

@@ -43,7 +43,7 @@ def kernels_agree(stage: int, dtype: str, rule: str, clip: float = 0.0) -> dict[
         engine = _engine(stage, dtype, rule, kernel, clip)
         start = whole_weights(engine)
         losses.append(run_steps(engine, 2 * len(engine.hift.blocks)))
-        assert engine.optimizer.settings.kernel == kernel
+        assert engine.optimizer.config.kernel == kernel
         runs.append(whole_weights(engine))
     ours, theirs = (torch.cat([w.double().flatten() for w in run.values()]) for run in runs)
     spacing = torch.from_numpy(np.spacing(theirs.abs().clamp(min=1 / 64).float().numpy())).double()
@@ -167,7 +167,7 @@ def agreed_kernels(choices: list[KernelChoice], refuses: bool = False) -> dict[s
         except (ValueError, RuntimeError) as error:
             return {"error": str(error)}
     run_steps(engine, 2)
-    return {"kernel": engine.optimizer.settings.kernel, "warnings": [w for w in warnings if "kernel" in w]}
+    return {"kernel": engine.optimizer.config.kernel, "warnings": [w for w in warnings if "kernel" in w]}
 
 
 @contextmanager

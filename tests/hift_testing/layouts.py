@@ -8,15 +8,15 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hift_ds.config.keys import HiFTConfig
+from hift_ds.config.resolve import DTYPES, resolve
 from hift_ds.memory.fake_model import _cast
 from hift_ds.memory.layout import Layout
-from hift_ds.memory.plan import DTYPES
 
 
 def layout_of(
-    module, stage=0, world=1, micro_steps=1, hift=(), zero=(), optimizer="AdamW", precision="bf16", params=()
-):
+    module, stage=0, world=1, micro_steps=1, hift=(), zero=(), optimizer="AdamW", precision="bf16", params=(),
+    on_cpu=True,
+):  # fmt: skip
     """The layout of a module class; sections as in a DeepSpeed config."""
     mode = FakeTensorMode()
     with mode:
@@ -29,7 +29,8 @@ def layout_of(
         "hift": {"enabled": True, **dict(hift)},
         **({} if precision == "fp32" else {precision: {"enabled": True}}),
     }
-    return Layout(model, config, HiFTConfig.from_ds_config(config), world)
+    device = "cpu" if on_cpu else "cuda"
+    return Layout(model, resolve(config, world=world, device_type=device, separate_host=True))
 
 
 class Three(nn.Module):

@@ -21,7 +21,6 @@ from hift_ds import engine as engine_module
 from hift_ds.engine import HiFTEngine
 from hift_ds.memory.plan import Planner
 from hift_ds.memory.request import Request
-from hift_ds.recipes.planning import complete_config
 from hift_ds.rules.adam import Adam
 from hift_ds.state import block_state as state
 from hift_ds.state import ring
@@ -109,7 +108,7 @@ def measured(
                 meter.restart()
                 engine.step()
                 phases["step"].append(meter.peak)
-            if engine.optimizer.settings.kernel == "triton":
+            if engine.optimizer.config.kernel == "triton":
                 gc.collect()  # Triton's interpreter holds the storages of its arguments in cycles
             time.sleep(0.02)  # gloo's threads hold a collective's tensors a moment longer (measured: under 10 ms)
             meter.restart()
@@ -278,8 +277,7 @@ def same_ring(stage: int, dtype: str, card: int, **least: int) -> tuple[int, int
     known = mock.patch.object(engine_module, "card_bytes", lambda device: card)
     with separate_host(tile=48), mock.patch.multiple(state, **least), known:
         engine = engine_of(ds_config(stage, dtype, {}), model)
-        config = complete_config(ds_config(stage, dtype, {}), None, None, None, engine.dp_world_size)
-        request = Request(config, 12, "eager", gpus=engine.dp_world_size, gpu_memory=card)
+        request = Request(ds_config(stage, dtype, {}), 12, "eager", gpus=engine.dp_world_size, gpu_memory=card)
         planned = Planner(copy.deepcopy(model.config)).layout(request).device_state
     states = engine.optimizer.states
     return engine.optimizer.ring.nbytes, planned, max(sum(t.nbytes for t in s.tensors.values()) for s in states)

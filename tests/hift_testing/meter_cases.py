@@ -17,7 +17,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hift_ds.memory import MemoryMeter
 from hift_ds.memory.plan import Planner
 from hift_ds.memory.request import Request
-from hift_ds.recipes.planning import complete_config
 
 
 def metered(stage: int, dtype: str, hift: dict[str, Any] | None, folder: str | None = None) -> dict[str, Any]:
@@ -53,9 +52,7 @@ def metered(stage: int, dtype: str, hift: dict[str, Any] | None, folder: str | N
     ) + sum(buffer.nbytes for buffer in engine.module.buffers())
     if hift is not None:
         facts["state"] = sum(t.nbytes for state in engine.optimizer.states for t in state.all_tensors())
-        together = {**hift, "state": {"residency": "device"}}
-        request = Request(complete_config({**config, "hift": together}, None, None, None, engine.dp_world_size), SEQ,
-                          None, gpus=engine.dp_world_size)  # fmt: skip
+        request = Request(config, SEQ, None, gpus=engine.dp_world_size, device_type="cpu")
         if dist.get_rank() == 0:
             facts["forecast"] = [block.peak for block in Planner(LlamaConfig(**LLAMA)).plan(request).blocks]
     return facts

@@ -24,6 +24,19 @@ EXPECTED = {
     "moments": ("ValueError: hift.state.moments='int8': adafactor keeps them in 'fp32'", "use one of these"),
     "master": ("ValueError: hift.state.master='split16': needs bf16 model weights", "use 'fp32'"),
     "on host and device": ("ValueError: hift.state.residency='device': offload_optimizer.device", "remove one"),
+    "compact on host": ("ValueError: zero_optimization.offload_optimizer.device='cpu': updates on", "or hift.state"),
+    "kernel on host": ("ValueError: zero_optimization.offload_optimizer.device='cpu'", "hift.kernel='triton'"),
+    "compact in torch": ("ValueError: hift.kernel='torch': updates masters and moments in fp32", "use null or"),
+    "ring without streams": ("ValueError: hift.state.ring_bytes=1048576", "leave it out"),
+    "blocks and layers": ("ValueError: hift.layers_per_block=2", "must be 1 or left out"),
+    "letters": ("ValueError: HiFT: unknown key", 'write it "hift"'),
+    "scheduler": ("ValueError: scheduler.type='Warmup'", "WarmupLR"),
+    "scheduler key": ("ValueError: scheduler.params={'steps': 3}", "correct them"),
+    "batch": ("ValueError: train_batch_size=7", "2 ranks"),
+    "micro batch": ("ValueError: train_micro_batch_size_per_gpu=0", "1 or more"),
+    "two precisions": ("ValueError: DeepSpeed refuses the config", "fp16"),
+    "stage": ("ValueError: DeepSpeed refuses stage=4", "correct it"),
+    "clip": ("ValueError: gradient_clipping='1'", "a number"),
     "nothing to train": ("ValueError: No parameter of the model has requires_grad=True", "set it"),
     "two blocks": ("ValueError: hift.blocks[0]", "model.layers.1."),
     "no block": ("ValueError: hift.blocks: 2 trainable parameters are in no block", "'lm_head.weight'"),
@@ -55,6 +68,19 @@ def test_bad_input_is_refused_with_the_same_sentence_on_every_rank(two_ranks):
             assert found[name].startswith(start), (name, found[name])
             assert words in found[name], (name, found[name])
         assert found["good"] == "1"
+
+
+# What is refused of a model or an argument, which a plan does not see.
+NOT_IN_A_PLAN = {"nothing to train", "transformers", "subclass", "mpu", "no model", "half a param group"}
+
+
+def test_whatever_initialize_refuses_a_plan_refuses_with_the_same_sentence(two_ranks, tmp_path):
+    names = [name for name in EXPECTED if name not in NOT_IN_A_PLAN]
+    refused = two_ranks.run(cases.refused, names)[0]
+    planned = two_ranks.run(cases.refused_by_plan, names, str(tmp_path))[0]
+    for name in names:
+        sentence = refused[name].partition(": ")[2]
+        assert planned[name] == f"exit 2: hift-ds plan: error: {sentence}", name
 
 
 def test_what_only_one_rank_finds_is_raised_on_all(two_ranks):

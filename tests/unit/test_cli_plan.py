@@ -10,12 +10,13 @@ import pytest
 import transformers as hf
 
 from hift_ds import cli
+from hift_ds.config.batch import ACCUMULATION, MICRO, TRAIN
 from hift_ds.memory.request import RESERVE_BYTES, Request, parse_bytes
 from hift_ds.recipes import planning
 from hift_ds.recipes.planning import complete_config
 
 ROOT = Path(__file__).parents[2]
-MICRO, ACCUMULATION, TRAIN = "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"
+OPTIMIZER = {"optimizer": {"type": "AdamW"}}
 
 
 @pytest.fixture(scope="module")
@@ -143,8 +144,8 @@ def test_a_model_of_images_is_refused(capsys, tmp_path):
 def test_checkpointing_that_the_model_lacks_is_refused(capsys, tmp_path):
     config = hf.OpenAIGPTConfig(n_embd=16, n_layer=1, n_head=2, architectures=["OpenAIGPTLMHeadModel"])
     path = written(tmp_path, config.to_dict())
-    message = error_of(capsys, "--model", path, "--attn", "eager", "--activation_checkpointing", "--seq", 8)
-    assert message == "--activation_checkpointing: OpenAIGPTLMHeadModel has none; leave the option out"
+    message = error_of(capsys, "--model", path, "--attn", "eager", "--gradient_checkpointing", "--seq", 8)
+    assert message == "--gradient_checkpointing: OpenAIGPTLMHeadModel has none; leave the option out"
 
 
 def test_experts_in_fp32_are_planned_or_refused_in_a_sentence_that_helps(capsys, tmp_path):
@@ -243,18 +244,24 @@ def request_for(monkeypatch):
 
 def test_defaults_are_adamw_in_bf16_one_row_a_rank(request_for):
     request = request_for()
-    assert (request.precision, request.stage, request.micro_batch, request.seq) == ("bf16", 0, 1, 512)
+    config = request.config
+    assert (config.precision, config.stage, config.micro_batch, request.seq) == ("bf16", 0, 1, 512)
     assert (request.world, request.gpu_memory, request.host_memory) == (1, None, None)
     assert (request.attn_implementation, request.checkpointing, request.padded) == (None, False, False)
     assert request.ds_config["optimizer"]["type"] == "AdamW"
-    assert request.hift.layers_per_block == 1
+    assert request.config.hift.layers_per_block == 1
 
 
 def test_several_ranks_share_by_stage_2_unless_told_otherwise(request_for, tmp_path):
-    assert request_for("--gpus", 2).stage == 2
+    assert request_for("--gpus", 2).config.stage == 2
     assert request_for("--gpus", 2, "--nodes", 3).world == 6
-    assert request_for("--gpus", 2, "--stage", 3).stage == 3
-    assert request_for("--gpus", 2, "--deepspeed_config", written(tmp_path, {})).stage == 0, "the config's"
+    assert request_for("--gpus", 2, "--stage", 3).config.stage == 3
+    path = written(tmp_path, OPTIMIZER)
+    assert request_for("--gpus", 2, "--deepspeed_config", path).config.stage == 0, "the config's"
+
+
+def facts(config):
+    return config.precision, config.micro_batch, config.stage, config.hift.layers_per_block
 
 
 def test_options_go_before_the_config(request_for, tmp_path):
@@ -264,29 +271,29 @@ def test_options_go_before_the_config(request_for, tmp_path):
     }  # fmt: skip
     path = written(tmp_path, config)
     plain = request_for("--deepspeed_config", path)
-    assert (plain.precision, plain.micro_batch, plain.stage, plain.hift.layers_per_block) == ("bf16", 4, 1, 2)
+    assert facts(plain.config) == ("bf16", 4, 1, 2)
     assert plain.ds_config[ACCUMULATION] == 3 and plain.ds_config["optimizer"]["type"] == "SGD"
     told = request_for(
         "--deepspeed_config", path, "--precision", "fp16", "--stage", 3, "--micro_batch", 2, "--layers_per_block", 5,
-        "--attn", "eager", "--activation_checkpointing", "--padded", "--gpu_memory", "24GB", "--host_memory", "1TiB",
+        "--attn", "eager", "--gradient_checkpointing", "--padded", "--gpu_memory", "24GB", "--host_memory", "1TiB",
     )  # fmt: skip
-    assert (told.precision, told.micro_batch, told.stage, told.hift.layers_per_block) == ("fp16", 2, 3, 5)
-    assert told.hift.order == "top2down"
+    assert facts(told.config) == ("fp16", 2, 3, 5)
+    assert told.config.hift.order == "top2down"
     assert (told.attn_implementation, told.checkpointing, told.padded) == ("eager", True, True)
     assert (told.gpu_memory, told.host_memory) == (24 * 10**9, 1 << 40)
 
 
 def test_a_config_without_precision_is_fp32(request_for, tmp_path):
-    path = written(tmp_path, {MICRO: 1})
-    assert request_for("--deepspeed_config", path).precision == "fp32"
-    assert request_for("--deepspeed_config", path, "--precision", "bf16").precision == "bf16"
-    fp16 = written(tmp_path, {MICRO: 1, "fp16": {"enabled": True}})
-    assert request_for("--deepspeed_config", fp16, "--precision", "fp32").precision == "fp32"
+    path = written(tmp_path, {**OPTIMIZER, MICRO: 1})
+    assert request_for("--deepspeed_config", path).config.precision == "fp32"
+    assert request_for("--deepspeed_config", path, "--precision", "bf16").config.precision == "bf16"
+    fp16 = written(tmp_path, {**OPTIMIZER, MICRO: 1, "fp16": {"enabled": True}})
+    assert request_for("--deepspeed_config", fp16, "--precision", "fp32").config.precision == "fp32"
 
 
 def test_the_old_name_of_bf16_is_read_as_deepspeed_reads_it(request_for, tmp_path):
-    path = written(tmp_path, {MICRO: 1, "bfloat16": {"enabled": True}})
-    assert request_for("--deepspeed_config", path).precision == "bf16"
+    path = written(tmp_path, {**OPTIMIZER, MICRO: 1, "bfloat16": {"enabled": True}})
+    assert request_for("--deepspeed_config", path).config.precision == "bf16"
 
 
 def test_the_card_that_is_here_counts_if_none_is_named(request_for, monkeypatch):
@@ -297,23 +304,24 @@ def test_the_card_that_is_here_counts_if_none_is_named(request_for, monkeypatch)
 
 def test_batch_sizes_follow_deepspeeds_rule():
     def sizes(config, micro=None, world=4):
-        made = complete_config(config, None, None, micro, world)
-        return made[MICRO], made[ACCUMULATION], made[TRAIN]
+        made = complete_config({**config, **OPTIMIZER}, None, None, micro, world)
+        resolved = Request(made, 8, gpus=world).config
+        return resolved.micro_batch, resolved.micro_steps
 
-    assert sizes({}) == (1, 1, 4)
-    assert sizes({TRAIN: 32}) == (8, 1, 32)
-    assert sizes({TRAIN: 32, ACCUMULATION: 2}) == (4, 2, 32)
-    assert sizes({TRAIN: 32}, micro=2) == (2, 4, 32), "the batch stays, the micro steps follow"
-    assert sizes({TRAIN: 32, MICRO: 8, ACCUMULATION: 1}, micro=2) == (2, 4, 32)
-    assert sizes({MICRO: 3, ACCUMULATION: 5}) == (3, 5, 60)
+    assert sizes({}) == (1, 1)
+    assert sizes({TRAIN: 32}) == (8, 1)
+    assert sizes({TRAIN: 32, ACCUMULATION: 2}) == (4, 2)
+    assert sizes({TRAIN: 32}, micro=2) == (2, 4), "the batch stays, the micro steps follow"
+    assert sizes({TRAIN: 32, MICRO: 8, ACCUMULATION: 1}, micro=2) == (2, 4)
+    assert sizes({MICRO: 3, ACCUMULATION: 5}) == (3, 5)
 
 
 def test_a_config_is_completed_and_not_changed():
-    config = {"zero_optimization": True, "hift": {"order": "random"}}
+    config = {"zero_optimization": True, "hift": {"enabled": False, "order": "random"}, **OPTIMIZER}
     made = complete_config(config, None, None, None, 1)
-    assert made["zero_optimization"] == {"stage": 1}, "DeepSpeed's old way"
+    assert Request(made, 8).config.stage == 1, "DeepSpeed's old way"
     assert made["hift"] == {"order": "random", "enabled": True}
-    assert config == {"zero_optimization": True, "hift": {"order": "random"}}
+    assert config == {"zero_optimization": True, "hift": {"enabled": False, "order": "random"}, **OPTIMIZER}
 
 
 @pytest.mark.parametrize(
@@ -332,11 +340,11 @@ def test_what_is_no_size_is_refused_with_its_text(text):
 
 
 def test_a_changed_request_leaves_the_first_as_it_was():
-    request = Request(complete_config({}, "bf16", 2, 1, 2), 8, gpus=2)
+    request = Request(complete_config(None, "bf16", 2, 1, 2), 8, gpus=2)
     before = json.dumps(request.ds_config)
     changed = request.changed("hift", "state", "moments", value="bf16").changed("bf16", value=None)
-    assert (changed.hift.state.moments, changed.precision) == ("bf16", "fp32")
-    assert changed.changed("hift", "state", "moments", value=None).hift.state.moments == "fp32"
+    assert (changed.config.hift.state.moments, changed.config.precision) == ("bf16", "fp32")
+    assert changed.changed("hift", "state", "moments", value=None).config.hift.state.moments == "fp32"
     assert json.dumps(request.ds_config) == before
     assert (changed.seq, changed.gpus) == (8, 2)
 
@@ -408,7 +416,7 @@ def test_tracing_every_block_says_the_same_of_a_small_model(tiny, capsys):
 
 
 def test_null_layers_per_block_are_chosen_for_the_card_given(tiny, capsys, tmp_path):
-    path = written(tmp_path, {MICRO: 1, "hift": {"enabled": True, "layers_per_block": None}})
+    path = written(tmp_path, {**OPTIMIZER, MICRO: 1, "hift": {"enabled": True, "layers_per_block": None}})
     message = error_of(capsys, "--model", tiny, "--deepspeed_config", path)
     assert message == "hift.layers_per_block=null: the choice needs the size of a card; add --gpu_memory"
     options = ("--model", tiny, "--deepspeed_config", path, "--seq", 8, "--gpu_memory", "2GiB", "--json")

@@ -5,17 +5,17 @@ import torch
 from hift_testing import gpu_cases as cases
 from hift_testing.ranks import RankError
 
-from hift_ds.state.formats import Form
+from hift_ds.config.keys import StateConfig
 
 TURNS = [0, 1, 1, 2]
 
 
-@pytest.mark.parametrize("form", [Form(), Form("split16", "bf16"), Form("none", "int8")], ids=str)
+@pytest.mark.parametrize("form", [StateConfig(), StateConfig("split16", "bf16"), StateConfig("none", "int8")], ids=str)
 def test_streamed_state_has_the_bits_of_the_same_state_streamed_again(form):
     streamed = cases.trained(form, True, TURNS, 3 * 3 * 4 * 1024 * 8)
     again = cases.trained(form, True, TURNS, 3 * 3 * 4 * 1024 * 8)
     assert all(torch.equal(a, b) for a, b in zip(streamed, again, strict=True))
-    if form == Form():
+    if form == StateConfig():
         assert all(torch.equal(a, b) for a, b in zip(streamed, cases.trained(form, False, TURNS), strict=True))
 
 

@@ -29,7 +29,8 @@ def planner():
 
 
 def request_of(micro=1, world=1, stage=0, attention="sdpa", precision="bf16", checkpointing=False, **hift):
-    config = {"zero_optimization": {"stage": stage, **FRUGAL}, "hift": {"enabled": True, **hift}}
+    config = {"optimizer": {"type": "AdamW"}, "zero_optimization": {"stage": stage, **FRUGAL}}
+    config["hift"] = {"enabled": True, **hift}
     config = complete_config(config, precision, None, micro, world)
     return Request(config, SEQ, attention, checkpointing, gpus=world)
 
@@ -61,7 +62,7 @@ def test_a_micro_batch_too_large_is_halved_into_more_micro_steps(planner):
     assert limit < need(planner, replace(request_of(micro=8), checkpointing=True))
     whats, plan = advice_for(planner, request_of(micro=8), gpu=limit)
     assert whats == ["micro batch 4 and as many more micro steps"]
-    assert (plan.request.micro_batch, plan.request.ds_config["gradient_accumulation_steps"]) == (4, 2)
+    assert (plan.request.config.micro_batch, plan.request.config.micro_steps) == (4, 2)
 
 
 def test_of_two_changes_that_help_the_cheaper_is_proposed(planner):
@@ -144,7 +145,7 @@ def test_several_ranks_are_given_stage_2_before_stage_3(planner):
     assert need(planner, request_of(world=4, stage=3)) <= limit, "stage 3 would do as well"
     whats, plan = advice_for(planner, request_of(world=4), gpu=limit)
     assert whats == ["ZeRO stage 2"]
-    assert plan.request.stage == 2
+    assert plan.request.config.stage == 2
 
 
 def test_stage_3_is_proposed_where_weights_must_go(planner):
@@ -152,7 +153,7 @@ def test_stage_3_is_proposed_where_weights_must_go(planner):
     assert limit < need(planner, request_of(world=4, stage=2, checkpointing=True))
     whats, plan = advice_for(planner, request_of(world=4, checkpointing=True), gpu=limit)
     assert whats == ["ZeRO stage 3"]
-    assert plan.request.stage == 3
+    assert plan.request.config.stage == 3
 
 
 def test_where_nothing_helps_nothing_is_proposed(planner):
@@ -208,7 +209,7 @@ def test_an_uneven_micro_batch_loses_no_row():
     for change in _changes(request_of(micro=6)):
         changed = change.apply(request_of(micro=6))
         if changed is not None:
-            assert changed.micro_batch * changed.ds_config["gradient_accumulation_steps"] == 6
+            assert changed.config.micro_batch * changed.config.micro_steps == 6
 
 
 def test_a_change_leaves_the_request_that_it_changes_alone():
@@ -223,11 +224,11 @@ def test_proposals_know_what_the_config_calls_things():
     """Changes are found by what they change in the config, not by what they are called."""
     request = replace(request_of(micro=2, world=2, layers_per_block=2), host_memory=1)
     changed = {c.what: c.apply(request) for c in _changes(request)}
-    assert changed['"layers_per_block": 1'].hift.layers_per_block == 1
-    assert changed["ZeRO stage 2"].stage == 2
-    assert changed['"master": "split16" in hift.state'].hift.state.master == "split16"
-    assert changed['"moments": "bf16" in hift.state'].hift.state.moments == "bf16"
-    assert changed['"ring_bytes": 33554432 in hift.state'].hift.state.ring_bytes == 33554432
+    assert changed['"layers_per_block": 1'].config.hift.layers_per_block == 1
+    assert changed["ZeRO stage 2"].config.stage == 2
+    assert changed['"master": "split16" in hift.state'].config.hift.state.master == "split16"
+    assert changed['"moments": "bf16" in hift.state'].config.hift.state.moments == "bf16"
+    assert changed['"ring_bytes": 33554432 in hift.state'].config.hift.state.ring_bytes == 33554432
     offload = changed['ZeRO stage 3 with "offload_param": {"device": "cpu"}'].ds_config["zero_optimization"]
     assert (offload["stage"], offload["offload_param"]) == (3, {"device": "cpu"})
     assert all(change.cost for change in _changes(request))

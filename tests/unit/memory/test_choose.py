@@ -36,18 +36,18 @@ class Forecasts:
 
     def __init__(self):
         self.planner = Planner(copy.deepcopy(CONFIG))
-        self.request = Request(ds_config(), 16, "sdpa", gpus=2)
-        self.device, self.host = {}, {}
-        for number in range(1, UNITS + 1):
-            asked = self.request.changed("hift", "layers_per_block", value=number)
-            layout = self.planner.layout(asked)
-            count = len(layout.plan.blocks)
-            self.device[number] = max(self.planner.figures(asked, layout, index).peak for index in range(count))
-            self.host[number] = layout.host_state()
+        self.needs = {}
+        for device in ("cuda", "cpu"):  # in whose one memory all state stays
+            request = Request(ds_config(), 16, "sdpa", gpus=2, device_type=device)
+            self.needs[device] = {}
+            for number in range(1, UNITS + 1):
+                asked = request.changed("hift", "layers_per_block", value=number)
+                layout = self.planner.layout(asked)
+                peaks = [self.planner.figures(asked, layout, i).peak for i in range(len(layout.plan.blocks))]
+                self.needs[device][number] = max(peaks) + (RESERVE_BYTES if device == "cuda" else 0)
 
-    def largest(self, memory, apart):
-        beside = dict.fromkeys(self.host, RESERVE_BYTES) if apart else self.host
-        return max((n for n in self.device if self.device[n] + beside[n] <= memory), default=None)
+    def largest(self, memory, device):
+        return max((n for n, need in self.needs[device].items() if need <= memory), default=None)
 
 
 @pytest.fixture(scope="module")
@@ -68,34 +68,33 @@ def llama():
 
 
 def test_more_layers_in_a_block_need_more(forecasts):
-    needs = [forecasts.device[number] for number in range(1, UNITS + 1)]
+    needs = list(forecasts.needs["cuda"].values())
     assert needs == sorted(needs) and len(set(needs)) == UNITS
 
 
-@pytest.mark.parametrize("apart", [True, False])
-def test_the_choice_is_the_largest_number_that_fits(planned, apart):
-    module = llama()
-    beside = dict.fromkeys(planned.host, RESERVE_BYTES) if apart else planned.host
-    needs = {number: planned.device[number] + beside[number] for number in planned.device}
-    limits = [*needs.values(), max(needs.values()) + 10**6] if apart else [needs[2], needs[3]]
-    limits += [need - 1 for number, need in needs.items() if apart and number > 2]
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_the_choice_is_the_largest_number_that_fits(planned, device):
+    module, needs = llama(), planned.needs[device]
+    limits = [*needs.values(), max(needs.values()) + 10**6] + [need - 1 for n, need in needs.items() if n > 2]
     for memory in limits:
-        choice = choose_layers_per_block(module, ds_config(), 2, memory, apart)
-        assert choice.layers_per_block == planned.largest(memory, apart), (memory, needs)
+        if planned.largest(memory, device) is None:
+            continue
+        choice = choose_layers_per_block(module, ds_config(), 2, memory, device)
+        assert choice.layers_per_block == planned.largest(memory, device), (memory, needs)
         assert not choice.warning
         assert f"{choice.layers_per_block}, which needs" in choice.note
         assert "2 x 16 tokens" in choice.note
 
 
 def test_a_model_too_large_gives_1_with_a_warning(planned):
-    choice = choose_layers_per_block(llama(), ds_config(), 2, planned.device[1] + RESERVE_BYTES - 1, apart=True)
+    choice = choose_layers_per_block(llama(), ds_config(), 2, planned.needs["cuda"][1] - 1, "cuda")
     assert (choice.layers_per_block, choice.warning) == (1, True)
     assert "even that needs 1.0 GiB of 1.0 GiB at 2 x 16 tokens" in choice.note
     assert "hift-ds plan" in choice.note
 
 
 def test_a_plain_module_gives_1_with_a_warning():
-    choice = choose_layers_per_block(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), ds_config(), 1, 10**12, True)
+    choice = choose_layers_per_block(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), ds_config(), 1, 10**12, "cuda")
     assert (choice.layers_per_block, choice.warning) == (1, True)
     assert "Sequential is no transformers model" in choice.note
 
@@ -106,7 +105,7 @@ def test_a_model_whose_code_fails_on_fake_tensors_gives_1_with_a_warning(monkeyp
 
     module = llama()
     monkeypatch.setattr(hf.LlamaForCausalLM, "forward", broken)
-    choice = choose_layers_per_block(module, ds_config(), 1, 10**12, True)
+    choice = choose_layers_per_block(module, ds_config(), 1, 10**12, "cuda")
     assert (choice.layers_per_block, choice.warning) == (1, True)
     assert "cannot be traced (somebody's code)" in choice.note
 
@@ -114,7 +113,7 @@ def test_a_model_whose_code_fails_on_fake_tensors_gives_1_with_a_warning(monkeyp
 def test_what_the_model_is_set_to_is_what_is_planned(monkeypatch):
     seen = {}
 
-    def largest(planner, request, memory, apart):
+    def largest(planner, request, memory):
         seen.update(planner=planner, request=request)
         raise ValueError("enough")
 
@@ -122,7 +121,7 @@ def test_what_the_model_is_set_to_is_what_is_planned(monkeypatch):
     module = llama()
     module.gradient_checkpointing_enable({"use_reentrant": False})
     module.model.embed_tokens.requires_grad_(False)
-    choose_layers_per_block(module, ds_config(seq_len=None), 4, 1, True)
+    choose_layers_per_block(module, ds_config(seq_len=None), 4, 1, "cuda")
     request, planner = seen["request"], seen["planner"]
     assert (request.seq, request.gpus, request.checkpointing) == (64, 4, True), "as many tokens as positions"
     assert request.attn_implementation == "sdpa"
@@ -138,28 +137,28 @@ def test_rows_are_as_long_as_the_positions_but_no_longer_than_assumed(positions,
     assert choose._sequence(ds_config(seq_len=7), config) == 7
 
 
-def test_a_client_optimizer_counts_as_what_it_keeps():
+def test_a_client_optimizer_counts_as_what_it_keeps(monkeypatch):
+    seen = []
+    monkeypatch.setattr(choose, "largest_blocks", lambda planner, request, memory: seen.append(request.config))
     params = [nn.Parameter(torch.ones(1))]
-    config = {"train_batch_size": 1}
-    for optimizer, section in (
-        (torch.optim.SGD(params, momentum=0.5), {"type": "sgd", "params": {"momentum": 0.5}}),
-        (torch.optim.SGD(params), {"type": "sgd", "params": {"momentum": 0}}),
-        (torch.optim.AdamW(params), {"type": "adamw", "params": {}}),
-        (None, {"type": "AdamW"}),
+    for optimizer, slots in (
+        (torch.optim.SGD(params, momentum=0.5), ("momentum_buffer",)),
+        (torch.optim.SGD(params), ()),
+        (torch.optim.AdamW(params), ("exp_avg", "exp_avg_sq")),
+        (torch.optim.AdamW, ("exp_avg", "exp_avg_sq")),  # a function that is yet to make one
     ):
-        resolved = choose._resolved(config, optimizer)
-        assert resolved["optimizer"] == section
-        assert resolved["train_micro_batch_size_per_gpu"] == 1
-        assert "train_batch_size" not in resolved
-        assert resolved["gradient_accumulation_steps"] == 1
-    assert config == {"train_batch_size": 1}
+        config = {key: value for key, value in ds_config().items() if key != "optimizer"}
+        choose_layers_per_block(llama(), config, 1, 10**12, "cuda", None, optimizer)
+        config = seen.pop()
+        assert config.rule.slots(config.group) == slots
 
 
 @pytest.mark.parametrize(("old", "stage"), [(True, 1), (False, 0), (None, 0), ({"stage": 3}, 3)])
 def test_deepspeeds_old_way_to_write_stage_1_is_understood(old, stage):
-    config = {"train_batch_size": 1, "zero_optimization": old} if old is not None else {"train_batch_size": 1}
-    resolved = choose._resolved(config, None)
-    assert Request(resolved, 8).stage == Request(config, 8).stage == stage
-    assert Request(resolved, 8).changed("zero_optimization", "stage", value=2).stage == 2
+    config = {"train_batch_size": 1, "optimizer": {"type": "SGD"}, "hift": {"enabled": True}}
+    if old is not None:
+        config["zero_optimization"] = old
+    assert Request(config, 8).config.stage == stage
+    assert Request(config, 8).changed("zero_optimization", "stage", value=2).config.stage == 2
     cell = Cell("hift", 2, "bf16", 1, "AdamW", False, 64, 1, "bottom2up", 1)
     assert config_of(cell, config)["zero_optimization"]["stage"] == 2

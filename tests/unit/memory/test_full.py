@@ -1,6 +1,5 @@
 """Full fine-tuning's figures, by hand over hand-made events."""
 
-from types import SimpleNamespace
 
 import pytest
 from hift_testing.layouts import three
@@ -20,13 +19,13 @@ NUMEL = 5037
 BUCKET = 1000  # elements of `reduce_bucket_size`
 
 
-GPU, HOST = SimpleNamespace(on_cpu=False), SimpleNamespace(on_cpu=True)  # all that is asked of a request here
+GPU, HOST = False, True  # whether the ranks train on CPUs
 
 
-def full_of(stage, world, request=GPU, **keywords):
+def full_of(stage, world, **keywords):
     zero = {"reduce_bucket_size": BUCKET, "overlap_comm": False, **keywords.pop("zero", {})}
     layout = three(stage, world, zero=zero, **keywords)
-    figures, host = full_figures(layout, request, FULL_EVENTS)
+    figures, host = full_figures(layout, FULL_EVENTS)
     assert figures.numel == NUMEL
     return layout, figures, host
 
@@ -56,11 +55,11 @@ def test_full_fine_tuning_ends_with_all_gradients():
     quiet = [Event(END, (), peak=10, current=0, forward=True), *(
         Event(GRADIENT, (name,), peak=10, current=0, forward=False) for name in ("large", "small", "norm")
     ), Event(END, (), peak=0, current=0, forward=False)]  # fmt: skip
-    figures, _ = full_figures(three(), GPU, quiet)
+    figures, _ = full_figures(three(), quiet)
     assert (figures.gradients, figures.phase) == ((2 + 4 + 4) * NUMEL, "update"), "copied to fp32, and flattened"
-    flattened, _ = full_figures(three(precision="fp32"), GPU, quiet)
+    flattened, _ = full_figures(three(precision="fp32"), quiet)
     assert (flattened.gradients, flattened.activations, flattened.phase) == (8 * NUMEL, 0, "backward")
-    shared, _ = full_figures(three(2, 4, zero={"reduce_bucket_size": BUCKET, "overlap_comm": False}), GPU, quiet)
+    shared, _ = full_figures(three(2, 4, zero={"reduce_bucket_size": BUCKET, "overlap_comm": False}), quiet)
     assert shared.gradients == (2 + 2 + 4) * (NUMEL // 4), "those of a rank, flattened, and copied to fp32"
 
 
@@ -107,7 +106,7 @@ def test_a_full_bucket_is_copied_at_stage_3_unless_a_lone_gradient_is_in_it():
 
 
 @pytest.mark.parametrize(
-    ("stage", "request_", "kind", "params", "precision", "update"),
+    ("stage", "on_cpu", "kind", "params", "precision", "update"),
     [  # bytes for each element of the whole model, or of a rank's part
         (0, GPU, "AdamW", {}, "bf16", 2 + 4 + 4),
         (0, GPU, "AdamW", {"torch_adam": True}, "bf16", 2 + 4 + 4),  # the square root of all second moments
@@ -125,8 +124,8 @@ def test_a_full_bucket_is_copied_at_stage_3_unless_a_lone_gradient_is_in_it():
         (2, HOST, "Adagrad", {"weight_decay": 0.1}, "fp32", 4 + 8),
     ],
 )
-def test_update_of_full_fine_tuning(stage, request_, kind, params, precision, update):
-    assert update_of(stage, request_, kind, params, precision) == update * (NUMEL if stage == 0 else NUMEL // 4)
+def test_update_of_full_fine_tuning(stage, on_cpu, kind, params, precision, update):
+    assert update_of(stage, on_cpu, kind, params, precision) == update * (NUMEL if stage == 0 else NUMEL // 4)
 
 
 def test_stage_2_holds_a_second_part_of_the_gradients_in_the_update_after_several_micro_steps():
@@ -134,10 +133,10 @@ def test_stage_2_holds_a_second_part_of_the_gradients_in_the_update_after_severa
     assert several - one == PART
 
 
-def update_of(stage, request, kind, params, precision, zero=None, micro_steps=1):
+def update_of(stage, on_cpu, kind, params, precision, zero=None, micro_steps=1):
     zero = {"reduce_bucket_size": BUCKET, "overlap_comm": False, **(zero or {})}
-    layout = three(stage, 4, micro_steps, optimizer=kind, params=params, precision=precision, zero=zero)
-    *_, update = full_module.full_moments(layout, request, FULL_EVENTS, layout.gathered(FULL_EVENTS))
+    layout = three(stage, 4, micro_steps, optimizer=kind, params=params, precision=precision, zero=zero, on_cpu=on_cpu)
+    *_, update = full_module.full_moments(layout, FULL_EVENTS, layout.gathered(FULL_EVENTS))
     assert update.phase == "update"
     return update.gradients
 

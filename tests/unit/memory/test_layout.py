@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hift_ds.config.keys import HiFTConfig
+from hift_ds.config.resolve import resolve
 from hift_ds.memory.gathering import Limits, ParameterSize
 from hift_ds.memory.layout import GradientBytes, Layout
 from hift_ds.state import block_state as state
@@ -50,7 +50,8 @@ def layout_of(
         **({"bf16": {"enabled": True}} if dtype == torch.bfloat16 else {}),
         **extra,
     }
-    return Layout(model, config, HiFTConfig.from_ds_config(config), world, frozen, card, on_cpu)
+    device = "cpu" if on_cpu else "cuda"
+    return Layout(model, resolve(config, world=world, device_type=device, separate_host=True), frozen, card)
 
 
 def states(layout):
@@ -172,8 +173,8 @@ def test_a_layout_does_not_go_by_what_a_trace_has_left_off():
     mode = FakeTensorMode()
     with mode:
         model = SimpleNamespace(module=Layers(torch.bfloat16).requires_grad_(False), mode=mode)
-    config = {"train_micro_batch_size_per_gpu": 1, "hift": {"enabled": True}, "bf16": {"enabled": True}}
-    assert Layout(model, config, HiFTConfig.from_ds_config(config), 1).plan.frozen == ()
+    config = {"train_batch_size": 1, "optimizer": {"type": "SGD"}, "hift": {"enabled": True}, "bf16": {"enabled": True}}
+    assert Layout(model, resolve(config, world=1)).plan.frozen == ()
 
 
 def test_forms_that_do_not_go_with_the_weights_or_the_rule_are_refused():
@@ -310,7 +311,7 @@ def test_a_lone_rank_adds_each_gradient_to_the_shard():
 def test_accumulated_gradients_are_fp32_and_there_before_the_last_backward():
     layout = layout_of(2, 1, gradient_accumulation_steps=3)
     shard = 4 * ALONE[0]
-    assert layout.accumulation_dtype == torch.float32
+    assert layout.config.accumulation_dtype == torch.float32
     assert layout.gradient_bytes(0, ["large"]) == GradientBytes(
         before=shard, events=((2 * LARGE + shard, shard),), finish=shard, after=shard, sent=0
     )

@@ -292,7 +292,7 @@ def test_attention_is_as_asked_for():
 
 def test_checkpointing_that_a_class_lacks_is_refused():
     config = hf.OpenAIGPTConfig(n_embd=32, n_layer=2, n_head=4, architectures=["OpenAIGPTLMHeadModel"])
-    with pytest.raises(ValueError, match=r"--activation_checkpointing: OpenAIGPTLMHeadModel has none"):
+    with pytest.raises(ValueError, match=r"--gradient_checkpointing: OpenAIGPTLMHeadModel has none"):
         FakeModel(config, torch.float32, checkpointing=True)
 
 

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 import hift_ds
-from hift_ds.config.keys import HiFTConfig
-from hift_ds.recipes.arguments import add_arguments, build_ds_config, resolve_batch
+from hift_ds.config.batch import ACCUMULATION, MICRO, TRAIN, batch_sizes
+from hift_ds.config.keys import HiFTConfig, StateConfig
+from hift_ds.config.kinds import declared
+from hift_ds.recipes.arguments import add_arguments, build_ds_config
 from hift_ds.recipes.setup import prepare_process
 
 ROOT = Path(hift_ds.__file__).parents[1]
@@ -23,7 +25,6 @@ FILE = {
     "zero_optimization": {"stage": 2},
     "hift": {"enabled": False, "layers_per_block": 4, "seed": 7},
 }
-MICRO, ACCUMULATION, TRAIN = "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"
 
 
 @pytest.fixture
@@ -70,6 +71,9 @@ def test_hift_needs_no_section_in_the_file(config_of, section):
         ("lr_update", ["paper"], "paper"),
         ("inactive_state", ["reset"], "reset"),
         ("kernel", ["triton"], "triton"),
+        ("kernel", ["null"], None),
+        ("seq_len", ["128"], 128),
+        ("no_gradient", ["skip"], "skip"),
         ("frozen", ["embed", "norm$"], ["embed", "norm$"]),
         ("always_active", ["head"], ["head"]),
     ],
@@ -79,6 +83,28 @@ def test_each_option_overrides_its_key_of_the_section(config_of, option, values,
     assert section == {"enabled": True, "layers_per_block": 4, "seed": 7, option: expected}
     read = getattr(HiFTConfig.from_ds_config({"hift": section}), option)
     assert read == (tuple(expected) if isinstance(expected, list) else expected)
+
+
+def test_blocks_state_and_null_have_options_as_json_or_by_key(config_of):
+    section = config_of(
+        "--hift", "--hift_blocks", '[["embed"], ["layers", "head"]]', "--hift_layers_per_block", "null",
+        "--hift_state_moments", "int8", "--hift_state_pin_memory", "false", hift={"state": {"moments": "bf16"}},
+    )["hift"]  # fmt: skip
+    assert section.pop("seq_len") == 512, "of --seq_len"
+    assert section == {
+        "enabled": True, "blocks": [["embed"], ["layers", "head"]], "layers_per_block": None,
+        "state": {"moments": "int8", "pin_memory": False},
+    }  # fmt: skip
+
+
+def test_every_key_has_an_option_and_help_says_what_it_does(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    shown = " ".join(capsys.readouterr().out.split())
+    for part in (*declared(HiFTConfig), *declared(StateConfig)):
+        if part.name not in ("enabled", "state"):
+            prefix = "--hift_state_" if part in declared(StateConfig) else "--hift_"
+            assert prefix + part.name in shown
 
 
 def test_option_without_hift_is_refused_by_name(config_of):
@@ -161,50 +187,6 @@ def test_null_sections_are_absent_sections(config_of):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "world", "expected"),
-    [
-        ({MICRO: 4}, 2, (4, 1, 8)),
-        ({MICRO: 4, ACCUMULATION: 3}, 2, (4, 3, 24)),
-        ({MICRO: 4, TRAIN: 16}, 2, (4, 2, 16)),
-        ({ACCUMULATION: 4, TRAIN: 16}, 2, (2, 4, 16)),
-        ({TRAIN: 16}, 2, (8, 1, 16)),
-        ({MICRO: 2, ACCUMULATION: 4, TRAIN: 8}, 1, (2, 4, 8)),
-    ],
-)
-def test_batch_sizes_follow_from_each_other(sizes, world, expected):
-    config = dict(sizes)
-    assert resolve_batch(config, world) == expected[:2]
-    assert config == dict(zip((MICRO, ACCUMULATION, TRAIN), expected, strict=True))
-
-
-@pytest.mark.parametrize("sizes", [{MICRO: 4}, {MICRO: 4, TRAIN: 16}, {ACCUMULATION: 4, TRAIN: 16}, {TRAIN: 16}])
-def test_batch_sizes_are_those_that_deepspeed_would_find(sizes):
-    from deepspeed.runtime.config import DeepSpeedConfig
-
-    theirs = DeepSpeedConfig(dict(sizes))
-    assert resolve_batch(dict(sizes), 1) == (theirs.train_micro_batch_size_per_gpu, theirs.gradient_accumulation_steps)
-
-
-@pytest.mark.parametrize(
-    ("sizes", "message"),
-    [
-        ({}, r"^train_micro_batch_size_per_gpu: missing; put it into the config, or pass --micro_batch$"),
-        ({ACCUMULATION: 2}, r"^train_micro_batch_size_per_gpu: missing"),
-        ({MICRO: "auto"}, r"^train_micro_batch_size_per_gpu='auto': must be a whole number, 1 or more"),
-        ({MICRO: 0}, r"^train_micro_batch_size_per_gpu=0: must be"),
-        ({MICRO: 1, ACCUMULATION: True}, r"^gradient_accumulation_steps=True: must be"),
-        ({MICRO: 4, TRAIN: 9}, r"^train_batch_size=9: must be .* x 2 ranks, here 4 x 1 x 2; change one"),
-        ({MICRO: 4, TRAIN: 4}, r"^train_batch_size=4: must be .*, here 4 x 0 x 2"),
-        ({TRAIN: 1}, r"^train_batch_size=1: must be .*, here 0 x 1 x 2"),
-        ({MICRO: 1, ACCUMULATION: 1, TRAIN: 4}, r"^train_batch_size=4: must be .*, here 1 x 1 x 2"),
-    ],
-)
-def test_batch_sizes_that_cannot_be_are_refused_by_name(sizes, message):
-    with pytest.raises(ValueError, match=message):
-        resolve_batch(dict(sizes), 2)
-
-
-@pytest.mark.parametrize(
     ("options", "expected"),
     [
         (["--micro_batch", "2"], (2, 4)),
@@ -215,12 +197,12 @@ def test_batch_sizes_that_cannot_be_are_refused_by_name(sizes, message):
 )
 def test_one_size_given_keeps_the_batch_of_the_file_and_both_change_it(config_of, options, expected):
     config = config_of(*options, content={MICRO: 8, ACCUMULATION: 1, TRAIN: 16})
-    assert resolve_batch(config, 2) == expected
+    assert batch_sizes(config, 2) == expected
 
 
 def test_sizes_given_override_a_file_without_a_whole_batch(config_of):
     config = config_of("--micro_batch", "2", "--accumulation", "3")
-    assert resolve_batch(config, 2) == (2, 3)
+    assert batch_sizes(config, 2) == (2, 3)
 
 
 # The rest of the command line, and the process.
@@ -237,7 +219,7 @@ def test_tensorboard_writes_below_output_dir(config_of):
     [
         (["--max_steps", "0"], "argument --max_steps: 0: must be 1 or more"),
         (["--save_every", "-1"], "argument --save_every: -1: must be 1 or more"),
-        (["--hift_order", "up"], "argument --hift_order: invalid choice: 'up'"),
+        (["--hift_order", "up"], "argument --hift_order: hift.order='up': must be one of"),
         (["--hift_oder", "random"], "unrecognized arguments: --hift_oder"),
     ],
 )

@@ -346,8 +346,6 @@ def test_blocks_given_as_regexes_keep_their_order(llama):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"layers_per_block": 0}, r"^hift.layers_per_block=0: must be >= 1"),
-        ({"layers_per_block": 2, "blocks": [["."]]}, r"^hift.layers_per_block=2: must be 1 with hift.blocks"),
         ({"blocks": []}, r"^hift.blocks=\[\]: must list at least one block"),
         ({"blocks": [["."], []]}, r"^hift.blocks\[1\]=\[\]: must hold at least one regex"),
         (

@@ -4,16 +4,17 @@ import pytest
 import torch
 from torch import nn
 
+from hift_ds.config.keys import StateConfig
 from hift_ds.config.optimizers import rule_from_config
 from hift_ds.shards import BlockShard
 from hift_ds.state.block_state import LARGEST_TILE_BYTES, RING_BYTES, TILE_BYTES, BlockState, Storage, plan_ring
-from hift_ds.state.formats import GROUP, Form
+from hift_ds.state.formats import GROUP
 
 CPU = torch.device("cpu")
 SIZES = (300, 64, 1000, 1, 257, 700, 128)
 
 
-def state_of(kind: str, form: Form, tile_numel: int = GROUP, one_run: bool = False) -> BlockState:
+def state_of(kind: str, form: StateConfig, tile_numel: int = GROUP, one_run: bool = False) -> BlockState:
     """Each parameter a param group and so a run of its own, or all in one."""
     rule, defaults = rule_from_config(kind, {})
     generator = torch.Generator().manual_seed(0)
@@ -26,7 +27,10 @@ def state_of(kind: str, form: Form, tile_numel: int = GROUP, one_run: bool = Fal
     return state
 
 
-@pytest.mark.parametrize("form", [Form(), Form("split16", "bf16"), Form("none", "int8"), Form("fp32", "int8")], ids=str)
+@pytest.mark.parametrize(
+    "form", [StateConfig(), StateConfig("split16", "bf16"), StateConfig("none", "int8"), StateConfig("fp32", "int8")],
+    ids=str,
+)  # fmt: skip
 @pytest.mark.parametrize("tile_numel", [GROUP, 4 * GROUP])
 def test_every_element_belongs_to_one_tile_and_no_scale_to_two(form, tile_numel):
     state = state_of("AdamW", form, tile_numel)
@@ -43,7 +47,7 @@ def test_every_element_belongs_to_one_tile_and_no_scale_to_two(form, tile_numel)
 
 @pytest.mark.parametrize(("kind", "moments"), [("AdamW", "int8"), ("Adagrad", "fp32"), ("Adafactor", "fp32")])
 def test_a_reset_state_is_that_of_the_start_but_for_its_masters(kind, moments):
-    state = state_of(kind, Form("fp32", moments))
+    state = state_of(kind, StateConfig("fp32", moments))
     fresh = {name: tensor.clone() for name, tensor in {**state.slots, **state.extra}.items()}
     master = state.master.clone()
     for tensor in state.all_tensors():
@@ -58,7 +62,7 @@ def test_a_reset_state_is_that_of_the_start_but_for_its_masters(kind, moments):
 
 
 def test_the_remainders_of_a_split_master_are_zero_where_masters_are_taken_from_the_weights():
-    state = state_of("AdamW", Form("split16"))
+    state = state_of("AdamW", StateConfig("split16"))
     state.master.fill_(7)
     state.refresh_master()
     assert not state.master.any()
@@ -67,7 +71,7 @@ def test_the_remainders_of_a_split_master_are_zero_where_masters_are_taken_from_
 
 
 def test_a_written_split_master_is_read_back_bit_by_bit_and_rounds_to_its_weight():
-    state = state_of("AdamW", Form("split16"))
+    state = state_of("AdamW", StateConfig("split16"))
     for index in range(len(SIZES)):
         numel = state.shard.segments[index].numel
         value = torch.randn(numel, generator=torch.Generator().manual_seed(index))
@@ -78,14 +82,14 @@ def test_a_written_split_master_is_read_back_bit_by_bit_and_rounds_to_its_weight
 
 def test_a_half_way_master_becomes_the_weight_that_the_kernels_would_store():
     """They round half up in magnitude; a plain copy would round half to even, and the remainder would not fit."""
-    state = state_of("AdamW", Form("split16"))
+    state = state_of("AdamW", StateConfig("split16"))
     value = torch.full((state.shard.segments[0].numel,), 1.0 + 2.0**-8)  # between two bf16 numbers, the lower is even
     state.write(0, None, value)
     assert torch.equal(state.read(0, None), value)
 
 
 def test_moments_of_8_bits_are_read_with_the_scales_of_their_run():
-    state = state_of("AdamW", Form("fp32", "int8"))
+    state = state_of("AdamW", StateConfig("fp32", "int8"))
     for tile in state.tiles:
         for name in ("exp_avg", "exp_avg_sq"):
             tile.home[name].fill_(127 if name == "exp_avg" else 254)  # the code of 1
@@ -100,7 +104,7 @@ def test_moments_of_8_bits_are_read_with_the_scales_of_their_run():
 
 def test_moments_of_8_bits_are_read_with_the_scale_of_their_own_group():
     """A parameter begins and ends inside groups that it shares with its neighbours."""
-    state = state_of("AdamW", Form("fp32", "int8"), one_run=True)
+    state = state_of("AdamW", StateConfig("fp32", "int8"), one_run=True)
     state.tensors["exp_avg"].fill_(127)
     state.tensors["exp_avg_scale"].copy_(torch.arange(state.tensors["exp_avg_scale"].numel()))
     for index, segment in enumerate(state.shard.segments):
@@ -108,7 +112,7 @@ def test_moments_of_8_bits_are_read_with_the_scale_of_their_own_group():
         assert torch.equal(state.read(index, "exp_avg"), groups.float())
 
 
-@pytest.mark.parametrize("form", [Form(), Form("split16", "bf16"), Form("none", "int8")], ids=str)
+@pytest.mark.parametrize("form", [StateConfig(), StateConfig("split16", "bf16"), StateConfig("none", "int8")], ids=str)
 def test_a_block_of_mixed_dtypes_keeps_fp32_masters(form):
     rule, defaults = rule_from_config("AdamW", {})
     params = [("half", nn.Parameter(torch.randn(100).bfloat16())), ("full", nn.Parameter(torch.randn(30)))]
@@ -179,9 +183,9 @@ def test_factored_moments_are_a_part_of_the_default_ring():
 @pytest.mark.parametrize(
     ("kind", "hyper", "form"),
     [
-        ("AdamW", {}, Form()),
-        ("AdamW", {}, Form("split16", "int8")),
-        ("Adagrad", {"initial_accumulator_value": 0.5}, Form()),
+        ("AdamW", {}, StateConfig()),
+        ("AdamW", {}, StateConfig("split16", "int8")),
+        ("Adagrad", {"initial_accumulator_value": 0.5}, StateConfig()),
     ],
     ids=str,
 )

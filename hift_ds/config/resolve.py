@@ -1,0 +1,240 @@
+"""What a DeepSpeed config with a "hift" section means: decided here, once, for engine, planner and scripts."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from deepspeed.runtime import lr_schedules
+from deepspeed.runtime.config import DeepSpeedConfig, DtypeEnum
+from pydantic import ValidationError
+
+from hift_ds.config import surface
+from hift_ds.config.batch import ACCUMULATION, MICRO, TRAIN, batch_sizes
+from hift_ds.config.ds_keys import check_ds_config
+from hift_ds.config.kernels import check_kernel, expected_kernel
+from hift_ds.config.keys import HiFTConfig
+from hift_ds.config.optimizers import check_form, rule_from_config, rule_from_optimizer
+from hift_ds.rules import Rule
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ResolvedConfig:
+    """One run's settings; DeepSpeed's names where there is one.
+
+    Attributes:
+        hift: The "hift" section.
+        rule: The update rule; `None` until a client's function has made the optimizer (`with_optimizer`).
+        group: Hyper-parameters of a param group, as the optimizer begins with.
+        optimizer_params: `optimizer.params` as it is; empty for a client's optimizer.
+        world: Ranks of the data-parallel group.
+        stage: ZeRO stage.
+        precision: Of the model weights: `fp32`, `bf16` or `fp16`.
+        micro_batch: Rows of a rank's forward.
+        micro_steps: Forwards of an optimizer step (`gradient_accumulation_steps`).
+        accumulation_dtype: Of averaged gradients.
+        communication_dtype: Of gradients on their way.
+        predivide: `gradient_predivide_factor` (with `prescale_gradients`: the world size).
+        mean: `False` for `gradient_allreduce_op: sum`.
+        clip: `gradient_clipping`, the largest global norm of the active block's gradient; 0 = off.
+        zero: DeepSpeed's own reading of `zero_optimization`.
+        home: Where masters and moments live: `device`; `stream`, on the host, through a ring on the device; `host`,
+            where they are updated, too.
+        pin_memory: Page-lock the host's copies.
+        kernel: What updates blocks, `torch` or `triton`; before `with_kernel` what a device without trouble takes.
+        device_type: Where the model trains.
+        notes: Keys of the config that have no effect, a sentence each.
+    """
+
+    hift: HiFTConfig
+    rule: Rule | None
+    group: Mapping[str, Any]
+    optimizer_params: Mapping[str, Any]
+    world: int
+    stage: int
+    precision: str
+    micro_batch: int
+    micro_steps: int
+    accumulation_dtype: torch.dtype
+    communication_dtype: torch.dtype
+    predivide: float
+    mean: bool
+    clip: float
+    zero: Any
+    home: str
+    pin_memory: bool
+    kernel: str
+    device_type: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the model weights."""
+        return DTYPES[self.precision]
+
+    @property
+    def shard_world(self) -> int:
+        """Ranks that share a block's state."""
+        return self.world if self.stage > 0 else 1
+
+    @property
+    def offloads_params(self) -> bool:
+        """Whether the ZeRO-3 slices are on the host."""
+        section = self.zero.offload_param
+        return self.stage == 3 and section is not None and section.device == "cpu"
+
+    def with_optimizer(self, optimizer: torch.optim.Optimizer) -> ResolvedConfig:
+        """With a client's optimizer.
+
+        Raises:
+            TypeError, ValueError: One that has no rule, or that does not go with `hift.state`.
+        """
+        rule = rule_from_optimizer(optimizer)
+        check_form(self.hift.state.master, self.hift.state.moments, rule, self.dtype)
+        group = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
+        return replace(self, rule=rule, group=group, optimizer_params={})
+
+
+def resolve(
+    ds_config: Mapping[str, Any],
+    *,
+    world: int,
+    device_type: str = "cuda",
+    separate_host: bool | None = None,
+    optimizer: Any = None,
+) -> ResolvedConfig | None:
+    """Reads, checks and completes a config.
+
+    Args:
+        ds_config: The whole config. Not changed.
+        world: Ranks of the data-parallel group.
+        device_type: Where the model trains.
+        separate_host: Treat host and device as separate memories; `None` = unless the device is the CPU.
+        optimizer: The client's, or its function that makes it.
+
+    Returns:
+        `None` without a "hift" section, or where it says `"enabled": false`.
+
+    Raises:
+        ValueError, TypeError: Whatever in the config HiFT or DeepSpeed refuses, in one sentence.
+    """
+    hift = HiFTConfig.from_ds_config(ds_config)
+    if hift is None:
+        return None
+    surface.require()
+    notes = tuple(check_ds_config(dict(ds_config)))
+    micro_batch, micro_steps = batch_sizes(ds_config, world)
+    deepspeed = _as_deepspeed_reads(ds_config, micro_batch, micro_steps)
+    _check_scheduler(ds_config.get("scheduler") or {})
+    rule, group, params = None, {}, {}
+    if optimizer is None:
+        section = ds_config.get("optimizer")
+        if not section or "type" not in section:
+            raise ValueError('optimizer: missing; HiFT needs one: pass it, or add "optimizer" to the DeepSpeed config')
+        params = section.get("params") or {}
+        rule, group = rule_from_config(section["type"], section.get("params"))
+        check_form(hift.state.master, hift.state.moments, rule, DTYPES[precision_of(ds_config)])
+    on_host = _offload_optimizer(ds_config).get("device") == "cpu"
+    if on_host and hift.state.residency == "device":
+        raise ValueError(
+            "hift.state.residency='device': offload_optimizer.device 'cpu' updates on the host; remove one of the two"
+        )
+    check_kernel(hift.kernel, hift.state.compact, on_host)
+    precision = precision_of(ds_config)
+    model_dtype, asked = DTYPES[precision], deepspeed.grad_accum_dtype
+    apart = device_type != "cpu" if separate_host is None else separate_host
+    resolved = ResolvedConfig(
+        hift=hift,
+        rule=rule,
+        group=group,
+        optimizer_params=params,
+        world=world,
+        stage=int(deepspeed.zero_optimization_stage),
+        precision=precision,
+        micro_batch=micro_batch,
+        micro_steps=micro_steps,
+        accumulation_dtype=_accumulation_dtype(
+            None if asked is None else DtypeEnum(asked).value, model_dtype,
+            micro_steps > 1 or not deepspeed.managed_gradient_accumulation,
+        ),
+        communication_dtype=deepspeed.communication_data_type or model_dtype,
+        predivide=float(world) if deepspeed.prescale_gradients else deepspeed.gradient_predivide_factor,
+        mean=deepspeed.gradient_allreduce_op == "mean",
+        clip=deepspeed.gradient_clipping,
+        zero=deepspeed.zero_config,
+        home="device" if not apart or hift.state.residency == "device" else "host" if on_host else "stream",
+        # Only a written `false` counts: DeepSpeed's own default of the key is false too.
+        pin_memory=hift.state.pin_memory and _offload_optimizer(ds_config).get("pin_memory") is not False,
+        kernel=expected_kernel(hift.kernel, device_type, hift.state.compact, on_host),
+        device_type=device_type,
+        notes=notes,
+    )  # fmt: skip
+    return resolved.with_optimizer(optimizer) if isinstance(optimizer, torch.optim.Optimizer) else resolved
+
+
+def precision_of(ds_config: Mapping[str, Any]) -> str:
+    """`fp32`, `bf16` or `fp16`; `bfloat16` is DeepSpeed's old name of the section `bf16`."""
+    for key, precision in (("bf16", "bf16"), ("bfloat16", "bf16"), ("fp16", "fp16")):
+        if (ds_config.get(key) or {}).get("enabled"):
+            return precision
+    return "fp32"
+
+
+def zero_section(ds_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The "zero_optimization" section, a copy; `true` is DeepSpeed's old way to write stage 1."""
+    section = ds_config.get("zero_optimization")
+    return dict(section) if isinstance(section, Mapping) else {"stage": int(bool(section))}
+
+
+def stage_of(ds_config: Mapping[str, Any]) -> int:
+    """The ZeRO stage, also of a config without HiFT."""
+    return int(zero_section(ds_config).get("stage") or 0)
+
+
+def _as_deepspeed_reads(ds_config: Mapping[str, Any], micro_batch: int, micro_steps: int) -> DeepSpeedConfig:
+    # With train_batch_size it would check again, against the ranks of its process group, which a plan does not have.
+    config = {key: value for key, value in copy.deepcopy(dict(ds_config)).items() if key != TRAIN}
+    try:
+        return DeepSpeedConfig({**config, MICRO: micro_batch, ACCUMULATION: micro_steps})
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise ValueError(f"DeepSpeed refuses {key}={first['input']!r} ({first['msg']}); correct it") from error
+    except AssertionError as error:
+        raise ValueError(f"DeepSpeed refuses the config: {error}") from error
+
+
+def _offload_optimizer(ds_config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`zero_optimization.offload_optimizer`, or what its old name means; empty if there is none."""
+    zero = zero_section(ds_config)
+    section = {"device": "cpu"} if zero.get("cpu_offload") else zero.get("offload_optimizer")
+    return section if isinstance(section, Mapping) else {}
+
+
+def _accumulation_dtype(asked: torch.dtype | None, model_dtype: torch.dtype, accumulates: bool) -> torch.dtype:
+    """`data_types.grad_accum_dtype`, else fp32 where micro steps are summed."""
+    if asked is not None:
+        return asked
+    return torch.float32 if accumulates else model_dtype
+
+
+def _check_scheduler(section: Mapping[str, Any]) -> None:
+    name, params = section.get("type"), section.get("params") or {}
+    if not name:
+        return
+    kind = getattr(lr_schedules, name, None) or getattr(torch.optim.lr_scheduler, name, None)
+    if kind is None:
+        raise ValueError(
+            f"scheduler.type={name!r}: must be one of {', '.join(lr_schedules.VALID_LR_SCHEDULES)}, or a class of "
+            "torch.optim.lr_scheduler"
+        )
+    try:
+        inspect.signature(kind).bind(None, **params)
+    except TypeError as error:
+        raise ValueError(f"scheduler.params={dict(params)!r}: not those of {name} ({error}); correct them") from None
