@@ -93,7 +93,7 @@ def test_every_named_command_and_file_exists():
     targets = set(re.findall(r"^([\w-]+):(?!=)", text_of(ROOT / "Makefile"), re.MULTILINE)) | {"docs"}
     assert set(re.findall(r"(?:`|^    )make ([a-z][a-z-]*)\b", prose, re.MULTILINE)) <= targets
     named = set(re.findall(r"\b((?:launch|tests|hift_ds|kernels|ds_configs)/[\w/]+\.(?:py|sh|json))\b", prose))
-    missing = {path for path in named if not (ROOT / path).exists()}
+    missing = {path for path in named if "NAME" not in path and not (ROOT / path).exists()}
     assert missing == {"kernels/__init__.py"}  # said not to be there
 
 
