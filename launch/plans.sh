@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The forecasts of README for a 7B Llama on one card, as JSON files in DIR (default: launch/results/DATE_plans).
+# The forecasts of docs/memory.md for a 7B Llama on one card, as JSON files in DIR (default: launch/results/DATE_plans).
 set -euo pipefail
 here="$(dirname "$0")"
 folder="${1:-$here/results/$(date +%F)_plans}"

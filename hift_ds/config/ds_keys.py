@@ -22,11 +22,11 @@ class Rule:
         section: Dotted path of the section; "" is the top level.
         keys: Key name -> DeepSpeed's default. A key at its default is neither refused nor noted, nor is a null.
         verdict: `HONOURED`, `NO_EFFECT` or `REFUSED`.
-        note: Why, as half a sentence; README and messages print it.
+        note: Why, as half a sentence; docs/keys.md and messages print it.
         remedy: What to do about a refused key.
         values: The verdict holds for these values only; `None` = for every value but the default.
         also_off: Values besides the default that mean "off".
-        label: How README names the row; "" = the keys themselves.
+        label: How docs/keys.md names the row; "" = the keys themselves.
     """
 
     section: str
@@ -91,7 +91,7 @@ def check_ds_config(ds_config: Mapping[str, Any]) -> list[str]:
 
 
 def markdown_table() -> str:
-    """The table for README, one line per row of `RULES`."""
+    """The table for docs/keys.md, one line per row of `RULES`."""
     lines = ["| key | verdict | note |", "|---|---|---|"]
     for rule in RULES:
         label = rule.label or ", ".join(f"`{_join(rule.section, name)}`" for name in rule.keys)
@@ -173,22 +173,24 @@ RULES: tuple[Rule, ...] = (
     Rule("optimizer", {"legacy_fusion": False}, NO_EFFECT, "it belongs to DeepSpeed's FP16_Optimizer"),
     Rule("optimizer.params", _names("adam_w_mode"), HONOURED, "with false `Adam` adds L2 instead of decoupled decay"),
     Rule("optimizer.params", _names("torch_adam"), HONOURED, "for torch's default `weight_decay`; the Adam is ours"),
-    Rule("optimizer.params", {"fp32_optimizer_states": True}, REFUSED, "optimizer state is kept in fp32"),
+    Rule("optimizer.params", {"fp32_optimizer_states": True}, REFUSED, "`hift.state` says how moments are kept",
+         "use hift.state.moments instead"),
     Rule("optimizer.params", {"max_grad_norm": None}, REFUSED, "DeepSpeed rejects it as an optimizer parameter",
          "set gradient_clipping instead"),
     Rule("scheduler", _names("type", "params"), HONOURED, "`hift.lr_update` says when its rate is taken"),
     Rule("", {"zero_allow_untested_optimizer": False, "zero_force_ds_cpu_optimizer": True}, NO_EFFECT,
-         "hift_ds goes by its own list of optimizers and never runs DeepSpeedCPUAdam"),
+         "hift_ds goes by its own list of optimizers; only `offload_optimizer.device: cpu` brings DeepSpeedCPUAdam in"),
     # precision
     Rule("fp16", _names("enabled", "auto_cast", "loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis",
                         "consecutive_hysteresis", "min_loss_scale"), HONOURED,
-         "an overflow skips the step and does not rotate", label="`fp16.*`"),
-    Rule("fp16", {"fp16_master_weights_and_grads": False}, REFUSED, "master weights are kept in fp32"),
+         "an overflow skips the step and does not rotate; with a static scale and fused kernels the turn passes",
+         label="`fp16.*`"),
+    Rule("fp16", {"fp16_master_weights_and_grads": False}, REFUSED, "masters of fp16 weights are kept in fp32"),
     Rule("bf16", _names("enabled"), HONOURED, "`bfloat16` is DeepSpeed's old name of the section"),
-    Rule("bf16", {"check_grad_overflow": True}, NO_EFFECT, "a step with inf or nan is always skipped, in fp32 too"),
+    Rule("bf16", {"check_grad_overflow": True}, NO_EFFECT, "an update with inf or nan is always left out, in fp32 too"),
     Rule("bf16", {"immediate_grad_update": False}, NO_EFFECT, "it belongs to DeepSpeed's BF16_Optimizer"),
     Rule("bf16", {"bf16_master_weights_and_grads": False, "bf16_optimizer_states": False}, REFUSED,
-         "master weights and optimizer state are kept in fp32"),
+         "`hift.state` says how masters and moments are kept", "use hift.state.master and hift.state.moments instead"),
     Rule("data_types", _names("grad_accum_dtype", "param_dtype", "buffer_dtype") | {"keep_in_fp32_modules": "auto"},
          HONOURED, "with accumulation `grad_accum_dtype` is fp32 if not given", label="`data_types.*`"),
     Rule("", {"torch_autocast": OFF}, REFUSED, "its dtypes per module for gradients and communication are not "
@@ -228,9 +230,9 @@ RULES: tuple[Rule, ...] = (
                                     "max_in_cpu": 1_000_000_000},
          NO_EFFECT, "it belongs to NVMe offload", label="the other `zero_optimization.offload_param.*`"),
     Rule(_ZERO, _names("cpu_offload_param"), HONOURED, "old name of `offload_param.device: cpu`"),
-    Rule(_OFFLOAD, {"device": "none"}, HONOURED, "updates run on the host: DeepSpeedCPUAdam for Adam and AdamW, else "
-         "torch (on a machine without an accelerator they do anyway)", values=("cpu",),
-         label="`zero_optimization.offload_optimizer.device: cpu`"),
+    Rule(_OFFLOAD, {"device": "none"}, HONOURED, "updates run on the host, by DeepSpeedCPUAdam for Adam and AdamW, "
+         "else by torch; masters and moments are fp32 then; without an accelerator torch updates there anyway",
+         values=("cpu",), label="`zero_optimization.offload_optimizer.device: cpu`"),
     Rule(_OFFLOAD, {"device": "none"}, REFUSED, "masters and state live in host memory, not on NVMe", values=("nvme",),
          label="`zero_optimization.offload_optimizer.device: nvme`"),
     Rule(_OFFLOAD, _names("pin_memory"), HONOURED, "with false the host copies are not page-locked"),
@@ -261,7 +263,8 @@ RULES: tuple[Rule, ...] = (
     Rule(_ZERO, {"pipeline_loading_checkpoint": False}, REFUSED, "DeepSpeed's optimizers pass the turn to load from "
          "rank to rank, and HiFT does not"),
     Rule(_ZERO, {"elastic_checkpoint": False}, REFUSED, "it is a layout of DeepSpeed's own optimizer"),
-    Rule(_ZERO, {"load_from_fp32_weights": True}, REFUSED, "masters are always restored from fp32 copies"),
+    Rule(_ZERO, {"load_from_fp32_weights": True}, REFUSED, "a load restores masters as they were saved, or with "
+         "`load_optimizer_states=False` takes them from the weights"),
     # activation checkpointing
     Rule("activation_checkpointing", _names("partition_activations", "cpu_checkpointing", "number_checkpoints",
                                             "synchronize_checkpoint_boundary", "profile"), HONOURED,

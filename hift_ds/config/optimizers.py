@@ -83,7 +83,7 @@ def rule_from_config(optimizer_type: str, params: dict[str, Any] | None) -> tupl
             switches[key] = bool(given[key])
     if not switches["fp32_optimizer_states"]:
         raise ValueError(
-            "fp32_optimizer_states=False: HiFT keeps optimizer state in fp32; set it to true or leave it out."
+            "fp32_optimizer_states=False: hift.state.moments says how HiFT keeps optimizer state; leave the key out."
         )
     rule = config_type.rule(switches)
     group = rule.defaults()

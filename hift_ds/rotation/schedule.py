@@ -22,7 +22,7 @@ class DelayedRate:
 
     Args:
         param_groups: The holder's param groups, whose "lr" the user's scheduler drives. Kept by reference.
-        lr_update: `cycle`, `paper` or `step` (README, "Learning rate").
+        lr_update: `cycle`, `paper` or `step` (docs/running.md, "Learning rate").
         steps_per_cycle: Optimizer steps per cycle.
     """
 

@@ -1,31 +1,48 @@
-"""README says what is true: its example runs, its tables are the code's."""
+"""README and docs say what is true: examples run, links lead somewhere, figures are those of the results files."""
 
 import json
 import os
 import re
 import subprocess
 import sys
-from dataclasses import MISSING, fields
 from pathlib import Path
 
-from hift_ds.config.ds_keys import markdown_table
-from hift_ds.config.keys import HiFTConfig, StateConfig
+import pytest
+import yaml
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "ds_configs/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+GENERATED = {ROOT / "docs/keys.md"}  # `make docs` writes it
+RESULTS = ROOT / "launch/results/2026-11-26_gpu_h100"
+# masters and moments, rows x tokens -> file
+RUNS = {
+    ("fp32, fp32 (exact AdamW)", "1 x 1024"): "bf16_1x1024_22gib",
+    ("16-bit remainders, 8 bits", "1 x 1024"): "bf16_1x1024_22gib_split16_int8",
+    ("fp32, fp32 (exact AdamW)", "6 x 512"): "bf16_6x512_46gib",
+    ("the weights, fp32", "1 x 512"): "fp32_1x512_46gib",
+}
 
 
-def _table(header: str) -> dict[str, str]:
-    """Second column of a table by its first (in backquotes)."""
-    body = README.split(header, 1)[1].split("\n\n", 1)[0]
-    rows = re.findall(r"^\| `(\w+)` \| (.+?) \|", body, re.MULTILINE)
-    return dict(rows)
+def text_of(page):
+    return page.read_text(encoding="utf-8")
+
+
+def code_of(page, language):
+    return re.search(rf"```{language}\n(.*?)```", text_of(page), re.DOTALL).group(1)
+
+
+def anchors_of(page):
+    """The anchors of a page's headings, as GitHub makes them."""
+    prose = re.sub(r"^```.*?^```", "", text_of(page), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", prose, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_quickstart_runs_on_a_cpu_and_rotates_through_every_block_twice(tmp_path):
-    code = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
     script = tmp_path / "quickstart.py"
-    script.write_text(code + "\nassert engine.hift.cycle == 2 and engine.hift.active_block == 0\nprint('done')\n")
+    check = "\nassert engine.hift.cycle == 2 and engine.hift.active_block == 0\nprint('done')\n"
+    script.write_text(code_of(README, "python") + check)
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
@@ -36,34 +53,108 @@ def test_quickstart_runs_on_a_cpu_and_rotates_through_every_block_twice(tmp_path
     assert run.stdout.rstrip().endswith("done") and "blocks, cycle 0" in run.stdout
 
 
-def test_hift_table_lists_every_key_with_its_default():
-    documented = _table("| key | default | meaning |\n")
-    defaults = {
-        field.name: "(required)" if field.default is MISSING else f"`{json.dumps(field.default)}`"
-        for field in fields(HiFTConfig)
-        if field.name != "state"
-    }
-    assert documented.pop("state") == "`{}`"
-    assert {key: value.replace("`", "") for key, value in documented.items()} == {
-        key: value.replace("`", "") for key, value in defaults.items()
-    }
+def test_the_diff_has_five_lines_and_makes_the_quickstart():
+    lines = code_of(README, "diff").splitlines()
+    changed = [line for line in lines if line[0] in "+-"]
+    assert len(changed) == 5
+    script = [line.strip() for line in code_of(README, "python").splitlines()]
+    assert all(line[1:].strip() in script for line in lines if line[0] != "-")
+    before = [line[1:].replace("deepspeed", "hift_ds") for line in changed if line[0] == "-"]
+    assert before == [line[1:] for line in changed if line[0] == "+"][:2]
 
 
-def test_state_table_lists_every_key_with_its_default():
-    documented = _table("| key of `state` | default | meaning |\n")
-    defaults = {field.name: json.dumps(field.default) for field in fields(StateConfig)}
-    assert {key: value.replace("`", "") for key, value in documented.items()} == defaults
+def test_readme_is_one_screen_and_a_half():
+    assert len(text_of(README).splitlines()) <= 120
 
 
-def test_deepspeed_key_table_is_the_one_that_the_checks_use():
-    assert markdown_table().strip() in README
+def test_every_page_of_docs_is_in_readme_and_begins_with_a_question():
+    for page in sorted((ROOT / "docs").glob("*.md")):
+        assert f"(docs/{page.name})" in text_of(README), page.name
+        assert page in GENERATED or re.match(r"# [^\n]+\?\n", text_of(page)), page.name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_relative_link_leads_to_a_file_and_a_heading(page):
+    for target, anchor in re.findall(r"\]\(([^)#:\s]*)(?:#([^)\s]*))?\)", text_of(page)):
+        path = (page.parent / target).resolve() if target else page
+        if path in GENERATED and not path.exists():
+            continue
+        assert path.exists(), target
+        assert not anchor or anchor in anchors_of(path), f"{target}#{anchor}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_page_has_no_machine_paths(page):
+    assert not re.search(r"(?<![\w.])/(work|home|root|tmp|Users)/", text_of(page))
+
+
+def test_every_named_command_and_file_exists():
+    prose = "\n".join(map(text_of, PAGES))
+    targets = set(re.findall(r"^([\w-]+):(?!=)", text_of(ROOT / "Makefile"), re.MULTILINE)) | {"docs"}
+    assert set(re.findall(r"(?:`|^    )make ([a-z][a-z-]*)\b", prose, re.MULTILINE)) <= targets
+    named = set(re.findall(r"\b((?:launch|tests|hift_ds|kernels|ds_configs)/[\w/]+\.(?:py|sh|json))\b", prose))
+    missing = {path for path in named if "NAME" not in path and not (ROOT / path).exists()}
+    assert missing == {"kernels/__init__.py"}  # said not to be there
+
+
+def test_the_tree_of_the_house_names_every_module():
+    tree = text_of(ROOT / "docs/design.md").split("## The house")[1].split("```")[1]
+    for folder in ("hift_ds", "kernels/hift_kernels"):
+        for path in (ROOT / folder).rglob("*.py"):
+            named = re.search(rf"\b{path.name}\b", tree)
+            assert named or path.name == "__init__.py" or path.parent.name == "recipes", path.relative_to(ROOT)
+    for name in re.findall(r"\b(\w+\.py)\b", tree):
+        assert any((ROOT / folder).rglob(name) for folder in ("hift_ds", "kernels", "launch")), name
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/memory.md", "docs/speed.md"])
+def test_figures_of_the_gpu_are_those_of_the_results_files(page):
+    found = 0
+    for line in text_of(ROOT / page).splitlines():
+        cells = [cell.strip().replace("**", "") for cell in line.split("|")[1:-1]]
+        for (state, shape), name in RUNS.items():
+            if state in cells and shape in cells:
+                run, found = json.loads((RESULTS / f"{name}.json").read_text()), found + 1
+                assert cells[-1] == f"{run['tokens_per_s']:,.0f}"
+                assert cells[-2].startswith(f"{run['step_ms']['p50']:.0f} ms")
+                if page != "docs/speed.md":
+                    assert f"{run['measured']['allocated'] / 2**30:.2f}" in line
+    assert found >= 3
+
+
+def test_forecasts_are_those_of_the_results_files():
+    plans = [json.loads(path.read_text()) for path in (ROOT / "launch/results/2026-11-26_plans").glob("*.json")]
+    made = {(f"{plan['peak'] / 2**30:.2f}", f"{plan['full_fine_tuning']['peak'] / 2**30:.2f}") for plan in plans}
+    table = text_of(ROOT / "docs/memory.md").split("## Forecast")[1].split("###")[0]
+    rows = re.findall(r"\| \**([\d.]+)\** \((-\d+) %\) \| ([\d.]+) \|$", table, re.MULTILINE)
+    assert {(hift, full) for hift, _, full in rows} == made
+    assert all(round(100 * (float(hift) / float(full) - 1)) == int(less) for hift, less, full in rows)
+
+
+def test_the_two_savings_of_the_sample_model_are_those_of_their_files():
+    page = text_of(ROOT / "docs/memory.md")
+    counted = json.loads((ROOT / "launch/results/2026-11-22_demo.json").read_text())
+    if "bytes_per_rank" in counted:
+        hift, full = (
+            sum(counted["bytes_per_rank"][method][role] for role in ("weights", "gradients", "state")) / 2**20
+            for method in ("hift", "full")
+        )
+        assert f"| **{hift:,.1f}** | **{full:,.1f}** | **{100 * (hift / full - 1):.0f} %** |" in page
+    table = text_of(ROOT / "launch/results/2026-11-22_compare_cpu/results.md")
+    full, hift = (re.search(rf"^\| {m} \| 2 \| bf16 \| ([\d,.]+) \|", table, re.MULTILINE)[1] for m in ("full", "hift"))
+    less = 100 * (float(hift.replace(",", "")) / float(full.replace(",", "")) - 1)
+    assert f"| **{hift}** | **{full}** | **{less:.0f} %** |" in page
 
 
 def test_numbers_of_the_sample_data_are_those_of_the_files():
-    rows = (ROOT / "hift_ds/recipes/data/hift_faq_train.jsonl").read_text(encoding="utf-8").splitlines()
-    assert f"{len(rows)}\nquestions and answers" in README
+    data = ROOT / "hift_ds/recipes/data"
+    train, held_out = (len(text_of(data / f"hift_faq_{part}.jsonl").splitlines()) for part in ("train", "eval"))
+    sentence = f"{train} questions and answers about this tool (and {held_out} held out)"
+    assert sentence in text_of(ROOT / "docs/running.md")
 
 
-def test_every_linked_file_exists():
-    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", README):
-        assert (ROOT / target).exists(), target
+def test_hooks_are_local_and_those_of_the_environment():
+    (repo,) = yaml.safe_load(text_of(ROOT / ".pre-commit-config.yaml"))["repos"]
+    assert repo["repo"] == "local"
+    for hook in repo["hooks"]:
+        assert hook["language"] == "system" and hook["entry"].startswith(f".venv/bin/{hook['id']}")
