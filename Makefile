@@ -7,7 +7,7 @@ READY = $(VENV)/.ready
 RUN = PATH="$(abspath $(BIN)):$$PATH"
 
 .PHONY: demo demo-results test slow gpu gpu-kernels gpu-streaming gpu-training gpu-peers gpu-forecast gpu-benchmarks
-.PHONY: lint speed compare clean
+.PHONY: lint docs speed compare clean
 
 demo: $(READY)
 	$(RUN) launch/demo.sh
@@ -55,6 +55,12 @@ gpu-benchmarks:
 
 lint: $(READY)
 	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# docs/keys.md from the declarations of keys
+docs: $(READY)
+	$(BIN)/python -m hift_ds.config.docs > docs/keys.md.new
+	mv docs/keys.md.new docs/keys.md
 
 # HiFT over full fine-tuning on this machine, into launch/results/
 LAYERS_PER_BLOCK ?= 1

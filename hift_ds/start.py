@@ -79,15 +79,14 @@ def initialize(
         with _detached(living), unchanged_on_failure(model) as as_found:
             prepared = agree(lambda: _prepare(ds_config, model, optimizer, mpu, mesh_param))
             require_alike("hift section or model", None if prepared is None else (prepared[0].hift, prepared[1]))
-            if prepared is not None:
-                prepared = _chosen(*prepared, ds_config, model, optimizer)
+            chosen = None if prepared is None else _chosen(*prepared, ds_config, model, optimizer)
     else:
-        prepared = None
+        chosen = None
     for engine in living:
         engine.destroy()
-    if prepared is None:
+    if chosen is None:
         return deepspeed.initialize(**forwarded)
-    resolved, plan = prepared
+    resolved, plan = chosen
     for note in resolved.notes:
         if dist.get_rank() == 0:
             logger.warning("DeepSpeed config: %s", note)

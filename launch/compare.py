@@ -204,7 +204,7 @@ def _arguments() -> argparse.Namespace:
     add("--precisions", nargs="+", choices=("fp32", "bf16", "fp16"))
     add("--gpus", nargs="+", type=int, metavar="N", help="numbers of ranks (default: 1, 2, 4 ... and all)")
     add("--optimizers", nargs="+", metavar="NAME", help="AdamW, SGD, SGDM, Adagrad, Adafactor, Lion")
-    add("--checkpointing", nargs="+", type=_yes_or_no, metavar="yes|no", help="activation checkpointing")
+    add("--gradient_checkpointing", nargs="+", type=_yes_or_no, metavar="yes|no", help="activation checkpointing")
     add("--seq_lens", nargs="+", type=int, metavar="S")
     add("--layers_per_block", nargs="+", type=int, metavar="M")
     add("--orders", nargs="+", choices=("bottom2up", "top2down", "random"))

@@ -4,6 +4,6 @@
 #   MODEL=config.json launch/sweep_a6000.sh [options of compare.py]
 set -euo pipefail
 : "${MODEL:?name a config.json, a folder or a hub name: MODEL=config.json launch/sweep_a6000.sh}"
-exec python "$(dirname "$0")/compare.py" --gpus 1 --stages 0 --precisions bf16 fp32 --checkpointing no yes \
+exec python "$(dirname "$0")/compare.py" --gpus 1 --stages 0 --precisions bf16 fp32 --gradient_checkpointing no yes \
     --seq_lens 512 --output_dir outputs/sweep_a6000 "$@" \
     -- --random --model_name_or_path "$MODEL" --micro_batch 6 --gpu_memory_limit 46GiB

@@ -9,7 +9,7 @@ model="${MODEL:-$here/llama2_7b.json}"
 sweep() { # name, micro batch, tokens, precision, limit or none, methods
     local cap=()
     [ "$5" = none ] || cap=(--gpu_memory_limit "$5")
-    python "$here/compare.py" --gpus "${GPUS:-1}" --stages 0 --methods $6 --precisions "$4" --checkpointing no yes --seq_lens "$3" \
+    python "$here/compare.py" --gpus "${GPUS:-1}" --stages 0 --methods $6 --precisions "$4" --gradient_checkpointing no yes --seq_lens "$3" \
         --output_dir "${OUTPUT:-outputs/goals}/$1" "${@:7}" -- --random --model_name_or_path "$model" --micro_batch "$2" "${cap[@]}"
 }
 limits=(46GiB 22GiB 14GiB none)

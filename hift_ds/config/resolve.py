@@ -30,7 +30,7 @@ class ResolvedConfig:
 
     Attributes:
         hift: The "hift" section.
-        rule: The update rule; `None` until a client's function has made the optimizer (`with_optimizer`).
+        known_rule: The update rule; `None` until a client's function has made the optimizer (`with_optimizer`).
         group: Hyper-parameters of a param group, as the optimizer begins with.
         optimizer_params: `optimizer.params` as it is; empty for a client's optimizer.
         world: Ranks of the data-parallel group.
@@ -53,7 +53,7 @@ class ResolvedConfig:
     """
 
     hift: HiFTConfig
-    rule: Rule | None
+    known_rule: Rule | None
     group: Mapping[str, Any]
     optimizer_params: Mapping[str, Any]
     world: int
@@ -72,6 +72,12 @@ class ResolvedConfig:
     kernel: str
     device_type: str
     notes: tuple[str, ...] = ()
+
+    @property
+    def rule(self) -> Rule:
+        """The update rule."""
+        assert self.known_rule is not None, "the client's function has not made the optimizer yet"
+        return self.known_rule
 
     @property
     def dtype(self) -> torch.dtype:
@@ -98,7 +104,7 @@ class ResolvedConfig:
         rule = rule_from_optimizer(optimizer)
         check_form(self.hift.state.master, self.hift.state.moments, rule, self.dtype)
         group = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
-        return replace(self, rule=rule, group=group, optimizer_params={})
+        return replace(self, known_rule=rule, group=group, optimizer_params={})
 
 
 def resolve(
@@ -132,7 +138,9 @@ def resolve(
     micro_batch, micro_steps = batch_sizes(ds_config, world)
     deepspeed = _as_deepspeed_reads(ds_config, micro_batch, micro_steps)
     _check_scheduler(ds_config.get("scheduler") or {})
-    rule, group, params = None, {}, {}
+    rule: Rule | None = None
+    group: dict[str, Any] = {}
+    params: dict[str, Any] = {}
     if optimizer is None:
         section = ds_config.get("optimizer")
         if not section or "type" not in section:
@@ -151,7 +159,7 @@ def resolve(
     apart = device_type != "cpu" if separate_host is None else separate_host
     resolved = ResolvedConfig(
         hift=hift,
-        rule=rule,
+        known_rule=rule,
         group=group,
         optimizer_params=params,
         world=world,

@@ -63,7 +63,7 @@ class Matrix:
     precisions: Sequence[str] = ("fp32", "bf16", "fp16")
     gpus: Sequence[int] = (1,)
     optimizers: Sequence[str] = ("AdamW",)
-    checkpointing: Sequence[bool] = (False,)
+    gradient_checkpointing: Sequence[bool] = (False,)
     seq_lens: Sequence[int] = (512,)
     layers_per_block: Sequence[int] = (1,)
     orders: Sequence[str] = ("bottom2up",)
@@ -75,7 +75,8 @@ class Matrix:
 
     def _cells(self) -> Iterator[Cell]:
         for precision, gpus, stage, optimizer, checkpointing, seq_len, method in itertools.product(
-            self.precisions, self.gpus, self.stages, self.optimizers, self.checkpointing, self.seq_lens, self.methods
+            self.precisions, self.gpus, self.stages, self.optimizers, self.gradient_checkpointing, self.seq_lens,
+            self.methods,
         ):
             common = (method, stage, precision, gpus, optimizer, checkpointing, seq_len)
             if method == "full":
