@@ -299,6 +299,7 @@ class HiFTEngine(DeepSpeedEngine):
         """As DeepSpeedEngine.save_checkpoint: position, masters and state of every block are in it. Collective."""
         self._require_living()
         self.optimizer.require_states()
+        agree(self.optimizer.require_same_module)
         self.optimizer.require_whole()
         self.optimizer.settle()  # what is wrong with the last step is said before an older save is written over
         tag = f"global_step{self.global_steps}" if tag is None else str(tag)
@@ -377,6 +378,7 @@ class HiFTEngine(DeepSpeedEngine):
             RuntimeError: It does not fit this run; the message says why. On every rank, whichever found it.
         """
         self._require_living()
+        agree(self.optimizer.require_same_module)
         self.optimizer.finish("load_checkpoint()")
         whole = load_optimizer_states and not load_module_only
         counters = (self.global_steps, self.global_samples, self.skipped_steps)

@@ -356,6 +356,7 @@ class HiFTOptimizer(ZeROOptimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's part of the optimizer: position, rates, masters and state of every block."""
+        self.require_same_module()
         self.require_whole()
         self.settle()
         self.adopt_writes(self._all_states())
@@ -534,6 +535,12 @@ class HiFTOptimizer(ZeROOptimizer):
                 self.settle()
             for index in written:
                 state.adopt(index)
+
+    def require_same_module(self) -> None:
+        """Raises RuntimeError where the module has other parameters than its masters: files of both would disagree."""
+        fault = self.guard.fault()
+        if fault:
+            raise RuntimeError(fault)
 
     def finish(self, before: str) -> None:
         """As `settle`, before something that makes the last step of no account: it may be no error any more."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -117,6 +118,25 @@ def changed_module(name: str, stage: int, before: int = 2) -> dict[str, Any]:
     after = error_of(engine.destroy)
     hooks = originals(module)["hooks"]
     return {"error": error, "steps": steps, "moved": moved, "words": words, "after": after, "hooks": hooks}
+
+
+def changed_between_checkpoints(name: str, stage: int, folder: str) -> dict[str, Any]:
+    """A save, a change, and what a second save, a load and a state dict say then; files that the change has made."""
+    model, change, words = CHANGES[name]
+    engine = hift_engine(_build(model), stage, "fp32")
+    _step(engine, model, 0)
+    engine.save_checkpoint(folder, "good")
+    change(engine.module)
+    weights = {key: _shard(param).clone() for key, param in engine.module.named_parameters()}
+    errors = {
+        "save": error_of(lambda: engine.save_checkpoint(folder, "bad")),
+        "load": error_of(lambda: engine.load_checkpoint(folder, "good")),
+        "state_dict": error_of(engine.optimizer.state_dict),
+    }
+    left = dict(engine.module.named_parameters())
+    moved = [key for key in weights if not torch.equal(weights[key], _shard(left[key]))]
+    engine.destroy()
+    return {"words": words, "errors": errors, "moved": moved, "written": Path(folder, "bad").exists()}
 
 
 def _shard(param: torch.Tensor) -> torch.Tensor:

@@ -48,6 +48,16 @@ def test_another_number_of_tokens_is_an_error_that_names_the_embedding(ranks, na
     refused_at_the_next_step(on(ranks, cases.changed_module, name, stage))
 
 
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("name", ["parameter replaced", "module replaced", "parameter added"])
+def test_a_changed_module_is_neither_saved_nor_loaded_into(ranks, name, stage, tmp_path):
+    """Its weights and the masters beside them would not belong together, and the next turn would bring the old back."""
+    for found in on(ranks, cases.changed_between_checkpoints, name, stage, str(tmp_path)):
+        for error in found["errors"].values():
+            assert error.startswith("RuntimeError") and re.search(found["words"], error) and is_clear(error), found
+        assert not found["moved"] and not found["written"], found
+
+
 @pytest.mark.parametrize("stage", WHOLE)
 def test_weights_in_new_memory_train_on_or_are_refused(ranks, stage):
     for found in on(ranks, cases.new_memory, stage):
