@@ -1,8 +1,9 @@
-"""Every DeepSpeed config key, and what becomes of it when HiFT is on. Pure: imports no deepspeed."""
+"""Every DeepSpeed config key, and what becomes of it when HiFT is on. Imports deepspeed for its defaults, late."""
 
 from __future__ import annotations
 
 import difflib
+import functools
 import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,15 +13,18 @@ HONOURED, NO_EFFECT, REFUSED = "honoured", "no effect", "refused"
 
 # The default of a section that one row covers as a whole: off unless its "enabled" is true.
 OFF = object()
+# The default that DeepSpeed's own config model has.
+DEEPSPEED = object()
 
 
 @dataclass(frozen=True)
-class Rule:
+class Row:
     """One row of the table: keys of one section that share a verdict.
 
     Attributes:
         section: Dotted path of the section; "" is the top level.
-        keys: Key name -> DeepSpeed's default. A key at its default is neither refused nor noted, nor is a null.
+        keys: Key name -> DeepSpeed's default, or where it stands. A key at its default, or null, is neither refused
+            nor noted.
         verdict: `HONOURED`, `NO_EFFECT` or `REFUSED`.
         note: Why, as half a sentence; docs/keys.md and messages print it.
         remedy: What to do about a refused key.
@@ -38,12 +42,14 @@ class Rule:
     also_off: tuple[Any, ...] = ()
     label: str = ""
 
-    def applies(self, default: Any, value: Any) -> bool:
-        """Whether the `value` of a key with that `default` meets this row's verdict."""
+    def applies(self, name: str, default: Any, value: Any) -> bool:
+        """Whether the `value` of the key `name` with that `default` meets this row's verdict."""
         if self.values is not None:
             return value in self.values
         if default is OFF:
             return _is_on(value)
+        if default is DEEPSPEED:
+            default = _deepspeed_defaults(self.section)[name]
         return value is not None and value != default and value not in self.also_off
 
 
@@ -76,7 +82,7 @@ def check_ds_config(ds_config: Mapping[str, Any]) -> list[str]:
                 "DeepSpeed's default"
             )
         for rule, default in rows:
-            if rule.verdict == HONOURED or _is_auto(value) or not rule.applies(default, value):
+            if rule.verdict == HONOURED or _is_auto(value) or not rule.applies(name, default, value):
                 continue
             shown = reprlib.repr(value)
             if rule.verdict == REFUSED:
@@ -142,6 +148,33 @@ def _names(*names: str) -> dict[str, Any]:
     return dict.fromkeys(names)
 
 
+def _off(*names: str) -> dict[str, Any]:
+    """Keys that mean nothing special at DeepSpeed's default, which its own config model knows."""
+    return dict.fromkeys(names, DEEPSPEED)
+
+
+@functools.cache
+def _deepspeed_defaults(section: str) -> dict[str, Any]:
+    from deepspeed.compile.config import CompileConfig
+    from deepspeed.runtime import precision_config as precision
+    from deepspeed.runtime.tensor_parallel.config import TPConfig, TPTrainingConfig
+    from deepspeed.runtime.zero import config as zero
+    from deepspeed.runtime.zero import offload_config as offload
+
+    model = {
+        _ZERO: zero.DeepSpeedZeroConfig,
+        f"{_ZERO}.offload_param": offload.DeepSpeedZeroOffloadParamConfig,
+        _OFFLOAD: offload.DeepSpeedZeroOffloadOptimizerConfig,
+        "fp16": precision.DeepSpeedFP16Config,
+        "bf16": precision.DeepSpeedBF16Config,
+        "compile": CompileConfig,
+        "tensor_parallel": TPTrainingConfig,
+        "tensor_parallel.tp": TPConfig,
+    }[section]
+    made = model()
+    return {name: getattr(made, name) for name in model.model_fields if hasattr(made, name)}
+
+
 _ZERO, _OFFLOAD = "zero_optimization", "zero_optimization.offload_optimizer"
 _SAMPLING, _ROUTING = "data_efficiency.data_sampling", "data_efficiency.data_routing"
 _REMOVED = "DeepSpeed 0.19.8 has removed it and refuses the key itself"
@@ -160,175 +193,172 @@ _STAGE3 = (
 
 # Dense on purpose: the table is read as a table.
 # fmt: off
-RULES: tuple[Rule, ...] = (
-    Rule("", _names("hift"), HONOURED, "the section of hift_ds; DeepSpeed ignores it"),
+RULES: tuple[Row, ...] = (
+    Row("", _names("hift"), HONOURED, "the section of hift_ds; DeepSpeed ignores it"),
     # batch
-    Rule("", _names("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), HONOURED,
+    Row("", _names("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), HONOURED,
          "the block changes between accumulation windows, never within one"),
-    Rule("", _names("managed_gradient_accumulation"), HONOURED, "with false each `engine.step()` is one step of HiFT"),
-    Rule("", _names("gradient_clipping"), HONOURED, "the norm is the active block's; DeepSpeed's default is 1.0"),
-    Rule("", _names("dataloader_drop_last"), HONOURED),
+    Row("", _names("managed_gradient_accumulation"), HONOURED, "with false each `engine.step()` is one step of HiFT"),
+    Row("", _names("gradient_clipping"), HONOURED, "the norm is the active block's; DeepSpeed's default is 1.0"),
+    Row("", _names("dataloader_drop_last"), HONOURED),
     # optimizer, scheduler
-    Rule("optimizer", _names("type", "params"), HONOURED, "hift_ds has its own list of update rules"),
-    Rule("optimizer", {"legacy_fusion": False}, NO_EFFECT, "it belongs to DeepSpeed's FP16_Optimizer"),
-    Rule("optimizer.params", _names("adam_w_mode"), HONOURED, "with false `Adam` adds L2 instead of decoupled decay"),
-    Rule("optimizer.params", _names("torch_adam"), HONOURED, "for torch's default `weight_decay`; the Adam is ours"),
-    Rule("optimizer.params", {"fp32_optimizer_states": True}, REFUSED, "`hift.state` says how moments are kept",
+    Row("optimizer", _names("type", "params"), HONOURED, "hift_ds has its own list of update rules"),
+    Row("optimizer", {"legacy_fusion": False}, NO_EFFECT, "it belongs to DeepSpeed's FP16_Optimizer"),
+    Row("optimizer.params", _names("adam_w_mode"), HONOURED, "with false `Adam` adds L2 instead of decoupled decay"),
+    Row("optimizer.params", _names("torch_adam"), HONOURED, "for torch's default `weight_decay`; the Adam is ours"),
+    Row("optimizer.params", {"fp32_optimizer_states": True}, REFUSED, "`hift.state` says how moments are kept",
          "use hift.state.moments instead"),
-    Rule("optimizer.params", {"max_grad_norm": None}, REFUSED, "DeepSpeed rejects it as an optimizer parameter",
+    Row("optimizer.params", {"max_grad_norm": None}, REFUSED, "DeepSpeed rejects it as an optimizer parameter",
          "set gradient_clipping instead"),
-    Rule("scheduler", _names("type", "params"), HONOURED, "`hift.lr_update` says when its rate is taken"),
-    Rule("", {"zero_allow_untested_optimizer": False, "zero_force_ds_cpu_optimizer": True}, NO_EFFECT,
+    Row("scheduler", _names("type", "params"), HONOURED, "`hift.lr_update` says when its rate is taken"),
+    Row("", {"zero_allow_untested_optimizer": False, "zero_force_ds_cpu_optimizer": True}, NO_EFFECT,
          "hift_ds goes by its own list of optimizers; only `offload_optimizer.device: cpu` brings DeepSpeedCPUAdam in"),
     # precision
-    Rule("fp16", _names("enabled", "auto_cast", "loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis",
+    Row("fp16", _names("enabled", "auto_cast", "loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis",
                         "consecutive_hysteresis", "min_loss_scale"), HONOURED,
          "an overflow skips the step and does not rotate; with a static scale and fused kernels the turn passes",
          label="`fp16.*`"),
-    Rule("fp16", {"fp16_master_weights_and_grads": False}, REFUSED, "masters of fp16 weights are kept in fp32"),
-    Rule("bf16", _names("enabled"), HONOURED, "`bfloat16` is DeepSpeed's old name of the section"),
-    Rule("bf16", {"check_grad_overflow": True}, NO_EFFECT, "an update with inf or nan is always left out, in fp32 too"),
-    Rule("bf16", {"immediate_grad_update": False}, NO_EFFECT, "it belongs to DeepSpeed's BF16_Optimizer"),
-    Rule("bf16", {"bf16_master_weights_and_grads": False, "bf16_optimizer_states": False}, REFUSED,
+    Row("fp16", _off("fp16_master_weights_and_grads"), REFUSED, "masters of fp16 weights are kept in fp32"),
+    Row("bf16", _names("enabled"), HONOURED, "`bfloat16` is DeepSpeed's old name of the section"),
+    Row("bf16", _off("check_grad_overflow"), NO_EFFECT, "an update with inf or nan is always left out, in fp32 too"),
+    Row("bf16", _off("immediate_grad_update"), NO_EFFECT, "it belongs to DeepSpeed's BF16_Optimizer"),
+    Row("bf16", _off("bf16_master_weights_and_grads", "bf16_optimizer_states"), REFUSED,
          "`hift.state` says how masters and moments are kept", "use hift.state.master and hift.state.moments instead"),
-    Rule("data_types", _names("grad_accum_dtype", "param_dtype", "buffer_dtype") | {"keep_in_fp32_modules": "auto"},
+    Row("data_types", _names("grad_accum_dtype", "param_dtype", "buffer_dtype") | {"keep_in_fp32_modules": "auto"},
          HONOURED, "with accumulation `grad_accum_dtype` is fp32 if not given", label="`data_types.*`"),
-    Rule("", {"torch_autocast": OFF}, REFUSED, "its dtypes per module for gradients and communication are not "
+    Row("", {"torch_autocast": OFF}, REFUSED, "its dtypes per module for gradients and communication are not "
          "implemented", "use bf16 or fp16 instead", label="`torch_autocast.*`"),
     # gradients
-    Rule("", _names("communication_data_type", "prescale_gradients", "gradient_predivide_factor",
+    Row("", _names("communication_data_type", "prescale_gradients", "gradient_predivide_factor",
                     "gradient_allreduce_op"), HONOURED,
          "for the gradients of the active block; DeepSpeed refuses `sum` at stage 3"),
-    Rule("", {"disable_allgather": False}, NO_EFFECT, "DeepSpeed reads it and never uses it"),
+    Row("", {"disable_allgather": False}, NO_EFFECT, "DeepSpeed reads it and never uses it"),
     # ZeRO
-    Rule(_ZERO, _names("stage"), HONOURED, "0, 1, 2 or 3"),
-    Rule(_ZERO, _names("reduce_bucket_size"), HONOURED, "elements of the active block reduced at a time; a larger "
+    Row(_ZERO, _names("stage"), HONOURED, "0, 1, 2 or 3"),
+    Row(_ZERO, _names("reduce_bucket_size"), HONOURED, "elements of the active block reduced at a time; a larger "
          "parameter is a bucket of its own"),
-    Rule(_ZERO, _names("allgather_bucket_size"), HONOURED, "elements gathered at a time after an update, stages 1, 2"),
-    Rule("", _names("allgather_size"), HONOURED, "its old name, beside the old `zero_optimization: true` only"),
-    Rule(_ZERO, _names("overlap_comm"), HONOURED, "reduction overlaps with backward at stages 2 and 3"),
-    Rule(_ZERO, {"contiguous_gradients": True, "reduce_scatter": True, "use_multi_rank_bucket_allreduce": True},
+    Row(_ZERO, _names("allgather_bucket_size"), HONOURED, "elements gathered at a time after an update, stages 1, 2"),
+    Row("", _names("allgather_size"), HONOURED, "its old name, beside the old `zero_optimization: true` only"),
+    Row(_ZERO, _names("overlap_comm"), HONOURED, "reduction overlaps with backward at stages 2 and 3"),
+    Row(_ZERO, _off("contiguous_gradients", "reduce_scatter", "use_multi_rank_bucket_allreduce"),
          NO_EFFECT, "gradients of the active block are always packed into one buffer and reduce-scattered (stage 0: "
          "all-reduced)"),
-    Rule(_ZERO, {"allgather_partitions": True}, NO_EFFECT, "the updated block is always all-gathered"),
-    Rule(_ZERO, {"round_robin_gradients": False, "parameter_alignment": False, "sub_group_size": 1_000_000_000},
+    Row(_ZERO, _off("allgather_partitions"), NO_EFFECT, "the updated block is always all-gathered"),
+    Row(_ZERO, _off("round_robin_gradients", "parameter_alignment", "sub_group_size"),
          NO_EFFECT, "it lays out DeepSpeed's own optimizer; HiFT cuts each parameter into equal shards"),
-    Rule(_ZERO, {"compute_grad_norm": True}, NO_EFFECT, "the norm of the active block is always computed"),
-    Rule(_ZERO, {"ignore_unused_parameters": True}, NO_EFFECT, "frozen blocks have no gradients; a parameter of the "
+    Row(_ZERO, _off("compute_grad_norm"), NO_EFFECT, "the norm of the active block is always computed"),
+    Row(_ZERO, _off("ignore_unused_parameters"), NO_EFFECT, "frozen blocks have no gradients; a parameter of the "
          "active block without one counts as zeros"),
-    Rule(_ZERO, _names(*(f"stage3_{name}" for name in _STAGE3), *_STAGE3, "stage3_gather_fp16_weights_on_model_save"),
+    Row(_ZERO, _names(*(f"stage3_{name}" for name in _STAGE3), *_STAGE3, "stage3_gather_fp16_weights_on_model_save"),
          HONOURED, "by DeepSpeed's own ZeRO-3; also without the prefix", label="`zero_optimization.stage3_*`"),
-    Rule(_ZERO, _names("memory_efficient_linear", "override_module_apply", "log_trace_cache_warnings",
+    Row(_ZERO, _names("memory_efficient_linear", "override_module_apply", "log_trace_cache_warnings",
                        "enable_sanity_checks"), HONOURED, "stage 3, by DeepSpeed"),
-    Rule(f"{_ZERO}.leaf_module", _names("classes", "names", "name_suffixes"), HONOURED, "stage 3, by DeepSpeed",
+    Row(f"{_ZERO}.leaf_module", _names("classes", "names", "name_suffixes"), HONOURED, "stage 3, by DeepSpeed",
          label="`zero_optimization.leaf_module.*`"),
-    Rule(f"{_ZERO}.offload_param", _names("device", "pin_memory"), HONOURED, "`cpu` at stage 3; DeepSpeed ignores it "
+    Row(f"{_ZERO}.offload_param", _names("device", "pin_memory"), HONOURED, "`cpu` at stage 3; DeepSpeed ignores it "
          "at the other stages"),
-    Rule(f"{_ZERO}.offload_param", {"device": "none"}, REFUSED, "weights on NVMe cannot be updated in place",
+    Row(f"{_ZERO}.offload_param", _off("device"), REFUSED, "weights on NVMe cannot be updated in place",
          'use "cpu" instead', values=("nvme",), label="`zero_optimization.offload_param.device: nvme`"),
-    Rule(f"{_ZERO}.offload_param", {"nvme_path": None, "buffer_count": 5, "buffer_size": 100_000_000,
-                                    "max_in_cpu": 1_000_000_000},
+    Row(f"{_ZERO}.offload_param", _off("nvme_path", "buffer_count", "buffer_size", "max_in_cpu"),
          NO_EFFECT, "it belongs to NVMe offload", label="the other `zero_optimization.offload_param.*`"),
-    Rule(_ZERO, _names("cpu_offload_param"), HONOURED, "old name of `offload_param.device: cpu`"),
-    Rule(_OFFLOAD, {"device": "none"}, HONOURED, "updates run on the host, by DeepSpeedCPUAdam for Adam and AdamW, "
+    Row(_ZERO, _names("cpu_offload_param"), HONOURED, "old name of `offload_param.device: cpu`"),
+    Row(_OFFLOAD, _off("device"), HONOURED, "updates run on the host, by DeepSpeedCPUAdam for Adam and AdamW, "
          "else by torch; masters and moments are fp32 then; without an accelerator torch updates there anyway",
          values=("cpu",), label="`zero_optimization.offload_optimizer.device: cpu`"),
-    Rule(_OFFLOAD, {"device": "none"}, REFUSED, "masters and state live in host memory, not on NVMe", values=("nvme",),
+    Row(_OFFLOAD, _off("device"), REFUSED, "masters and state live in host memory, not on NVMe", values=("nvme",),
          label="`zero_optimization.offload_optimizer.device: nvme`"),
-    Rule(_OFFLOAD, _names("pin_memory"), HONOURED, "with false the host copies are not page-locked"),
-    Rule(_OFFLOAD, {"super_offload": False}, REFUSED, "SuperOffload is another optimizer in the place of ours"),
-    Rule(_OFFLOAD, {"ratio": 1.0, "cpuadam_cores_perc": 0.8, "nvme_path": None, "buffer_count": 4,
-                    "pipeline_read": False, "pipeline_write": False, "fast_init": False},
+    Row(_OFFLOAD, _names("pin_memory"), HONOURED, "with false the host copies are not page-locked"),
+    Row(_OFFLOAD, _off("super_offload"), REFUSED, "SuperOffload is another optimizer in the place of ours"),
+    Row(_OFFLOAD, _off("ratio", "cpuadam_cores_perc", "nvme_path", "buffer_count", "pipeline_read", "pipeline_write",
+                        "fast_init"),
          NO_EFFECT, "it belongs to NVMe or to DeepSpeed's own use of CPU Adam",
          label="the other `zero_optimization.offload_optimizer.*`"),
-    Rule(_ZERO, {"cpu_offload": None}, HONOURED, "old name of `offload_optimizer.device: cpu`", also_off=(False,)),
-    Rule(_ZERO, {"cpu_offload_use_pin_memory": None}, NO_EFFECT, "DeepSpeed ignores it, too", also_off=(False,)),
-    Rule(_ZERO, {"zero_quantized_weights": False, "zero_quantized_nontrainable_weights": False,
-                 "zero_quantized_gradients": False}, REFUSED, _ZEROPP, label="`zero_optimization.zero_quantized_*`"),
-    Rule(_ZERO, {"zero_hpz_partition_size": 1}, REFUSED, _ZEROPP, also_off=(0,)),
-    Rule(_ZERO, {"mics_shard_size": -1, "mics_hierarchical_params_gather": False, "zeropp_loco_param": None}, REFUSED,
+    Row(_ZERO, _off("cpu_offload"), HONOURED, "old name of `offload_optimizer.device: cpu`", also_off=(False,)),
+    Row(_ZERO, _off("cpu_offload_use_pin_memory"), NO_EFFECT, "DeepSpeed ignores it, too", also_off=(False,)),
+    Row(_ZERO, _off("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"),
+         REFUSED, _ZEROPP, label="`zero_optimization.zero_quantized_*`"),
+    Row(_ZERO, _off("zero_hpz_partition_size"), REFUSED, _ZEROPP, also_off=(0,)),
+    Row(_ZERO, {"mics_shard_size": -1, "mics_hierarchical_params_gather": False, "zeropp_loco_param": None}, REFUSED,
          _REMOVED),
-    Rule(_ZERO, {"zenflow": None}, REFUSED, "ZenFlow is another optimizer in the place of ours",
+    Row(_ZERO, _off("zenflow"), REFUSED, "ZenFlow is another optimizer in the place of ours",
          label="`zero_optimization.zenflow.*`"),
-    Rule(_ZERO, {"legacy_stage1": False}, REFUSED, "DeepSpeed has dropped that implementation"),
-    Rule(_ZERO, {"save_muon_momentum_buffer_in_memory": False}, NO_EFFECT, "Muon is not among the update rules"),
+    Row(_ZERO, _off("legacy_stage1"), REFUSED, "DeepSpeed has dropped that implementation"),
+    Row(_ZERO, _off("save_muon_momentum_buffer_in_memory"), NO_EFFECT, "Muon is not among the update rules"),
     # checkpoints
-    Rule("checkpoint", _names("tag_validation", "use_node_local_storage", "checkpoint_serialization"), HONOURED),
-    Rule("checkpoint.parallel_write", {"pipeline_stage": False}, NO_EFFECT, "it belongs to pipeline parallelism"),
-    Rule("checkpoint", {"load_universal": False}, REFUSED, "HiFT has its own shard layout, the same at every stage"),
-    Rule("checkpoint", {"writer": None}, REFUSED, "such a writer may read host buffers after the next step has changed "
+    Row("checkpoint", _names("tag_validation", "use_node_local_storage", "checkpoint_serialization"), HONOURED),
+    Row("checkpoint.parallel_write", {"pipeline_stage": False}, NO_EFFECT, "it belongs to pipeline parallelism"),
+    Row("checkpoint", {"load_universal": False}, REFUSED, "HiFT has its own shard layout, the same at every stage"),
+    Row("checkpoint", {"writer": None}, REFUSED, "such a writer may read host buffers after the next step has changed "
          "them", label="`checkpoint.writer.*`"),
-    Rule("", {"datastates_ckpt": False}, REFUSED, "it reads host buffers after the next step has changed them",
+    Row("", {"datastates_ckpt": False}, REFUSED, "it reads host buffers after the next step has changed them",
          label="`datastates_ckpt.*`"),
-    Rule(_ZERO, {"pipeline_loading_checkpoint": False}, REFUSED, "DeepSpeed's optimizers pass the turn to load from "
+    Row(_ZERO, _off("pipeline_loading_checkpoint"), REFUSED, "DeepSpeed's optimizers pass the turn to load from "
          "rank to rank, and HiFT does not"),
-    Rule(_ZERO, {"elastic_checkpoint": False}, REFUSED, "it is a layout of DeepSpeed's own optimizer"),
-    Rule(_ZERO, {"load_from_fp32_weights": True}, REFUSED, "a load restores masters as they were saved, or with "
+    Row(_ZERO, _off("elastic_checkpoint"), REFUSED, "it is a layout of DeepSpeed's own optimizer"),
+    Row(_ZERO, _off("load_from_fp32_weights"), REFUSED, "a load restores masters as they were saved, or with "
          "`load_optimizer_states=False` takes them from the weights"),
     # activation checkpointing
-    Rule("activation_checkpointing", _names("partition_activations", "cpu_checkpointing", "number_checkpoints",
+    Row("activation_checkpointing", _names("partition_activations", "cpu_checkpointing", "number_checkpoints",
                                             "synchronize_checkpoint_boundary", "profile"), HONOURED,
          "for models that call `deepspeed.checkpointing.non_reentrant_checkpoint` (its `checkpoint` is reentrant); "
          "those of Hugging Face do not",
          label="`activation_checkpointing.*`"),
-    Rule("activation_checkpointing", {"contiguous_memory_optimization": False}, REFUSED, "its buffers are freed by the "
+    Row("activation_checkpointing", {"contiguous_memory_optimization": False}, REFUSED, "its buffers are freed by the "
          "backward of a checkpointed layer, and with HiFT a backward may reach none"),
     # other parallelism and engines
-    Rule("tensor_parallel", {"autotp_size": 0}, REFUSED, "tensor parallelism is not implemented", also_off=(1,)),
-    Rule("tensor_parallel.tp", {"tp_size": 1}, REFUSED, "tensor parallelism is not implemented"),
-    Rule("tensor_parallel", {"dtype": None, "tp_overlap_comm": False, "vocab_parallel_lm_head": None,
+    Row("tensor_parallel", _off("autotp_size"), REFUSED, "tensor parallelism is not implemented", also_off=(1,)),
+    Row("tensor_parallel.tp", _off("tp_size"), REFUSED, "tensor parallelism is not implemented"),
+    Row("tensor_parallel", {"dtype": None, "tp_overlap_comm": False, "vocab_parallel_lm_head": None,
                              "vocab_parallel_ce_backend": "torch", "injection_policy_tuple": None,
                              "partition_config": None, "preset_model": None, "keep_module_on_host": False,
                              "replace_with_kernel_inject": False, "kernel_inject": False, "tp.tp_grain_size": 1,
                              "tp.mpu": None, "tp.tp_group": None},
          NO_EFFECT, "tensor parallelism is refused", label="the other `tensor_parallel.*`"),
-    Rule("", {"sequence_parallel_size": 1}, REFUSED, "the data-parallel group of HiFT is not split by sequence"),
-    Rule("", _names("data_parallel_size"), HONOURED, "DeepSpeed reads it beside `sequence_parallel_size` only"),
-    Rule("", {"seq_parallel_communication_data_type": "fp32"}, NO_EFFECT, "sequence parallelism is refused"),
-    Rule("", {"expert_parallel": OFF}, REFUSED, "expert parallelism is not implemented", label="`expert_parallel.*`"),
-    Rule("", {"use_data_before_expert_parallelism": False}, NO_EFFECT, "expert parallelism is refused"),
-    Rule("pipeline", {"stages": "auto"}, REFUSED, "pipeline parallelism is not implemented", also_off=(1,)),
-    Rule("pipeline", {"partition": "best", "seed_layers": False, "activation_checkpoint_interval": 0,
+    Row("", {"sequence_parallel_size": 1}, REFUSED, "the data-parallel group of HiFT is not split by sequence"),
+    Row("", _names("data_parallel_size"), HONOURED, "DeepSpeed reads it beside `sequence_parallel_size` only"),
+    Row("", {"seq_parallel_communication_data_type": "fp32"}, NO_EFFECT, "sequence parallelism is refused"),
+    Row("", {"expert_parallel": OFF}, REFUSED, "expert parallelism is not implemented", label="`expert_parallel.*`"),
+    Row("", {"use_data_before_expert_parallelism": False}, NO_EFFECT, "expert parallelism is refused"),
+    Row("pipeline", {"stages": "auto"}, REFUSED, "pipeline parallelism is not implemented", also_off=(1,)),
+    Row("pipeline", {"partition": "best", "seed_layers": False, "activation_checkpoint_interval": 0,
                       "pipe_partitioned": True, "grad_partitioned": True, "use_reentrant": None},
          NO_EFFECT, "pipeline parallelism is refused", label="the other `pipeline.*`"),
-    Rule("", {"hybrid_engine": OFF}, REFUSED, "it is another engine in the place of ours", label="`hybrid_engine.*`"),
-    Rule("compile", {"deepcompile": False, "autoep_non_moe": False}, REFUSED, "its graph is built for one set of "
+    Row("", {"hybrid_engine": OFF}, REFUSED, "it is another engine in the place of ours", label="`hybrid_engine.*`"),
+    Row("compile", _off("deepcompile", "autoep_non_moe"), REFUSED, "its graph is built for one set of "
          "trainable parameters"),
-    Rule("compile", {"free_activation": False, "free_activation_threshold": 10 * 1024 * 1024,
-                     "offload_activation": False, "offload_activation_pin_memory": True,
-                     "offload_opt_states": False, "double_buffer": True,
-                     "symmetric_memory": False, "debug_log": False, "offload_parameters": False,
-                     "sync_before_reduce": False, "sync_after_reduce": False, "sync_before_allgather": False,
-                     "sync_after_allgather": False, "keep_int_input_tensors": True, "keep_all_input_tensors": False,
-                     "passes": None},
+    Row("compile", _off("free_activation", "free_activation_threshold", "offload_activation",
+                         "offload_activation_pin_memory", "offload_opt_states", "double_buffer", "symmetric_memory",
+                         "debug_log", "offload_parameters", "sync_before_reduce", "sync_after_reduce",
+                         "sync_before_allgather", "sync_after_allgather", "keep_int_input_tensors",
+                         "keep_all_input_tensors", "passes"),
          NO_EFFECT, "it belongs to DeepCompile", label="the other `compile.*`"),
-    Rule("", {"autotuning": OFF}, REFUSED, "its search knows DeepSpeed's own optimizers only", label="`autotuning.*`"),
-    Rule("weight_quantization", {"quantized_initialization": {}}, REFUSED, "quantized weights cannot be trained"),
-    Rule("weight_quantization", {"enabled": True, "num_bits": 8, "q_type": "symmetric", "q_groups": 1,
+    Row("", {"autotuning": OFF}, REFUSED, "its search knows DeepSpeed's own optimizers only", label="`autotuning.*`"),
+    Row("weight_quantization", {"quantized_initialization": {}}, REFUSED, "quantized weights cannot be trained"),
+    Row("weight_quantization", {"enabled": True, "num_bits": 8, "q_type": "symmetric", "q_groups": 1,
                                  "post_init_quant": {}},
          NO_EFFECT, "it belongs to DeepSpeed's inference", label="the other `weight_quantization.*`"),
-    Rule("aio", {"block_size": 1048576, "queue_depth": 8, "intra_op_parallelism": 1, "single_submit": False,
+    Row("aio", {"block_size": 1048576, "queue_depth": 8, "intra_op_parallelism": 1, "single_submit": False,
                  "overlap_events": True, "use_gds": False},
          NO_EFFECT, "it belongs to NVMe offload", label="`aio.*`"),
-    Rule("", dict.fromkeys(("amp", "compression_training", "curriculum_learning", "eigenvalue", "elasticity",
+    Row("", dict.fromkeys(("amp", "compression_training", "curriculum_learning", "eigenvalue", "elasticity",
                             "graph_harvesting", "nebula", "progressive_layer_drop", "quantize_training",
                             "sparse_attention", "sparse_gradients"), OFF), REFUSED, _REMOVED),
     # data
-    Rule("data_efficiency", _names("enabled", "seed", *(f"data_sampling.{name}" for name in (
+    Row("data_efficiency", _names("enabled", "seed", *(f"data_sampling.{name}" for name in (
         "enabled", "num_epochs", "num_workers", "pin_memory", "curriculum_learning"))), HONOURED,
          label="`data_efficiency.*`"),
-    Rule(_SAMPLING, {"dynamic_batching": OFF}, REFUSED, "it scales the rate at each step and HiFT holds it for a cycle",
+    Row(_SAMPLING, {"dynamic_batching": OFF}, REFUSED, "it scales the rate at each step and HiFT holds it for a cycle",
          label="`data_efficiency.data_sampling.dynamic_batching.*`"),
-    Rule(_ROUTING, {"enabled": False}, NO_EFFECT, "random LTD is refused"),
-    Rule(_ROUTING, {"random_ltd": OFF}, REFUSED, "layers that drop tokens are not tested with the rotation",
+    Row(_ROUTING, {"enabled": False}, NO_EFFECT, "random LTD is refused"),
+    Row(_ROUTING, {"random_ltd": OFF}, REFUSED, "layers that drop tokens are not tested with the rotation",
          label="`data_efficiency.data_routing.random_ltd.*`"),
     # reports
-    Rule("", _names("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "log_level",
+    Row("", _names("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "log_level",
                     "disable_python_gc", "vocabulary_size", "timers.throughput.enabled"),
          HONOURED),
-    Rule("timers.throughput", _names("synchronized"), HONOURED, "if absent false, not DeepSpeed's true: a wait for "
+    Row("timers.throughput", _names("synchronized"), HONOURED, "if absent false, not DeepSpeed's true: a wait for "
          "the device at every micro step would keep state from streaming meanwhile"),
-    Rule("", _names(*(f"{monitor}.{name}" for monitor, names in (
+    Row("", _names(*(f"{monitor}.{name}" for monitor, names in (
         ("tensorboard", ("enabled", "output_path", "job_name")),
         ("csv_monitor", ("enabled", "output_path", "job_name")),
         ("wandb", ("enabled", "group", "team", "project")),
@@ -336,13 +366,13 @@ RULES: tuple[Rule, ...] = (
                    "experiment_key", "online", "mode")),
         ("comms_logger", ("enabled", "prof_all", "prof_ops", "verbose", "debug")),
     ) for name in names)), HONOURED, label="`tensorboard.*`, `csv_monitor.*`, `wandb.*`, `comet.*`, `comms_logger.*`"),
-    Rule("flops_profiler", _names("enabled", "recompute_fwd_factor", "profile_step", "module_depth", "top_modules",
+    Row("flops_profiler", _names("enabled", "recompute_fwd_factor", "profile_step", "module_depth", "top_modules",
                                   "detailed", "output_file"), HONOURED,
          "it counts a backward as two forwards; that of HiFT is shorter", label="`flops_profiler.*`"),
 )
 # fmt: on
 
-_ROWS_OF: dict[str, list[tuple[Rule, Any]]] = {}  # with the default
+_ROWS_OF: dict[str, list[tuple[Row, Any]]] = {}  # with the default
 for _rule in RULES:
     for _name, _default in _rule.keys.items():
         _ROWS_OF.setdefault(_join(_rule.section, _name), []).append((_rule, _default))

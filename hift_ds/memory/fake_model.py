@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hift_ds.zero.activations import use_non_reentrant_checkpointing
+
+# What a forward of more than text takes.
+NOT_TEXT = frozenset({"pixel_values", "pixel_values_videos", "input_features", "input_values", "audio_features"})
 
 
 def load_config(source: str) -> Any:
@@ -88,7 +92,7 @@ class FakeModel:
         from transformers import initialization
 
         self.config = config = copy.deepcopy(config)  # building writes into it, the attention for one
-        config.use_cache = False  # as in training
+        config.use_cache = text_config(config).use_cache = False  # as in training
         self.mode = FakeTensorMode()
         try:
             with self.mode, _quiet(), initialization.no_init_weights():  # there is no data to initialise
@@ -106,6 +110,11 @@ class FakeModel:
             self.module.gradient_checkpointing_enable({"use_reentrant": False})
             use_non_reentrant_checkpointing(self.module)
 
+    @property
+    def takes_images(self) -> bool:
+        """Whether the model takes pixels or sound beside text, which a plan does not count."""
+        return bool(NOT_TEXT & inspect.signature(self.module.forward).parameters.keys())
+
     def batch(self, micro_batch: int, seq: int, padded: bool = False) -> dict[str, torch.Tensor]:
         """Inputs and labels of one micro step: what the model's class takes. Call inside `mode`.
 
@@ -115,7 +124,8 @@ class FakeModel:
         Raises:
             ValueError: A model that is not of text, or with fewer positions than `seq`.
         """
-        positions = getattr(self.config, "max_position_embeddings", None) or getattr(self.config, "n_positions", None)
+        text = text_config(self.config)
+        positions = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
         if isinstance(positions, int) and seq > positions:
             raise ValueError(f"--seq {seq}: the model has {positions} positions; use a shorter sequence")
         if self.module.main_input_name != "input_ids":
@@ -133,6 +143,11 @@ class FakeModel:
         return {"input_ids": ids, **mask, "labels": labels}
 
 
+def text_config(config: Any) -> Any:
+    """The part of a config that is of its language model: itself where there is nothing else."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
 def _build(
     config: Any, dtype: torch.dtype, attn_implementation: str | None, model_class: type | None
 ) -> torch.nn.Module:
@@ -142,7 +157,10 @@ def _build(
     name = next(iter(getattr(config, "architectures", None) or []), None)
     model_class = model_class or (getattr(transformers, name, None) if name else None)
     if model_class is None:
-        module = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+        auto = transformers.AutoModelForCausalLM
+        if type(config) not in auto._model_mapping:  # a model of text and images whose config names no class
+            auto = transformers.AutoModelForImageTextToText
+        module = auto.from_config(config, dtype=dtype, **options)
     else:
         module = model_class._from_config(config, dtype=dtype, **options)
     module.tie_weights()  # which comes with the initialisation

@@ -72,6 +72,7 @@ class Plan:
         full: Full fine-tuning by DeepSpeed's own optimizer, same stage, precision and workload.
         host: Bytes of host memory of a rank: masters, moments, and weights where they are offloaded.
         full_host: The same of full fine-tuning.
+        uncounted: Names of blocks that text does not reach: the activations of images are in no figure.
     """
 
     request: Request
@@ -80,6 +81,7 @@ class Plan:
     full: Figures
     host: int
     full_host: int
+    uncounted: tuple[str, ...] = ()
 
     @property
     def worst(self) -> Figures:

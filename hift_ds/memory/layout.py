@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from hift_ds.config.resolve import ResolvedConfig
-from hift_ds.memory.fake_model import FakeModel
+from hift_ds.memory.fake_model import FakeModel, text_config
 from hift_ds.memory.gathering import Gathered, Limits, ParameterSize, replay
 from hift_ds.memory.storages import StorageMeter
 from hift_ds.memory.trace import Event
@@ -91,7 +91,7 @@ class Layout:
     @property
     def layer_types(self) -> Sequence[str]:
         """What kind each layer of the model is, where its config says so."""
-        return getattr(self.model.config, "layer_types", None) or ()
+        return getattr(text_config(self.model.config), "layer_types", None) or ()
 
     # Model weights.
 

@@ -13,7 +13,7 @@ from hift_ds.memory.full import full_figures
 from hift_ds.memory.gathering import Gathered
 from hift_ds.memory.layout import GradientBytes, Layout
 from hift_ds.memory.request import Request
-from hift_ds.memory.trace import FETCH, GRADIENT, Event, trace_micro_step
+from hift_ds.memory.trace import FETCH, GRADIENT, Event, trace_micro_step, uncounted
 from hift_ds.shards import BlockShard
 
 # Between two traced blocks of the same shape the peak is linear in the number of layers above; this share of it may be
@@ -61,11 +61,17 @@ class Planner:
         return tuple(self.figures(request, layout, index) for index in indices)
 
     def _plan(self, request: Request, layout: Layout, blocks: tuple[Figures, ...]) -> Plan:
-        full = full_figures(layout, self.events(request, layout.trained))
+        events = self.events(request, layout.trained)
+        reached = {name for event in events if event.kind == GRADIENT for name in event.names}
+        unreached = [block for block in layout.plan.blocks if reached.isdisjoint(block.fqns)]
+        names = {fqn for block in unreached for fqn in block.fqns}
+        events = [*events[:-1], *uncounted(layout.model.module, names, events[-1].current), events[-1]]
+        full = full_figures(layout, events)
         offloaded = layout.offloaded_weights
         return Plan(
             request, type(layout.model.module).__name__, blocks, full[0],
             host=layout.host_state() + offloaded, full_host=full[1] + offloaded,
+            uncounted=tuple(block.name for block in unreached),
         )  # fmt: skip
 
     def layout(self, request: Request) -> Layout:

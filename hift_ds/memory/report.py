@@ -25,6 +25,8 @@ _HEIGHT, _WIDTH, _DPI = 5.0, 10.0, 150
 def render(plan: Plan, advice: Advice | None) -> RenderableType:
     """For the terminal."""
     parts: list[RenderableType] = [_title(plan), "", _blocks_table(plan), "", _compared_table(plan), "", verdict(plan)]
+    if plan.uncounted:
+        parts += ["", _images_line(plan)]
     if advice is not None:
         parts += ["", *_advice_lines(plan, advice)]
     return Group(*parts)
@@ -43,6 +45,7 @@ def to_json(plan: Plan, advice: Advice | None, paper: dict[str, Any]) -> dict[st
         },
         "config": dict(request.ds_config),
         "blocks": [_figures(block) for block in plan.blocks],
+        "blocks_that_text_does_not_reach": list(plan.uncounted),
         "worst_block": plan.worst.name,
         "peak": plan.worst.peak,
         "reserve": RESERVE_BYTES,
@@ -56,6 +59,16 @@ def to_json(plan: Plan, advice: Advice | None, paper: dict[str, Any]) -> dict[st
         found["cheapest_change"] = [{"what": change.what, "cost": change.cost} for change in advice.changes]
         found["peak_after_change"] = None if advice.plan is None else advice.plan.worst.peak
     return found
+
+
+def _images_line(plan: Plan) -> str:
+    first, last = plan.uncounted[0], plan.uncounted[-1]
+    which = f"{first} to {last}, " if len(plan.uncounted) > 1 else f"{first}, "
+    return (
+        f"Planned on text alone: the activations of images (or sound) are not counted. {which}"
+        f"{len(plan.uncounted)} of {len(plan.blocks)} blocks, train on them alone; for batches without any set "
+        '"no_gradient": "skip" in the "hift" section.'
+    )
 
 
 def verdict(plan: Plan) -> str:

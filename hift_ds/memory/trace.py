@@ -33,6 +33,7 @@ class Event:
         gradient: Bytes of that gradient if it was alive at that peak, else 0.
         current: Bytes alive now.
         forward: In forward (a recomputation is a part of backward).
+        counted: Not so a gradient that only images would make: its size is that of the parameter.
     """
 
     kind: str
@@ -41,6 +42,7 @@ class Event:
     current: int
     forward: bool
     gradient: int = 0
+    counted: bool = True
 
 
 def trace_micro_step(
@@ -77,6 +79,9 @@ def trace_micro_step(
                 ) from error
             tracer.note(END)
             tracer.forward = False
+            if not loss.requires_grad and model.takes_images:
+                tracer.note_uncounted(trained)
+                return tracer.events
             if not loss.requires_grad:
                 raise ValueError(f"the loss does not depend on {next(iter(trained), 'any parameter')!r} and its block")
             with warnings.catch_warnings():
@@ -101,6 +106,14 @@ def _one_sequence_a_row() -> Iterator[None]:
         masking_utils.find_packed_sequence_indices = original
 
 
+def uncounted(module: torch.nn.Module, names: Collection[str], current: int) -> list[Event]:
+    """Gradients that only images would make, from the last parameter to the first; activations not counted."""
+    return [
+        Event(GRADIENT, (fqn,), current + param.nbytes, current, False, param.nbytes, counted=False)
+        for fqn, param in reversed(list(module.named_parameters())) if fqn in names
+    ]  # fmt: skip
+
+
 class _Tracer:
     def __init__(self, model: FakeModel) -> None:
         self.module = model.module
@@ -113,6 +126,11 @@ class _Tracer:
         meter = self.meter
         self.events.append(Event(kind, names, meter.peak, meter.current, self.forward, gradient))
         meter.restart()
+
+    def note_uncounted(self, names: Collection[str]) -> None:
+        """Gradients of parameters that text does not reach."""
+        self.events += uncounted(self.module, names, self.meter.current)
+        self.note(END)
 
     @contextmanager
     def hooked(self, modules: bool) -> Iterator[None]:

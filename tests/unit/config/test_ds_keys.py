@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import inspect
 import json
 import re
 import subprocess
 import sys
-import textwrap
 
 import deepspeed
 import pytest
@@ -408,15 +406,9 @@ def test_the_markdown_table_is_well_formed_and_names_each_rule_once():
     assert len(set(labels)) == len(labels)
 
 
-def test_ds_keys_imports_only_the_standard_library():
-    tree = ast.parse(inspect.getsource(ds_keys))
-    imported = {
-        alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names
-    }
-    imported |= {n.module.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module}
-    assert imported <= set(sys.stdlib_module_names)
+def test_importing_the_table_loads_neither_deepspeed_nor_torch():
     program = "import sys, hift_ds.config.ds_keys; sys.exit('deepspeed' in sys.modules or 'torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
 @pytest.mark.parametrize("clip", ["x", -1.0, True, None, float("nan")])

@@ -410,6 +410,22 @@ def test_what_initialize_refuses_is_refused(planned, bad, message):
         planner.plan(request)
 
 
+def test_of_a_model_of_images_and_text_the_text_path_is_planned_and_the_rest_named():
+    text = dict(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+                num_key_value_heads=2, max_position_embeddings=64,
+                rope_parameters={"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4})  # fmt: skip
+    vision = dict(depth=2, hidden_size=8, intermediate_size=16, num_heads=2, out_hidden_size=16,
+                  fullatt_block_indexes=[1])  # fmt: skip
+    config = hf.Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    config.architectures = ["Qwen2_5_VLForConditionalGeneration"]
+    plan = Planner(config).plan(request_of(2, seq=16))
+    assert plan.uncounted == ("model.visual.patch_embed", "model.visual.blocks.0", "model.visual.blocks.1")
+    by_name = {block.name: block for block in plan.blocks}
+    assert by_name["model.visual.blocks.0"].host_state > 0, "its state is kept all the same"
+    assert by_name["model.language_model.layers.0"].phase == "backward"
+    assert plan.full.numel == sum(block.numel for block in plan.blocks)
+
+
 def test_a_request_is_planned_the_same_whatever_was_planned_before():
     trained = ("model.layers.0.self_attn.q_proj.weight",)
     requests = [Request(request_of(0).ds_config, 64, attention) for attention in ("sdpa", "eager")]

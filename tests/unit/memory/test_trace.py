@@ -76,7 +76,8 @@ def two(mode=None, cls=Two):
     mode = mode or FakeTensorMode()
     with mode:
         module = cls()
-    return SimpleNamespace(module=module, mode=mode, batch=lambda rows, seq, padded: {"rows": torch.ones(rows, 8)})
+    return SimpleNamespace(module=module, mode=mode, batch=lambda rows, seq, padded: {"rows": torch.ones(rows, 8)},
+                           takes_images=False)  # fmt: skip
 
 
 # Bytes for 2 rows: 64 of the rows, of each product and of its gradient; 256 of a weight's gradient; 4 of the loss and
