@@ -42,6 +42,14 @@ SURFACE: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "deepspeed.runtime.lr_schedules": {"": ("VALID_LR_SCHEDULES",)},
     "deepspeed.runtime.config": {"": ("DeepSpeedConfig", "DtypeEnum")},
+    # the config models, for their defaults
+    "deepspeed.compile.config": {"": ("CompileConfig",)},
+    "deepspeed.runtime.precision_config": {"": ("DeepSpeedBF16Config", "DeepSpeedFP16Config")},
+    "deepspeed.runtime.tensor_parallel.config": {"": ("TPConfig", "TPTrainingConfig")},
+    "deepspeed.runtime.zero.config": {"": ("DeepSpeedZeroConfig",)},
+    "deepspeed.runtime.zero.offload_config": {
+        "": ("DeepSpeedZeroOffloadOptimizerConfig", "DeepSpeedZeroOffloadParamConfig"),
+    },
     "deepspeed.runtime.base_optimizer": {
         "ZeROOptimizer": (
             "backward_prologue", "clear_backward_seen_flag", "enter_backward", "exit_backward",

@@ -2,39 +2,33 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 
 from hift_ds.config.resolve import ResolvedConfig
 from hift_ds.rotation.blocks import BlockPlan
-from hift_ds.rotation.param_groups import group_indices, groups_fault, step_fault
+from hift_ds.rotation.param_groups import groups_fault, step_fault
 from hift_ds.rotation.rotation import Rotation
 from hift_ds.rotation.schedule import DelayedRate
 from hift_ds.rules import Rule
-from hift_ds.shards import BlockShard
-from hift_ds.state.block_state import BlockState, Storage, layout_fault, make_states
-from hift_ds.state.ring import lane_of
+from hift_ds.state.block_state import BlockState, layout_fault
+from hift_ds.state.ring import Ring
 from hift_ds.zero import checkpoint
 from hift_ds.zero.attachment import Attachment, Flags
 from hift_ds.zero.fragments import Fragments
 from hift_ds.zero.gradients import GradientReducer
 from hift_ds.zero.guard import ModuleGuard
-from hift_ds.zero.host_update import HostUpdate
-from hift_ds.zero.offload import STATES, WEIGHTS, Offloaded
+from hift_ds.zero.offload import STATES, WEIGHTS
 from hift_ds.zero.reach import Reach
-from hift_ds.zero.step_check import StepCheck, Verdict
-from hift_ds.zero.step_hooks import StepHooks
+from hift_ds.zero.states import States
+from hift_ds.zero.step import Step
 from hift_ds.zero.traces import Traces, leave_inference_mode, partition_all
-from hift_ds.zero.update import BlockUpdate, Scaling
-from hift_ds.zero.weights import write_weights
 
 logger = logging.getLogger(__name__)
 ENDED = (
@@ -96,47 +90,22 @@ class HiFTOptimizer(ZeROOptimizer):
         self.config, self.device, self.group, self._module = config, device, group, module
         self.dynamic_loss_scale = bool(loss_scaler.dynamic)
         self.overflow = False
-        self._global_grad_norm = 0.0
         self.load_weights_only = self._loads = False
         self.save_mark: str | None = None  # of the last save
-        self.scheduler: Any = None  # the one that the engine steps; set when the engine has built it
         self.rate = DelayedRate(holder.param_groups, lr_update, rotation.steps_per_cycle)
         if config.stage > 0:
             self.dp_process_group = group  # tells DeepSpeed that every rank saves an optimizer file
-        group_of = group_indices(holder.param_groups, params)
-        rank = dist.get_rank(group=group) if config.shard_world > 1 else 0
-
-        def shard(fqns: tuple[str, ...]) -> BlockShard:
-            return BlockShard([(fqn, params[fqn]) for fqn in fqns], group_of, config.shard_world, rank)
-
-        self.states, self.ring = make_states(
-            [shard(block.fqns) for block in plan.blocks], rule, holder.param_groups, Storage.of(config, device),
-            config.hift.state.ring_bytes, card_bytes,
-        )  # fmt: skip
-        self.always = None
-        if plan.always_active:
-            on_device = Storage(device, config.hift.state)
-            self.always = BlockState(shard(plan.always_active), rule, holder.param_groups, on_device)
-        self.update = BlockUpdate(
-            rule, holder.param_groups, device, self._sum_over_shards, config.kernel, self.ring, config.hift.seed
-        )
-        self.host_update = None
-        if config.home == "host":
-            self.host_update = HostUpdate(rule, holder.param_groups, device, self._sum_over_shards, self.states)
-        self.hooks = StepHooks(holder)
+        self._kept = States(plan, params, holder.param_groups, config, device, group, card_bytes)
         self.reach = Reach(plan, config.hift.no_gradient)
         self.guard = ModuleGuard(module, params)
-        # Where nothing needs to know on the host how a step's gradients are, it does not wait for the device.
-        self._waits = (
-            config.kernel != "triton" or config.home == "host" or bool(loss_scaler.dynamic) or self.reach.skips
-        )
-        self._unread: tuple[StepCheck, int, list[BlockState]] | None = None
-        self._facts_out = lane_of(device)
-        self._offloaded = Offloaded(device)
+        self._step = Step(
+            config=config, plan=plan, states=self._kept, holder=holder, reducer=reducer, rotation=rotation,
+            rate=self.rate, reach=self.reach, guard=self.guard, loss_scaler=loss_scaler, device=device, group=group,
+        )  # fmt: skip
         self._traces = None if offload is None else Traces(offload)
         self._attachment = Attachment(module, params.values(), self._on_gradient, self.zero_grad, as_found)
         self._fragments = Fragments(  # deepspeed.utils.safe_get_full_fp32_param and its kin
-            self._all_states(), device, group, self._bring_up_to_date, reducer.averaged
+            self._kept.all, device, group, self._bring_up_to_date, reducer.averaged
         )
         self._grouped = [list(map(id, group["params"])) for group in holder.param_groups]
         self._begun = self._warned_of_direct = False
@@ -155,7 +124,7 @@ class HiFTOptimizer(ZeROOptimizer):
     def step_back(self) -> None:
         """The flags are those of the present turn again."""
         self._attachment.freeze_untrained()
-        for state in self._all_states():
+        for state in self._kept.all:
             for param in state.shard.params:
                 param.requires_grad_(param in self._active_params)
 
@@ -176,10 +145,39 @@ class HiFTOptimizer(ZeROOptimizer):
             self._traces.end()
             self.offload.destroy()
         self.unregister_grad_acc_post_hooks()
-        self.states, self.always, self.ring, self._active = [], None, None, []
-        self.update = self.host_update = self._traces = self.offload = self._fragments = None
+        self._kept.clear()
+        self._active = []
+        self._step = self._traces = self.offload = self._fragments = None
+
+    @property
+    def states(self) -> list[BlockState]:
+        """Of the blocks, by index; none after `destroy`."""
+        return self._kept.blocks
+
+    @property
+    def always(self) -> BlockState | None:
+        """Of the always-active parameters."""
+        return self._kept.always
+
+    @property
+    def ring(self) -> Ring | None:
+        """What states stream through."""
+        return self._kept.ring
+
+    @property
+    def scheduler(self) -> Any:
+        """The one that the engine steps; set when the engine has built it."""
+        return self._step.scheduler
+
+    @scheduler.setter
+    def scheduler(self, scheduler: Any) -> None:
+        self._step.scheduler = scheduler
 
     # What DeepSpeed's engine, its checkpoint files and its schedulers read.
+
+    @property
+    def _global_grad_norm(self) -> Any:
+        return self._step.norm
 
     @property
     def param_groups(self) -> list[dict]:
@@ -189,7 +187,7 @@ class HiFTOptimizer(ZeROOptimizer):
     @property
     def bit16_groups(self) -> list[list[torch.nn.Parameter]]:
         """Every trained parameter, in shard order, a list per block."""
-        return [list(state.shard.params) for state in self._all_states()]
+        return [list(state.shard.params) for state in self._kept.all]
 
     fp16_groups = bit16_groups
 
@@ -242,7 +240,7 @@ class HiFTOptimizer(ZeROOptimizer):
 
     def begin_forward(self) -> None:
         """Before a forward that may have a backward."""
-        self.require_whole()
+        self._kept.require_whole()
         if torch._C._current_graph_task_id() == -1:  # else a checkpointed forward runs again, inside its backward
             self._leave_interrupted()
         self._begun = True
@@ -302,34 +300,26 @@ class HiFTOptimizer(ZeROOptimizer):
             include: DeepSpeed's OffloadStateTypeEnum members; `None` = all. Gradients stay: none is kept beyond a step.
         """
         wanted = {WEIGHTS, *STATES} if include is None else {getattr(kind, "value", kind) for kind in include}
-        wanted -= self._offloaded.kinds
+        wanted -= self._kept.offloaded.kinds
         self.checkpoint_event_prologue()
-        if wanted & STATES and not self._offloaded.kinds & STATES:
+        if wanted & STATES and not self._kept.offloaded.kinds & STATES:
             self.settle()
-        resident = [state for state in self._all_states() if not state.streams]
-        if "hp_params" in wanted:
-            masters = [state.master for state in resident if state.master is not None]
-            self._offloaded.take_states("hp_params", masters, pin_memory)
-        if "optim_states" in wanted:
-            moments = [tensor for state in resident for tensor in (*state.slots.values(), *state.extra.values())]
-            ring = [] if self.ring is None else [self.ring.buffer]
-            self._offloaded.take_states("optim_states", [*moments, *ring], pin_memory)
-        if WEIGHTS in wanted:
-            weights = [getattr(param, "ds_tensor", param) for param in self._module.parameters()]
-            self._offloaded.take_weights(weights, pin_memory)
-        gc.collect()
-        get_accelerator().empty_cache()
+        weights = [getattr(param, "ds_tensor", param) for param in self._module.parameters()]
+        self._kept.offload(wanted, weights, pin_memory)
 
     def reload_states(self, non_blocking: bool = False) -> None:
         """The inverse of `offload_states`."""
-        if self._offloaded.kinds:
-            self._offloaded.reload()
+        if self._kept.offloaded.kinds:
+            self._kept.offloaded.reload()
             self.checkpoint_event_epilogue()
 
     def require_states(self, *kinds: str) -> None:
         """Raises RuntimeError while one of these kinds, or any without them, is offloaded."""
-        if self._offloaded.kinds.intersection(kinds or self._offloaded.kinds):
-            raise RuntimeError("states are offloaded (engine.offload_states): call engine.reload_states() first")
+        self._kept.require_here(*kinds)
+
+    def require_whole(self) -> None:
+        """Raises RuntimeError where an update has ended with an error half way (out of memory)."""
+        self._kept.require_whole()
 
     @property
     def state(self) -> Any:
@@ -347,7 +337,7 @@ class HiFTOptimizer(ZeROOptimizer):
     def refresh_fp32_params(self) -> None:
         """Takes every master weight anew from the model weights (a load of weights alone)."""
         self.settle()
-        for state in self._all_states():
+        for state in self._kept.all:
             state.refresh_master()
             state.torn = False
             self.guard.note(state.shard)
@@ -359,7 +349,7 @@ class HiFTOptimizer(ZeROOptimizer):
         self.require_same_module()
         self.require_whole()
         self.settle()
-        self.adopt_writes(self._all_states())
+        self._step.adopt_writes(self._kept.all)
         return checkpoint.optimizer_state(self.run_state, self.save_mark)
 
     def load_state_dict(self, state_dict_list: Any, load_optimizer_states: bool = True, **_: Any) -> None:
@@ -376,7 +366,7 @@ class HiFTOptimizer(ZeROOptimizer):
         """What a checkpoint holds."""
         state = self.config.hift.state
         return checkpoint.RunState(
-            self._all_states(), self.rule.name, (state.master, state.moments), self.config.stage, self.config.world,
+            self._kept.all, self.rule.name, (state.master, state.moments), self.config.stage, self.config.world,
             self.rotation, self.rate, self.param_groups, self.loss_scaler, self.scheduler,
         )  # fmt: skip
 
@@ -402,7 +392,7 @@ class HiFTOptimizer(ZeROOptimizer):
         self.require_states()
         leave_inference_mode(self._module.parameters())
         self.guard.stop_inactive(self._active_params)
-        params = {param: param.requires_grad for state in self._all_states() for param in state.shard.params}
+        params = {param: param.requires_grad for state in self._kept.all for param in state.shard.params}
         params.update((param, param.requires_grad) for param in also if param.is_floating_point())
         try:
             for param in params:
@@ -429,13 +419,10 @@ class HiFTOptimizer(ZeROOptimizer):
                 yield
         finally:
             self.load_weights_only = self._loads = False
-            for state in self._all_states():
+            for state in self._kept.all:
                 self.guard.note(state.shard)
             self.activate()
         self.checkpoint_event_epilogue()
-
-    def _all_states(self) -> list[BlockState]:
-        return self.states if self.always is None else [*self.states, self.always]
 
     def _on_gradient(self, param: torch.nn.Parameter) -> None:
         if not self._begun and not self._warned_of_direct:
@@ -461,7 +448,7 @@ class HiFTOptimizer(ZeROOptimizer):
         """
         if not self.states:
             raise RuntimeError(ENDED)
-        self._hear()
+        self._step.hear()
         self.require_whole()
         self.require_states()
         self._begun = False
@@ -476,46 +463,15 @@ class HiFTOptimizer(ZeROOptimizer):
         fault = self.guard.fault() or groups_fault(self.param_groups, self._grouped)
         fault = fault or step_fault(self.optimizer) or layout_fault(self.rule, self.param_groups, states)
         self.guard.warn_of_stopped(self._active_params)
-        grads, touched = map(list, zip(*(self.reducer.take(state.shard) for state in states), strict=True))
         self.checkpoint_event_prologue()
-        ends = (self.rotation.at_turn_end, self.rotation.at_cycle_end)  # of a block, and of what is always active
-        silent = sum(map(self.reach.note, (state.shard for state in states), touched, ends))
-        measured = StepCheck(
-            grads, reached=len(touched[0]), must_reach=not self.reach.skips, silent=silent, faults=int(bool(fault)),
-            block=block, stage=self.config.stage, world=self.config.world, group=self.group,
-            fused=self.config.kernel == "triton",
-        )  # fmt: skip
-        if fault:
-            raise RuntimeError(fault)
-        self.overflow, reached, norm = False, True, None
-        if self._waits:
-            verdict = measured.verdict()
-            self._refuse(verdict, block, states)
-            self.overflow, reached = not verdict.finite, verdict.reached > 0
-            norm = verdict.norm / self.loss_scale
-        else:
-            measured.send(self._facts_out)
-        self.reach.warn_partial(block, states[0].shard, touched[0])
-        if self.overflow:
-            self._global_grad_norm = float("inf")  # this and the dtypes are DeepSpeed's
-        else:
-            dtype = torch.float64 if self.config.stage == 3 else torch.float32
-            self._global_grad_norm = measured.square.sqrt().squeeze().to(dtype) / self.loss_scale
-            self.adopt_writes(states)
-            updates = reached or self.always is not None
-            if updates:
-                self.hooks.before()
-            self._apply(states, grads, Scaling(self.loss_scale, self.config.clip, norm, measured.square), reached)
-            if updates:
-                self.hooks.after()
-        if not self._waits:
-            self._unread = (measured, block, states)
+        outcome = self._step.take(states, fault)
+        self.overflow = outcome.overflow
         self.loss_scaler.update_scale(self.overflow)
         if self.offload is not None and self.offload.allgather_stream is not None:
             # DeepSpeed gathers there what has just been written here.
             self.offload.allgather_stream.wait_stream(get_accelerator().current_stream())
         if not self.overflow:
-            self._advance(block, reached)
+            self._advance(block, outcome.reached)
 
     def _advance(self, block: int, reached: bool) -> None:
         if not reached:
@@ -525,16 +481,7 @@ class HiFTOptimizer(ZeROOptimizer):
             self.activate()
         if self.ring is not None:
             # During the coming forward and backward.
-            self.ring.prefetch(self.active_states()[0].tiles, self._begins_anew())
-
-    def adopt_writes(self, states: list[BlockState]) -> None:
-        """Weights that the user has written since the last update become the masters; only those elements change."""
-        for state in states:
-            written = self.guard.written(state.shard)
-            if written:
-                self.settle()
-            for index in written:
-                state.adopt(index)
+            self.ring.prefetch(self.active_states()[0].tiles, self._step.begins_anew())
 
     def require_same_module(self) -> None:
         """Raises RuntimeError where the module has other parameters than its masters: files of both would disagree."""
@@ -550,80 +497,12 @@ class HiFTOptimizer(ZeROOptimizer):
         except RuntimeError as error:
             logger.warning("the last step before %s: %s", before, error)
 
-    def require_whole(self) -> None:
-        """Raises RuntimeError where an update has ended with an error half way (out of memory)."""
-        for index, state in enumerate(self._all_states()):
-            if state.torn:
-                block = "what is always active" if state is self.always else f"block {index}"
-                raise RuntimeError(
-                    f"the update of {block} ended with an error half way, so its masters, moments and weights do not "
-                    "belong together: load a checkpoint, or call engine.destroy() and hift_ds.initialize again"
-                )
-
     def settle(self) -> None:
         """Before the host reads or changes state: all updates have landed there and have been checked."""
         self.require_states(*STATES)
-        self._hear()
-        if self.ring is not None:
-            self.ring.settle()
-        if self.device.type == "cuda":  # extra tensors go back to the host with the update itself
-            torch.cuda.current_stream(self.device).synchronize()
+        self._step.settle()
 
     def _bring_up_to_date(self, state: BlockState) -> None:
         self.require_whole()
         self.settle()
-        self.adopt_writes([state])
-
-    def _hear(self) -> None:
-        """Reads what the last step did not wait for."""
-        if self._unread is None:
-            return
-        (measured, block, states), self._unread = self._unread, None
-        verdict = measured.verdict()
-        if not verdict.good:
-            for state in states:
-                state.step -= 1  # nothing was stored
-        self._refuse(verdict, block, states)
-        if not verdict.finite:
-            logger.warning(
-                "the gradient of block %d (%s) was not finite; its update was left out", block,
-                self.plan.blocks[block].name,
-            )  # fmt: skip
-
-    def _refuse(self, verdict: Verdict, block: int, states: list[BlockState]) -> None:
-        """Raises RuntimeError, on every rank, if an update would be lost."""
-        if verdict.faults:
-            raise RuntimeError("another rank cannot make this step; its own error says why")
-        if not verdict.agreed:
-            raise RuntimeError(f"ranks disagree on the active block (here {block}); was a rank restarted alone?")
-        if not verdict.reached and not self.reach.skips:
-            raise RuntimeError(self.reach.message(block))
-        if verdict.silent:
-            self.reach.check([state.shard for state in states])
-
-    def _apply(self, states: list[BlockState], grads: list[torch.Tensor], scaling: Scaling, reached: bool) -> None:
-        rates = self.rate.update(self.rotation.at_cycle_start, self.scheduler)
-        if self._begins_anew():
-            if reached and self.ring is not None and not states[0].extra:  # which is not in the ring
-                states[0].forget()
-            else:
-                self.settle()
-                states[0].reset()
-        for index, state in enumerate(states):
-            if state is states[0] and not reached:
-                continue
-            block = self.rotation.active_block if state is states[0] else len(self.states)
-            update = self.host_update if self.host_update is not None and state.streams else self.update
-            weights = update.run(state, grads[index], scaling, rates, block)
-            grads[index] = torch.empty(0)  # free before the next allocation
-            write_weights(state.shard, weights, self.group, self.config.zero.allgather_bucket_size)
-        for state in states:  # all of a step, or none of it
-            state.torn = False
-
-    def _begins_anew(self) -> bool:
-        return self.config.hift.inactive_state == "reset" and self.rotation.at_turn_start
-
-    def _sum_over_shards(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self.config.shard_world > 1:
-            dist.all_reduce(tensor, group=self.group)
-        return tensor
+        self._step.adopt_writes([state])

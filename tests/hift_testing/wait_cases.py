@@ -59,7 +59,7 @@ def of_steps(stage: int, dtype: str, hift: dict[str, Any], rule: dict[str, Any] 
     for step in range(2 * len(engine.hift.blocks)):
         engine.backward(engine(**batch_of(step, 0, torch.distributed.get_rank())).loss)
         optimizer = engine.optimizer
-        earlier = optimizer._unread[0]._host if optimizer._unread is not None else None
+        earlier = optimizer._step.unread[0]._host if optimizer._step.unread is not None else None
         with waits() as calls:
             optimizer.step()
         read += sum(tensor is earlier for _, tensor, _ in calls if tensor is not None)

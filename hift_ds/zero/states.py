@@ -1,0 +1,110 @@
+"""The states of a run: of every block and of what is always active, with the ring, and whether they can be read now."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+
+from hift_ds.config.resolve import ResolvedConfig
+from hift_ds.rotation.blocks import BlockPlan
+from hift_ds.rotation.param_groups import group_indices
+from hift_ds.shards import BlockShard
+from hift_ds.state.block_state import BlockState, Storage, make_states
+from hift_ds.zero.offload import WEIGHTS, Offloaded
+
+
+class States:
+    """Masters and moments.
+
+    Args:
+        plan: Blocks and always-active parameters.
+        params: Every trained parameter by name.
+        param_groups: The hyper-parameter holder's.
+        config: The run's.
+        device: Where updates run.
+        group: The data-parallel process group.
+        card_bytes: Of the card's memory; `None` on a CPU.
+
+    Attributes:
+        blocks: By index.
+        always: Of the always-active parameters, on the device; `None` without any.
+        ring: What streams through it; `None` where nothing does.
+    """
+
+    def __init__(
+        self, plan: BlockPlan, params: dict[str, torch.nn.Parameter], param_groups: list[dict], config: ResolvedConfig,
+        device: torch.device, group: object, card_bytes: int | None,
+    ) -> None:  # fmt: skip
+        group_of = group_indices(param_groups, params)
+        rank = dist.get_rank(group=group) if config.shard_world > 1 else 0
+
+        def shard(fqns: tuple[str, ...]) -> BlockShard:
+            return BlockShard([(fqn, params[fqn]) for fqn in fqns], group_of, config.shard_world, rank)
+
+        self.blocks, self.ring = make_states(
+            [shard(block.fqns) for block in plan.blocks], config.rule, param_groups, Storage.of(config, device),
+            config.hift.state.ring_bytes, card_bytes,
+        )  # fmt: skip
+        self.always: BlockState | None = None
+        if plan.always_active:
+            on_device = Storage(device, config.hift.state)
+            self.always = BlockState(shard(plan.always_active), config.rule, param_groups, on_device)
+        self.offloaded = Offloaded(device)
+        self._device = device
+
+    def clear(self) -> None:
+        """Frees everything."""
+        self.blocks, self.always, self.ring = [], None, None
+
+    @property
+    def all(self) -> list[BlockState]:
+        """Of the blocks, then of what is always active."""
+        return self.blocks if self.always is None else [*self.blocks, self.always]
+
+    def require_here(self, *kinds: str) -> None:
+        """Raises RuntimeError while one of these kinds, or any without them, is offloaded."""
+        if self.offloaded.kinds.intersection(kinds or self.offloaded.kinds):
+            raise RuntimeError("states are offloaded (engine.offload_states): call engine.reload_states() first")
+
+    def require_whole(self) -> None:
+        """Raises RuntimeError where an update has ended with an error half way (out of memory)."""
+        for index, state in enumerate(self.all):
+            if state.torn:
+                block = "what is always active" if state is self.always else f"block {index}"
+                raise RuntimeError(
+                    f"the update of {block} ended with an error half way, so its masters, moments and weights do not "
+                    "belong together: load a checkpoint, or call engine.destroy() and hift_ds.initialize again"
+                )
+
+    def settle(self) -> None:
+        """Until all updates have landed where the states are at home."""
+        if self.ring is not None:
+            self.ring.settle()
+        if self._device.type == "cuda":  # extra tensors go back to the host with the update itself
+            torch.cuda.current_stream(self._device).synchronize()
+
+    def offload(self, kinds: set[str], weights: Iterable[torch.Tensor], pin_memory: bool) -> None:
+        """What of some kinds is on the device goes to the host, until `offloaded.reload`.
+
+        Args:
+            kinds: Of `OffloadStateTypeEnum`, that are not there already.
+            weights: The model's, for their kind.
+        """
+        resident = [state for state in self.all if not state.streams]
+        if "hp_params" in kinds:
+            masters = [state.master for state in resident if state.master is not None]
+            self.offloaded.take_states("hp_params", masters, pin_memory)
+        if "optim_states" in kinds:
+            moments = [tensor for state in resident for tensor in (*state.slots.values(), *state.extra.values())]
+            ring = [] if self.ring is None else [self.ring.buffer]
+            self.offloaded.take_states("optim_states", [*moments, *ring], pin_memory)
+        if WEIGHTS in kinds:
+            self.offloaded.take_weights(weights, pin_memory)
+        gc.collect()
+        get_accelerator().empty_cache()
+
+
