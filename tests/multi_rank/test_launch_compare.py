@@ -92,6 +92,7 @@ def test_full_fine_tuning_and_hift_start_from_the_same_model_and_data(first, fol
     assert len(losses) == 2 and losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_finished_cells_are_kept_and_a_refused_one_is_a_row(second, folder):
     done, before, after = second
     assert done.returncode == 0, done.stderr
@@ -101,6 +102,7 @@ def test_finished_cells_are_kept_and_a_refused_one_is_a_row(second, folder):
     assert statuses["Muon"].startswith("refused: optimizer.type='Muon'")
 
 
+@pytest.mark.slow
 def test_mpirun_s_ranks_are_gathered_through_mpi_into_one_report(folder):
     done = start(
         folder, BIN / "mpirun", "--allow-run-as-root", "--oversubscribe", "-np", "2", sys.executable,
@@ -113,6 +115,7 @@ def test_mpirun_s_ranks_are_gathered_through_mpi_into_one_report(folder):
     assert all(record["samples"] for record in ranks)
 
 
+@pytest.mark.slow
 def test_a_limit_on_gpu_memory_is_refused_on_a_cpu(folder):
     done = start(
         folder, sys.executable, ROOT / "launch/benchmark_memory.py", "--hift", "--random", "--model_name_or_path",
