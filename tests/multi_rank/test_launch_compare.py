@@ -1,4 +1,7 @@
-"""launch/compare.py and launch/benchmark_memory.py as users start them, at tiny size."""
+"""launch/compare.py and launch/benchmark_memory.py as users start them, at tiny size, and how a cell ends.
+
+All that starts ranks is slow; that a metered run meets its forecast test_meter.py holds on ranks that are up already.
+"""
 
 from __future__ import annotations
 
@@ -72,6 +75,7 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
     return list(csv.DictReader((folder / "out/results.csv").open()))
 
 
+@pytest.mark.slow
 def test_a_matrix_ends_in_rows_pictures_and_a_forecast_that_is_met(first, folder):
     assert first.returncode == 0, first.stderr
     assert max(map(len, first.stdout.splitlines())) <= 80 or "wrote" in first.stdout
@@ -86,6 +90,7 @@ def test_a_matrix_ends_in_rows_pictures_and_a_forecast_that_is_met(first, folder
         assert (folder / "out" / name).stat().st_size > 100
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_and_hift_start_from_the_same_model_and_data(first, folder):
     losses = [json.loads(path.read_text())["loss"][0] for path in sorted((folder / "out/cells").glob("*s.json"))
               + sorted((folder / "out/cells").glob("*k1.json"))]  # fmt: skip
