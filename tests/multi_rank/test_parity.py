@@ -60,7 +60,7 @@ def test_accumulation_and_clipping_stay_within_the_norm_s_rounding(two_ranks, st
     agree(two_ranks, stage, dtype, PAIR, 2, 0.5, weights=weights, share=share)
 
 
-@pytest.mark.parametrize("stage", SHARDED)
+@pytest.mark.parametrize("stage", (slow(0), 1, slow(2), slow(3)))
 def test_a_bound_that_clips_changes_the_run(two_ranks, stage):
     """The test above could not see clipping that does nothing on both sides."""
     (clipped, *_) = two_ranks.run(parity_cases.effect_of_clipping, stage, "fp32", 0.5)
@@ -118,7 +118,13 @@ def test_averaging_follows_deepspeed_s_keys(two_ranks, stage, case):
     agree(two_ranks, stage, dtype, PAIR, extra=extra, reference=reference)
 
 
-@pytest.mark.parametrize(("stage", "accumulation_dtype"), diagonal(STAGES, DTYPES))
+@pytest.mark.parametrize(
+    ("stage", "accumulation_dtype"),
+    [
+        (2, "fp32"), (3, "bf16"), slow(0, "fp32"), slow(0, "bf16"), slow(1, "fp32"), slow(1, "bf16"), slow(2, "bf16"),
+        slow(3, "fp32"),
+    ],
+)  # fmt: skip
 def test_gradients_accumulate_in_the_dtype_asked_for(two_ranks, stage, accumulation_dtype):
     agree(
         two_ranks, stage, "bf16", PAIR, 3,
@@ -176,7 +182,7 @@ def test_no_sync_on_one_rank_accumulates(one_rank, stage, dtype):
     agree(one_rank, stage, dtype, PAIR, backward="no_sync", reference={"accumulation_dtype": dtype})
 
 
-@pytest.mark.parametrize("stage", (0, slow(1), 2, 3))
+@pytest.mark.parametrize("stage", (0, slow(1), slow(2), 3))
 def test_four_ranks_equal_plain_torch(four_ranks, stage):
     agree(
         four_ranks, stage, "fp32", PAIR,
