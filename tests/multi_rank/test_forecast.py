@@ -35,7 +35,7 @@ def assert_forecast(plan: dict, facts: dict, held: int = 0) -> None:
         slow(1, "bf16", {"gradient_accumulation_steps": 2}),
         (2, "bf16", {"hift": {"always_active": ["layers.2.mlp.down_proj"], "layers_per_block": 2}}),
         slow(2, "fp32", {"checkpointing": True, "attention": "eager"}),
-        (3, "bf16", {"hift": {"order": "top2down"}}),
+        slow(3, "bf16", {"hift": {"order": "top2down"}}),
         slow(3, "bf16", {"gradient_accumulation_steps": 2, "hift": {"order": "top2down"}}),
         slow(2, "bf16", {"optimizer": {"type": "Adafactor", "params": {"lr": 1e-2}}, "hift": {"state": {}}}),
     ],
@@ -110,7 +110,8 @@ def test_forecast_of_full_fine_tuning_is_what_deepspeeds_compiled_adam_takes(two
 MIB = 2**20
 
 
-@pytest.mark.parametrize("optimizer", [None, slow("SGD")])
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", [None, "SGD"])
 def test_null_takes_the_largest_blocks_that_fit_the_rank_with_the_least_memory(two_ranks, optimizer):
     found = [
         two_ranks.run(cases.chosen_blocks, memory, {}, optimizer)

@@ -16,7 +16,8 @@ STEPS = 6  # two rotations of three blocks
     [
         (0, "fp32", {}, "adamw"), slow(1, "bf16", {}, "adafactor"),
         (2, "bf16", {"state": {"master": "split16"}}, "adamw"),
-        (3, "bf16", {"always_active": ["norm"], "state": {"moments": "int8"}}, "adamw"), (2, "fp32", {}, "adafactor"),
+        (3, "bf16", {"always_active": ["norm"], "state": {"moments": "int8"}}, "adamw"),
+        slow(2, "fp32", {}, "adafactor"),
     ],
 )  # fmt: skip
 def test_a_fused_step_never_waits_for_the_device(two_ranks, stage, dtype, hift, rule):

@@ -1,5 +1,5 @@
 """Of the peers' cases `make test` takes few: each test meets every value of each of its parameters (stages, numbers of
-ranks, ...) at least once, and all tests together every stage on one rank and on two. `make slow` takes the others."""
+ranks, ...) at least once, and the tests of a file share out stages and ranks. `make slow` takes the others."""
 
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -13,9 +13,9 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if Path(item.fspath).parent == Path(__file__).parent and not item.get_closest_marker("slow"):
             by_test[item.nodeid.partition("[")[0]].append(item)
-    taken = Counter()
+    taken = defaultdict(Counter)  # by file, so that a file's cases are the same alone and among all
     for cases in by_test.values():
-        for case in _left_out(cases, taken):
+        for case in _left_out(cases, taken[cases[0].fspath]):
             case.add_marker(pytest.mark.slow)
 
 
