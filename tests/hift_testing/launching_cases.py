@@ -29,5 +29,5 @@ def loads(args: argparse.Namespace, datasets: list[str]) -> str:
     args.dataset = datasets[dist.get_rank()]
     try:
         return f"{len(load_run(args).data.train)} rows"
-    except RuntimeError as error:
+    except (RuntimeError, FileNotFoundError) as error:
         return str(error)

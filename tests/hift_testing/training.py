@@ -85,14 +85,10 @@ def run_steps(engine: Any, steps: int, start: int = 0, after_step: Any = None) -
 
 def whole_weights(engine: Any) -> dict[str, torch.Tensor]:
     """Copies of every whole parameter. Collective at stage 3."""
-    result = {}
-    for name, param in engine.module.named_parameters():
-        if hasattr(param, "ds_id"):
-            with deepspeed.zero.GatheredParameters([param]):
-                result[name] = param.detach().clone()
-        else:
-            result[name] = param.detach().clone()
-    return result
+    params = dict(engine.module.named_parameters())
+    sharded = [param for param in params.values() if hasattr(param, "ds_id")]
+    with deepspeed.zero.GatheredParameters(sharded):  # all at once: one by one takes eight times as long
+        return {name: param.detach().clone() for name, param in params.items()}
 
 
 def largest_difference(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from hift_testing import error_cases as cases
+from hift_testing.selection import diagonal
 
 pytestmark = pytest.mark.multi_rank
 
@@ -30,8 +31,7 @@ def test_without_checkpointing_nothing_is_recomputed_or_warned_of(two_ranks):
         assert facts["warnings"] == []
 
 
-@pytest.mark.parametrize("always", [False, True])
-@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize(("stage", "always"), diagonal(range(4), (False, True)))
 def test_a_models_own_reentrant_checkpoint_raises_on_every_rank(two_ranks, stage, always):
     for facts in two_ranks.run(cases.own_reentrant_checkpoint, stage, always):
         assert facts["error"].startswith("RuntimeError: block 0 (layers.0) received no gradient on any rank")

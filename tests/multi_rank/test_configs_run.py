@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from hift_testing import error_cases as cases
+from hift_testing.selection import slow
 
 pytestmark = pytest.mark.multi_rank
 
@@ -18,7 +19,11 @@ def test_there_is_no_other_file():
     assert sorted(path.stem for path in FOLDER.glob("*.json")) == sorted(NAMES)
 
 
-@pytest.mark.parametrize("name", NAMES)
+# Of each stage and each dtype at least one; tests/unit/test_ds_configs.py reads all.
+QUICK = ("zero0_fp32", "zero1_bf16", "zero2_bf16", "zero2_fp16", "zero3_bf16")
+
+
+@pytest.mark.parametrize("name", [name if name in QUICK else slow(name) for name in NAMES])
 def test_every_config_trains(two_ranks, name):
     for facts in two_ranks.run(cases.config_file, str(FOLDER / f"{name}.json"), steps=3):
         assert facts["finite"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 from hift_testing import memory_cases as cases
+from hift_testing.selection import slow
 
 pytestmark = pytest.mark.multi_rank
 
@@ -15,7 +16,8 @@ TINY = 4096  # activations' gradients, and DeepSpeed's scalars
 FACTORED = 2 * (64 + 256) + 64 + 256  # rows and columns of a layer's two matrices, and its biases: 1-D stay whole
 ALWAYS = {"always_active": ["layers.0.2.weight"]}
 RUNS = [
-    *((stage, dtype, {}) for stage in range(4) for dtype in ("fp32", "bf16")),
+    *((stage, "fp32", {}) for stage in range(4)),
+    *(slow(stage, "bf16", {}) for stage in range(4)),
     *((stage, "bf16", {"accumulation": 2}) for stage in (1, 2)),
     *((stage, "bf16", {"hift": ALWAYS}) for stage in (1, 3)),
     (3, "bf16", {"start": "fp32"}),
@@ -96,7 +98,7 @@ def test_ring_bytes_hold_adafactor_s_factored_moments_too(one_rank):
         (1, "fp32", {"always_active": ["layers.0.mlp.down_proj"]}, None),
         (2, "bf16", {}, {"type": "Adafactor", "params": {"lr": 1e-2}}),
         (3, "bf16", {"inactive_state": "reset", "steps_per_block": 2, "layers_per_block": 3}, None),
-        (3, "fp32", {}, {"type": "SGD", "params": {"lr": 1e-2, "momentum": 0.9}}),
+        slow(3, "fp32", {}, {"type": "SGD", "params": {"lr": 1e-2, "momentum": 0.9}}),
     ],
 )
 def test_state_that_streams_in_small_tiles_and_late_copies_trains_bitwise_the_same(two_ranks, stage, dtype, hift, rule):
@@ -130,7 +132,11 @@ def test_engine_and_plan_make_the_same_ring_for_a_card(two_ranks, tenth):
 
 @pytest.mark.parametrize(
     ("stage", "dtype", "hift"),
-    [(2, "bf16", {}), (3, "bf16", {"inactive_state": "reset", "steps_per_block": 2}), (1, "fp32", {})],
+    [
+        (2, "bf16", {}),
+        slow(3, "bf16", {"inactive_state": "reset", "steps_per_block": 2}),
+        slow(1, "fp32", {}),
+    ],
 )
 def test_a_checkpoint_of_state_on_its_way_is_whole_and_what_was_loaded_ahead_is_forgotten(
     two_ranks, tmp_path, stage, dtype, hift

@@ -112,6 +112,7 @@ def launched(launcher: list[str], case: str, folder: Path) -> tuple[int, list[st
     return done.returncode, [path.read_text() if path.exists() else "" for path in reports], done.stdout
 
 
+@pytest.mark.slow
 def test_a_torchrun_program_ends_with_one_ranks_error_on_every_rank(tmp_path):
     launcher = ["torchrun", "--nproc_per_node", "2", "--master_port", str(free_port()), "-m"]
     code, reports, output = launched(launcher, "nothing to train on rank 1", tmp_path)
@@ -120,6 +121,7 @@ def test_a_torchrun_program_ends_with_one_ranks_error_on_every_rank(tmp_path):
     assert NOTHING_TO_TRAIN in output
 
 
+@pytest.mark.slow
 def test_a_deepspeed_program_ends_with_the_error_on_every_rank(tmp_path):
     launcher = ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port()), "--module"]
     code, reports, output = launched(launcher, "lamb", tmp_path)

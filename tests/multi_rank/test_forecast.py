@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from hift_testing import forecast_cases as cases
+from hift_testing.selection import slow
 
 pytestmark = pytest.mark.multi_rank
 
@@ -30,12 +31,13 @@ def assert_forecast(plan: dict, facts: dict, held: int = 0) -> None:
 @pytest.mark.parametrize(
     ("stage", "dtype", "keywords"),
     [
-        (0, "fp32", {}),
-        (1, "bf16", {"gradient_accumulation_steps": 2}),
+        slow(0, "fp32", {}),
+        slow(1, "bf16", {"gradient_accumulation_steps": 2}),
         (2, "bf16", {"hift": {"always_active": ["layers.2.mlp.down_proj"], "layers_per_block": 2}}),
-        (2, "fp32", {"checkpointing": True, "attention": "eager"}),
-        (3, "bf16", {"gradient_accumulation_steps": 2, "hift": {"order": "top2down"}}),
-        (2, "bf16", {"optimizer": {"type": "Adafactor", "params": {"lr": 1e-2}}, "hift": {"state": {}}}),
+        slow(2, "fp32", {"checkpointing": True, "attention": "eager"}),
+        slow(3, "bf16", {"hift": {"order": "top2down"}}),
+        slow(3, "bf16", {"gradient_accumulation_steps": 2, "hift": {"order": "top2down"}}),
+        slow(2, "bf16", {"optimizer": {"type": "Adafactor", "params": {"lr": 1e-2}}, "hift": {"state": {}}}),
     ],
 )
 def test_forecast_is_what_two_ranks_take(two_ranks, stage, dtype, keywords):
@@ -47,11 +49,19 @@ def test_forecast_is_what_two_ranks_take(two_ranks, stage, dtype, keywords):
         assert all(0 <= more <= SMALL for more in beside), beside
 
 
-@pytest.mark.parametrize("rows", [(cases.ROWS, cases.SEQ), (1, 4)], ids=["activations", "gradients"])
-@pytest.mark.parametrize(("stage", "dtype"), [(0, "bf16"), (3, "fp32")])
-def test_forecast_is_what_one_rank_takes_whether_activations_or_gradients_weigh_more(one_rank, stage, dtype, rows):
+ROWS = {"activations": (cases.ROWS, cases.SEQ), "gradients": (1, 4)}
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype", "weighs_more"),
+    [
+        (0, "bf16", "gradients"), (3, "fp32", "activations"), slow(0, "bf16", "activations"),
+        slow(3, "fp32", "gradients"),
+    ],
+)  # fmt: skip
+def test_forecast_is_what_one_rank_takes_whatever_weighs_more(one_rank, stage, dtype, weighs_more):
     """Here no gloo holds or copies buckets, as its reduce-scatter does."""
-    (facts,) = one_rank.run(cases.forecast_and_measured, stage, dtype, rows=rows)
+    (facts,) = one_rank.run(cases.forecast_and_measured, stage, dtype, rows=ROWS[weighs_more])
     assert_forecast(facts, facts)
     assert facts["network"] == [0] * len(facts["network"])
 
@@ -71,10 +81,12 @@ def assert_full_forecast(results) -> None:
 @pytest.mark.parametrize(
     ("stage", "dtype", "optimizer", "micro_steps", "zero"),
     [
-        (0, "bf16", TORCH, 1, {}), (0, "fp32", TORCH, 2, {}), (0, "fp32", SGD, 1, {}), (1, "bf16", TORCH, 2, {}),
-        (1, "fp32", FUSED, 1, {}), (1, "fp32", FUSED, 1, {"overlap_comm": True}), (1, "bf16", ADAGRAD, 1, {}),
-        (2, "bf16", TORCH, 1, {}), (2, "bf16", FUSED, 1, {"overlap_comm": True}), (2, "fp32", TORCH, 2, {}),
-        (3, "bf16", FUSED, 2, {}), (3, "fp32", TORCH, 1, {}), (3, "fp32", TORCH, 1, {"reduce_bucket_size": 500_000}),
+        (0, "fp32", SGD, 1, {}), (1, "fp32", FUSED, 1, {"overlap_comm": True}), (2, "bf16", TORCH, 1, {}),
+        (3, "fp32", TORCH, 1, {"reduce_bucket_size": 500_000}),
+        slow(0, "bf16", TORCH, 1, {}), slow(0, "fp32", TORCH, 2, {}), slow(1, "bf16", TORCH, 2, {}),
+        slow(1, "fp32", FUSED, 1, {}), slow(1, "bf16", ADAGRAD, 1, {}),
+        slow(2, "bf16", FUSED, 1, {"overlap_comm": True}), slow(2, "fp32", TORCH, 2, {}), slow(3, "bf16", FUSED, 2, {}),
+        slow(3, "fp32", TORCH, 1, {}),
     ],
 )  # fmt: skip
 def test_forecast_of_full_fine_tuning_is_what_deepspeeds_own_optimizers_take(
@@ -84,7 +96,7 @@ def test_forecast_of_full_fine_tuning_is_what_deepspeeds_own_optimizers_take(
     assert_full_forecast(two_ranks.run(cases.full_forecast_and_measured, stage, dtype, **more))
 
 
-@pytest.mark.parametrize(("stage", "dtype"), [(0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "bf16")])
+@pytest.mark.parametrize(("stage", "dtype"), [(0, "bf16"), slow(1, "fp32"), slow(2, "bf16"), slow(3, "bf16")])
 def test_forecast_of_full_fine_tuning_is_what_it_takes_on_one_rank(one_rank, stage, dtype):
     assert_full_forecast(one_rank.run(cases.full_forecast_and_measured, stage, dtype, optimizer=TORCH))
 
@@ -98,6 +110,7 @@ def test_forecast_of_full_fine_tuning_is_what_deepspeeds_compiled_adam_takes(two
 MIB = 2**20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", [None, "SGD"])
 def test_null_takes_the_largest_blocks_that_fit_the_rank_with_the_least_memory(two_ranks, optimizer):
     found = [

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 from hift_testing import invariant_cases as cases
+from hift_testing.selection import diagonal, slow
 
 pytestmark = pytest.mark.multi_rank
 
 EVERYTHING = {"frozen": ["layers.1.mlp"], "always_active": ["layers.0.mlp.down_proj"]}
-RUNS = [(stage, dtype) for stage in range(4) for dtype in ("fp32", "bf16")]
 
 
 def assert_rotation_is_kept(results: list[dict], always: bool = False, steps_per_block: int = 1) -> None:
@@ -33,12 +33,12 @@ def assert_rotation_is_kept(results: list[dict], always: bool = False, steps_per
             assert sorted(visited) == list(range(blocks))
 
 
-@pytest.mark.parametrize(("stage", "dtype"), RUNS)
+@pytest.mark.parametrize(("stage", "dtype"), diagonal(range(4), ("fp32", "bf16")))
 def test_only_the_active_block_and_its_state_change_at_a_step(two_ranks, stage, dtype):
     assert_rotation_is_kept(two_ranks.run(cases.watch, stage, dtype, {}))
 
 
-@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("stage", (slow(0), 1, slow(2), 3))
 def test_frozen_never_move_and_always_active_move_at_every_step(two_ranks, stage):
     results = two_ranks.run(
         cases.watch, stage, "bf16", {**EVERYTHING, "order": "random"}, user_frozen="layers.2.self_attn.q_proj"
@@ -50,7 +50,7 @@ def test_frozen_never_move_and_always_active_move_at_every_step(two_ranks, stage
     assert "model.layers.2.self_attn.q_proj.weight" in frozen
 
 
-@pytest.mark.parametrize(("stage", "dtype"), [(0, "fp32"), (1, "bf16"), (2, "bf16"), (3, "fp32")])
+@pytest.mark.parametrize(("stage", "dtype"), [slow(0, "fp32"), (1, "bf16"), slow(2, "bf16"), (3, "fp32")])
 def test_accumulation_never_rotates_inside_a_window(two_ranks, stage, dtype):
     hift = {"order": "top2down", "steps_per_block": 2, "layers_per_block": 4}
     results = two_ranks.run(cases.watch, stage, dtype, hift, accumulation=3)
@@ -58,7 +58,8 @@ def test_accumulation_never_rotates_inside_a_window(two_ranks, stage, dtype):
     assert_rotation_is_kept(results, steps_per_block=2)
 
 
-@pytest.mark.parametrize("stage", range(4))
+# At stage 3 `make test` has the peers' forwards and generation under inference mode (tests/peers/test_zero3.py).
+@pytest.mark.parametrize("stage", (slow(0), 1, slow(2), slow(3)))
 def test_forwards_without_gradient_change_nothing(two_ranks, stage):
     plain = two_ranks.run(cases.watch, stage, "fp32", {"layers_per_block": 2}, accumulation=2)
     evaluated = two_ranks.run(cases.watch, stage, "fp32", {"layers_per_block": 2}, accumulation=2, evaluate=True)

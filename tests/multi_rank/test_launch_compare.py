@@ -1,4 +1,7 @@
-"""launch/compare.py and launch/benchmark_memory.py as users start them, at tiny size."""
+"""launch/compare.py and launch/benchmark_memory.py as users start them, at tiny size, and how a cell ends.
+
+All that starts ranks is slow; that a metered run meets its forecast test_meter.py holds on ranks that are up already.
+"""
 
 from __future__ import annotations
 
@@ -72,6 +75,7 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
     return list(csv.DictReader((folder / "out/results.csv").open()))
 
 
+@pytest.mark.slow
 def test_a_matrix_ends_in_rows_pictures_and_a_forecast_that_is_met(first, folder):
     assert first.returncode == 0, first.stderr
     assert max(map(len, first.stdout.splitlines())) <= 80 or "wrote" in first.stdout
@@ -86,12 +90,14 @@ def test_a_matrix_ends_in_rows_pictures_and_a_forecast_that_is_met(first, folder
         assert (folder / "out" / name).stat().st_size > 100
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_and_hift_start_from_the_same_model_and_data(first, folder):
     losses = [json.loads(path.read_text())["loss"][0] for path in sorted((folder / "out/cells").glob("*s.json"))
               + sorted((folder / "out/cells").glob("*k1.json"))]  # fmt: skip
     assert len(losses) == 2 and losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_finished_cells_are_kept_and_a_refused_one_is_a_row(second, folder):
     done, before, after = second
     assert done.returncode == 0, done.stderr
@@ -101,6 +107,7 @@ def test_finished_cells_are_kept_and_a_refused_one_is_a_row(second, folder):
     assert statuses["Muon"].startswith("refused: optimizer.type='Muon'")
 
 
+@pytest.mark.slow
 def test_mpirun_s_ranks_are_gathered_through_mpi_into_one_report(folder):
     done = start(
         folder, BIN / "mpirun", "--allow-run-as-root", "--oversubscribe", "-np", "2", sys.executable,
@@ -113,6 +120,7 @@ def test_mpirun_s_ranks_are_gathered_through_mpi_into_one_report(folder):
     assert all(record["samples"] for record in ranks)
 
 
+@pytest.mark.slow
 def test_a_limit_on_gpu_memory_is_refused_on_a_cpu(folder):
     done = start(
         folder, sys.executable, ROOT / "launch/benchmark_memory.py", "--hift", "--random", "--model_name_or_path",

@@ -1,7 +1,7 @@
 """launch/train.py as users start it: under three launchers and alone, to the end or to one clear sentence.
 
-A start of two ranks costs about ten seconds, so each launcher runs once and the tests look at what it left; further
-runs go through the session's ranks, which call `train` without a launcher.
+A start of two ranks costs about ten seconds, so each launcher runs once (all but deepspeed's in `make slow`) and the
+tests look at what it left; further runs go through the session's ranks, which call `train` without a launcher.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 from hift_testing import launching_cases
+from hift_testing.selection import slow
 
 import hift_ds
 from hift_ds.recipes.arguments import add_arguments
@@ -270,7 +271,7 @@ def test_tensorboard_has_every_step_and_the_losses_shown(by_deepspeed, folder):
     }
 
 
-@pytest.mark.parametrize("name", ["by_deepspeed", "by_torchrun", "by_mpirun", "alone"])
+@pytest.mark.parametrize("name", ["by_deepspeed", slow("by_torchrun"), slow("by_mpirun"), slow("alone")])
 def test_output_has_no_line_over_80_columns_no_colour_and_no_noise(name, request):
     done = request.getfixturevalue(name)
     assert done.code == 0, done.err
@@ -284,6 +285,7 @@ def test_output_has_no_line_over_80_columns_no_colour_and_no_noise(name, request
 # Launchers.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["torchrun", "mpirun"])
 def test_every_launcher_trains_the_same_model(name, by_deepspeed, folder, request):
     done = request.getfixturevalue(f"by_{name}")
@@ -292,6 +294,7 @@ def test_every_launcher_trains_the_same_model(name, by_deepspeed, folder, reques
     assert_same_weights(folder / name / "model", folder / "deepspeed" / "model")
 
 
+@pytest.mark.slow
 def test_one_process_needs_no_launcher(alone, folder):
     assert alone.code == 0, alone.err
     before, after = re.search(r"^held-out loss (\S+) -> (\S+)$", alone.out, re.MULTILINE).groups()
@@ -356,7 +359,10 @@ for name, options in json.loads(sys.argv[1]).items():
     sys.argv = ["train.py", *options]
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = train.main()
+        try:
+            code = train.main()
+        except SystemExit as end:
+            code = end.code
     results[name] = code, out.getvalue(), err.getvalue()
 import torch
 results["threads"] = torch.get_num_threads()
@@ -381,8 +387,9 @@ _ERRORS = {
 
 @pytest.fixture(scope="module")
 def failures(folder) -> dict[str, list]:
-    """Exit code, output and errors of each case of `_ERRORS`, one after the other in one process."""
+    """Exit code, output and errors of each case of `_ERRORS` and of a shortened option, in one process."""
     cases = {name: [*COMMON, *options] for name, (options, _) in _ERRORS.items()}
+    cases["shortened"] = ["--hift", "--hift_layers", "2"]
     code = _ONE_BY_ONE.format(root=str(ROOT))
     crowded = {"LOCAL_SIZE": "4096", "OMP_NUM_THREADS": None}
     done = run([sys.executable, "-c", code, json.dumps(cases)], folder, **crowded)
@@ -399,16 +406,17 @@ def test_error_is_one_sentence_and_an_exit_code(name, failures):
     assert "Traceback" not in out + err
 
 
-def test_a_shortened_option_is_refused_and_not_guessed(folder):
-    done = run([sys.executable, SCRIPT, "--hift", "--hift_layers", "2"], folder)
-    assert done.code == 2
-    assert "unrecognized arguments: --hift_layers 2" in done.err
+def test_a_shortened_option_is_refused_and_not_guessed(failures):
+    code, _, err = failures["shortened"]
+    assert code == 2
+    assert "unrecognized arguments: --hift_layers 2" in err
 
 
 def test_many_ranks_on_a_machine_take_one_thread_each(failures):
     assert failures["threads"] == 1
 
 
+@pytest.mark.slow
 def test_every_rank_hears_of_the_one_that_fails_before_a_collective_load(folder):
     """At stage 3 rank 0 would wait for ever inside from_pretrained for a rank that has no data."""
     port, processes = str(free_port()), []
@@ -424,11 +432,24 @@ def test_every_rank_hears_of_the_one_that_fails_before_a_collective_load(folder)
     assert "Traceback" not in first.err + second.err
 
 
-def test_ranks_with_other_numbers_of_rows_are_refused_before_they_wait_for_each_other(two_ranks, folder):
+def arguments(folder, *options):
+    """Of a run in another folder than the tests'."""
     parser = argparse.ArgumentParser()
     add_arguments(parser, DEMO)
-    options = [*COMMON, *HIFT, "--output_dir", str(folder / "unlike"), "--model_name_or_path", str(folder / "model")]
-    args = parser.parse_args(options)
+    of_folder = ["--output_dir", str(folder / "unlike"), "--model_name_or_path", str(folder / "model")]
+    return parser.parse_args([*COMMON, *HIFT, *of_folder, *options])
+
+
+def test_a_rank_without_its_data_is_heard_of_on_all_ranks_before_a_collective_load(two_ranks, folder):
+    args = arguments(folder, "--deepspeed_config", str(folder / "zero3.json"))
+    first, second = two_ranks.run(launching_cases.loads, args, [str(folder / "data.jsonl"), "nothing.jsonl"])
+    sentence = "dataset='nothing.jsonl': no such file or folder"
+    assert first.startswith(f"rank 1 failed: FileNotFoundError: {sentence}")
+    assert second.startswith(sentence)
+
+
+def test_ranks_with_other_numbers_of_rows_are_refused_before_they_wait_for_each_other(two_ranks, folder):
+    args = arguments(folder)
     short = folder / "short.jsonl"
     short.write_text("\n".join((folder / "data.jsonl").read_text().splitlines()[:40]))
     whole = str(folder / "data.jsonl")
@@ -437,6 +458,7 @@ def test_ranks_with_other_numbers_of_rows_are_refused_before_they_wait_for_each_
     assert two_ranks.run(launching_cases.loads, args, [whole, whole]) == ["46 rows"] * 2
 
 
+@pytest.mark.slow
 def test_deepspeed_launcher_ends_with_the_error_of_its_ranks(folder):
     done = run(deepspeed(*COMMON, *HIFT, "--dataset", "empty.jsonl"), folder)
     assert done.code != 0

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hift_testing import memory_cases as cases
 from hift_testing.parity_cases import RULES
+from hift_testing.selection import slow
 
 from hift_ds.rules.adam import Adam
 from hift_ds.zero.host_update import HostUpdate
@@ -19,7 +20,7 @@ ALWAYS = {"always_active": ["norm"]}
     ("stage", "dtype", "rule", "hift"),
     [
         (0, "bf16", "adamw", {}), (1, "fp32", "adamw", ALWAYS), (2, "bf16", "adam_l2", {}),
-        (3, "bf16", "adamw", ALWAYS), (3, "fp32", "sgd_momentum", {}), (2, "bf16", "adafactor", {}),
+        (3, "bf16", "adamw", ALWAYS), slow(3, "fp32", "sgd_momentum", {}), (2, "bf16", "adafactor", {}),
         (1, "bf16", "lion", {"inactive_state": "reset"}),
     ],
 )  # fmt: skip
@@ -36,7 +37,7 @@ def test_the_old_key_asks_for_the_same(two_ranks):
         assert facts["same"]
 
 
-@pytest.mark.parametrize(("stage", "dtype"), [(1, "fp32"), (3, "fp32"), (2, "bf16")])
+@pytest.mark.parametrize(("stage", "dtype"), [(1, "fp32"), slow(3, "fp32"), (2, "bf16")])
 def test_a_run_on_the_device_goes_on_with_updates_on_the_host(two_ranks, tmp_path, stage, dtype):
     """fp32 weights have no master on the device, so the checkpoint has none."""
     for stayed, moved in two_ranks.run(cases.moved_to_the_host, str(tmp_path), stage, dtype):

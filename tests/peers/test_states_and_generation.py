@@ -5,13 +5,15 @@ from __future__ import annotations
 import pytest
 from hift_testing import peer_cases_states as cases
 from hift_testing.peer_cases import on
+from hift_testing.selection import slow
 
 pytestmark = pytest.mark.multi_rank
 
 STAGES = (0, 1, 2, 3)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+# At stage 3 `make test` generates under inference mode (test_zero3.py).
+@pytest.mark.parametrize("stage", (0, 1, 2, slow(3)))
 def test_generation_between_steps_changes_nothing(two_ranks, stage):
     assert on(two_ranks, cases.generating, stage) == [0.0, 0.0]
 
@@ -30,7 +32,7 @@ def test_states_that_went_to_the_host_and_back_train_bitwise_as_if_they_had_stay
         assert "call engine.reload_states() first" in found["error"]
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", (slow(0), slow(1), 2, 3))
 def test_offloaded_states_are_never_read_and_come_back_with_what_the_user_wrote(two_ranks, tmp_path, stage):
     for found in on(two_ranks, cases.while_offloaded, stage, str(tmp_path)):
         sentence = "RuntimeError: states are offloaded (engine.offload_states): call engine.reload_states() first"

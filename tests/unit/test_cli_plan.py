@@ -396,6 +396,7 @@ def measured_plan(folder, options):
     return json.loads(result.stderr.splitlines()[-1]), json.loads(result.stdout)
 
 
+@pytest.mark.slow
 def test_a_7b_model_is_planned_in_a_minute_and_4_gib_of_memory(tmp_path):
     hf.LlamaConfig().save_pretrained(tmp_path)
     options = ["--seq", "512", "--micro_batch", "1", "--stage", "0", "--gpu_memory", "24GiB", "--json"]

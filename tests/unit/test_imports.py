@@ -73,18 +73,21 @@ def test_the_package_alone_loads_nothing_heavy():
     assert not loaded_by("import hift_ds; hift_ds.__version__") & {"torch", "deepspeed", "transformers", "triton"}
 
 
-@pytest.mark.parametrize("name", ["config.keys", *PURE])
-def test_the_pure_modules_load_neither_deepspeed_nor_transformers(name):
-    assert not loaded_by(f"import hift_ds.{name}") & {"deepspeed", "transformers", "accelerate", "datasets"}
+# One interpreter for all that may not load a package: what one of them loads is there at the end.
 
 
-@pytest.mark.parametrize("name", ["config.keys", "config.ds_keys", "rotation.rotation", "rotation.schedule"])
-def test_what_needs_no_tensors_loads_no_torch(name):
-    assert "torch" not in loaded_by(f"import hift_ds.{name}")
+def together(names):
+    return "import " + ", ".join(f"hift_ds.{name}" for name in names)
 
 
-def test_the_rules_load_torch_alone():
-    assert not loaded_by("import hift_ds.rules") & {"deepspeed", "transformers"}
+def test_the_pure_modules_and_the_rules_load_neither_deepspeed_nor_transformers():
+    names = ["config.keys", *PURE, "rules"]
+    assert not loaded_by(together(names)) & {"deepspeed", "transformers", "accelerate", "datasets"}
+
+
+def test_what_needs_no_tensors_loads_no_torch():
+    names = ["config.keys", "config.ds_keys", "rotation.rotation", "rotation.schedule"]
+    assert "torch" not in loaded_by(together(names))
 
 
 def test_only_the_named_modules_import_deepspeed():

@@ -61,8 +61,12 @@ def seen(planner, request, layout):
     return found, every, looked_at
 
 
+# `make test` holds the same of one Llama at stage 2, below.
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("config", "seq", "logits"), [(llama(9), 32, False), (gpt2(9, 20_000), 64, True)], ids=["layers", "logits"]
+    ("config", "seq", "logits"),
+    [(llama(9), 32, False), (gpt2(9, 20_000), 64, True)],
+    ids=["layers", "logits"],
 )
 def test_interpolated_figures_are_those_of_tracing_every_block(config, seq, logits):
     planner, request = Planner(config), request_of(3, seq, zero=SMALL_ZERO3)

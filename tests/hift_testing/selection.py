@@ -1,0 +1,22 @@
+"""Which cases of a test `make test` takes; the others are marked slow."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+
+def slow(*values: Any) -> Any:
+    """A case for `make slow`."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def diagonal(longer: Sequence[Any], shorter: Sequence[Any], start: int = 0) -> list[Any]:
+    """All pairs; not slow are so many that each value of both is met: the diagonal that begins at `longer[start]`."""
+    return [
+        pytest.param(a, b) if (i - start - j) % len(shorter) == 0 else slow(a, b)
+        for (i, a), (j, b) in itertools.product(enumerate(longer), enumerate(shorter))
+    ]
