@@ -72,7 +72,10 @@ def _eager(grad: torch.Tensor, shape: tuple[int, int]) -> Contestant:
         weight, master = torch.zeros_like(grad), torch.zeros_like(grad, dtype=torch.float32)
 
         def run() -> None:
-            rule.update(master, grad.float(), {}, group, lr=LR, step=10, segments=segments, extra=extra)
+            rule.update_run(
+                lambda write: iter([(0, master)]), grad.float(), group, lr=LR, step=10, segments=segments, extra=extra,
+                all_reduce=None,
+            )  # fmt: skip
             weight.copy_(master)
 
         return run

@@ -21,7 +21,6 @@ HYPER = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
 TORCH_HYPER = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
 FORMS = (
     ("fp32", torch.float32), ("split16", torch.float32), ("split16", torch.bfloat16), ("none", torch.bfloat16),
-    ("kahan", torch.bfloat16),
 )  # fmt: skip
 
 
@@ -54,7 +53,7 @@ def _fused(grad: torch.Tensor, form: str, dtype: torch.dtype, whole_step: bool =
 
         return run
 
-    weight_bytes = {"fp32": 4 + 4 + 2, "split16": 8, "none": 4, "kahan": 8}[form]
+    weight_bytes = {"fp32": 4 + 4 + 2, "split16": 8, "none": 4}[form]
     bytes_moved = 2 + weight_bytes + 4 * dtype.itemsize + (2 if whole_step else 0)
     name = f"hift_kernels {form} master, {str(dtype).removeprefix('torch.')} moments"
     return Contestant(name + (" (chain)" if whole_step else ""), bytes_moved, make)

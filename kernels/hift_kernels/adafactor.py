@@ -41,7 +41,7 @@ def _weight_square_kernel(
     for tile in range(TILES):
         offsets = (program.to(tl.int64) * TILES + tile) * TILE + tl.arange(0, TILE)
         mask = offsets < numel
-        master, _ = load_master(weight_ptr, master_ptr, offsets, mask, MASTER)
+        master = load_master(weight_ptr, master_ptr, offsets, mask, MASTER)
         total += tl.where(mask, master * master, 0.0)
     tl.store(partial_ptr + program, tl.sum(total.to(tl.float64), axis=0))
 
@@ -111,7 +111,7 @@ def _adafactor_kernel(
     mask = offsets < numel
     # load
     grad = tl.load(grad_ptr + offsets, mask=mask)
-    old, compensation = load_master(weight_ptr, master_ptr, offsets, mask, MASTER)
+    old = load_master(weight_ptr, master_ptr, offsets, mask, MASTER)
     coefficient = tl.load(coefficient_ptr + index)
     scale = tl.load(scalars_ptr + SCALE)
     found_inf = tl.load(scalars_ptr + FOUND_INF)
@@ -125,15 +125,14 @@ def _adafactor_kernel(
     bits = random32(start + offsets, seed, 0)  # however the parameter is cut
     # store
     stored = store_mask(mask, offsets, found_inf)
-    store_master(weight_ptr, master_ptr, offsets, old, new, compensation, bits & 0xFFFF, mask, stored,
-                 MASTER, INTERPRETED)  # fmt: skip
+    store_master(weight_ptr, master_ptr, offsets, old, new, bits & 0xFFFF, mask, stored, MASTER, INTERPRETED)
 
 
 def add_weight_square(weights: Weights, result: torch.Tensor, index: int) -> None:
     """Adds the sum of squares of some master weights to `result[index]`.
 
-    Of form "kahan" the model weights' alone, without the compensations. Deterministic, as `grad_norm.sum_of_squares`.
-    Moves per parameter what is read of the master weight: 4 bytes ("plain", "fp32", "split16") or 2. Keeps nothing.
+    Deterministic, as `grad_norm.sum_of_squares`. Moves per parameter what is read of the master weight: 4 bytes
+    ("plain", "fp32", "split16") or 2. Keeps nothing.
 
     Args:
         result: fp64, 1-D, one element per parameter.

@@ -20,7 +20,7 @@ def _adagrad_kernel(
     mask = offsets < numel
     # load
     grad = tl.load(grad_ptr + offsets, mask=mask)
-    old, compensation = load_master(weight_ptr, master_ptr, offsets, mask, MASTER)
+    old = load_master(weight_ptr, master_ptr, offsets, mask, MASTER)
     total = tl.load(sum_ptr + offsets, mask=mask)
     scale = tl.load(scalars_ptr + SCALE)
     found_inf = tl.load(scalars_ptr + FOUND_INF)
@@ -34,8 +34,7 @@ def _adagrad_kernel(
     bits = random32(offsets, seed, 0)
     # store
     stored = store_mask(mask, offsets, found_inf)
-    store_master(weight_ptr, master_ptr, offsets, old, new, compensation, bits & 0xFFFF, mask, stored,
-                 MASTER, INTERPRETED)  # fmt: skip
+    store_master(weight_ptr, master_ptr, offsets, old, new, bits & 0xFFFF, mask, stored, MASTER, INTERPRETED)
     store_rounded(sum_ptr + offsets, total, stored, bits >> 16, True, INTERPRETED)
 
 

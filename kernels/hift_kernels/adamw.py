@@ -38,7 +38,7 @@ def _adamw_kernel(
     mask = offsets < numel
     # load
     grad = tl.load(grad_ptr + offsets, mask=mask)
-    old, compensation = load_master(weight_ptr, master_ptr, offsets, mask, MASTER)
+    old = load_master(weight_ptr, master_ptr, offsets, mask, MASTER)
     exp_avg = tl.load(exp_avg_ptr + offsets, mask=mask)
     exp_avg_sq = tl.load(exp_avg_sq_ptr + offsets, mask=mask)
     scale = tl.load(scalars_ptr + SCALE)
@@ -55,8 +55,7 @@ def _adamw_kernel(
     more_bits = random32(offsets, seed, 1)
     # store
     stored = store_mask(mask, offsets, found_inf)
-    store_master(weight_ptr, master_ptr, offsets, old, new, compensation, bits & 0xFFFF, mask, stored,
-                 MASTER, INTERPRETED)  # fmt: skip
+    store_master(weight_ptr, master_ptr, offsets, old, new, bits & 0xFFFF, mask, stored, MASTER, INTERPRETED)
     store_rounded(exp_avg_ptr + offsets, exp_avg, stored, bits >> 16, True, INTERPRETED)
     store_rounded(exp_avg_sq_ptr + offsets, exp_avg_sq, stored, more_bits & 0xFFFF, True, INTERPRETED)
 

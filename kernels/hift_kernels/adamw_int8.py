@@ -36,7 +36,7 @@ def _adamw_int8_kernel(
     rows, offsets, row_mask, mask = groups_of(numel, ROWS, GROUP)
     # load
     grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0)
-    old, compensation = load_master(weight_ptr, master_ptr, offsets, mask, MASTER)
+    old = load_master(weight_ptr, master_ptr, offsets, mask, MASTER)
     code1, largest1 = load_codes(exp_avg_ptr, exp_avg_scale_ptr, offsets, rows, mask, row_mask)
     code2, largest2 = load_codes(exp_avg_sq_ptr, exp_avg_sq_scale_ptr, offsets, rows, mask, row_mask)
     scale = tl.load(scalars_ptr + SCALE)
@@ -64,8 +64,7 @@ def _adamw_int8_kernel(
     # store
     stored = store_mask(mask, offsets, found_inf)
     row_mask = store_mask(row_mask, rows, found_inf)
-    store_master(weight_ptr, master_ptr, offsets, old, new, compensation, bits & 0xFFFF, mask, stored,
-                 MASTER, INTERPRETED)  # fmt: skip
+    store_master(weight_ptr, master_ptr, offsets, old, new, bits & 0xFFFF, mask, stored, MASTER, INTERPRETED)
     tl.store(exp_avg_ptr + offsets, code1.to(tl.uint8), mask=stored)
     tl.store(exp_avg_sq_ptr + offsets, code2.to(tl.uint8), mask=stored)
     tl.store(exp_avg_scale_ptr + rows, largest1, mask=row_mask)

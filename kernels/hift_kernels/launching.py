@@ -71,13 +71,13 @@ class Weights:
 
     Bytes per parameter of bf16 weights, moved and kept beside the weight's own 2: `fp32` 4 read, 4 + 2 written, 4 kept;
     `split16` 2 + 2 read, 2 + 2 written, 2 kept, bit-equal to `fp32`; `none` (stochastic rounding) 2 read, 2 written,
-    nothing kept; `kahan` 2 + 2 read, 2 + 2 written, 2 kept. `plain` is for fp32 weights: 4 read, 4 written.
+    nothing kept. `plain` is for fp32 weights: 4 read, 4 written.
 
     Attributes:
         form: One of `FORMS`.
         weight: The model weights, 1-D: fp32 for `plain`, bf16, fp16 or fp32 for `fp32`, else bf16. With `fp32` they are
             only written.
-        master: `fp32`: the fp32 master weights; `split16`: int16 remainders; `kahan`: bf16 compensations; else `None`.
+        master: `fp32`: the fp32 master weights; `split16`: int16 remainders; else `None`.
     """
 
     form: str
@@ -115,7 +115,6 @@ FORMS = {
     "fp32": (rounding.COPY, GRADIENTS, torch.float32),
     "split16": (rounding.SPLIT16, (torch.bfloat16,), torch.int16),
     "none": (rounding.STOCHASTIC, (torch.bfloat16,), None),
-    "kahan": (rounding.KAHAN, (torch.bfloat16,), torch.bfloat16),
 }
 
 

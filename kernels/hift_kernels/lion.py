@@ -29,7 +29,7 @@ def _lion_kernel(
     mask = offsets < numel
     # load
     grad = tl.load(grad_ptr + offsets, mask=mask)
-    old, compensation = load_master(weight_ptr, master_ptr, offsets, mask, MASTER)
+    old = load_master(weight_ptr, master_ptr, offsets, mask, MASTER)
     exp_avg = tl.load(exp_avg_ptr + offsets, mask=mask)
     scale = tl.load(scalars_ptr + SCALE)
     found_inf = tl.load(scalars_ptr + FOUND_INF)
@@ -42,8 +42,7 @@ def _lion_kernel(
     bits = random32(offsets, seed, 0)
     # store
     stored = store_mask(mask, offsets, found_inf)
-    store_master(weight_ptr, master_ptr, offsets, old, new, compensation, bits & 0xFFFF, mask, stored,
-                 MASTER, INTERPRETED)  # fmt: skip
+    store_master(weight_ptr, master_ptr, offsets, old, new, bits & 0xFFFF, mask, stored, MASTER, INTERPRETED)
     store_rounded(exp_avg_ptr + offsets, exp_avg, stored, bits >> 16, True, INTERPRETED)
 
 

@@ -22,7 +22,7 @@ def _lion_int8_kernel(
     rows, offsets, row_mask, mask = groups_of(numel, ROWS, GROUP)
     # load
     grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0)
-    old, compensation = load_master(weight_ptr, master_ptr, offsets, mask, MASTER)
+    old = load_master(weight_ptr, master_ptr, offsets, mask, MASTER)
     code, largest = load_codes(exp_avg_ptr, exp_avg_scale_ptr, offsets, rows, mask, row_mask)
     scale = tl.load(scalars_ptr + SCALE)
     found_inf = tl.load(scalars_ptr + FOUND_INF)
@@ -38,8 +38,7 @@ def _lion_int8_kernel(
     bits = random32(offsets, seed, 0)
     # store
     stored = store_mask(mask, offsets, found_inf)
-    store_master(weight_ptr, master_ptr, offsets, old, new, compensation, bits & 0xFFFF, mask, stored,
-                 MASTER, INTERPRETED)  # fmt: skip
+    store_master(weight_ptr, master_ptr, offsets, old, new, bits & 0xFFFF, mask, stored, MASTER, INTERPRETED)
     tl.store(exp_avg_ptr + offsets, code.to(tl.uint8), mask=stored)
     tl.store(exp_avg_scale_ptr + rows, largest, mask=store_mask(row_mask, rows, found_inf))
 

@@ -24,7 +24,6 @@ PLAIN = tl.constexpr(0)  # the fp32 model weight is its own master
 COPY = tl.constexpr(1)  # an fp32 master beside the model weight
 SPLIT16 = tl.constexpr(2)  # bf16 model weight + 16-bit remainder = the fp32 master
 STOCHASTIC = tl.constexpr(3)  # the bf16 model weight alone
-KAHAN = tl.constexpr(4)  # bf16 model weight + bf16 compensation
 
 
 @triton.jit
@@ -105,29 +104,22 @@ def store_rounded(ptr, x, mask, random16, STOCHASTICALLY: tl.constexpr, INTERPRE
 
 @triton.jit
 def load_master(weight_ptr, master_ptr, offsets, mask, MASTER: tl.constexpr):
-    """The master weight in fp32, and the Kahan compensation (else the master again, unused)."""
+    """The master weight in fp32."""
     if MASTER == COPY:
         master = tl.load(master_ptr + offsets, mask=mask)
-        compensation = master
     elif MASTER == SPLIT16:
         weight = tl.load(weight_ptr + offsets, mask=mask)
         low = tl.load(master_ptr + offsets, mask=mask).to(tl.int32).to(tl.uint32, bitcast=True)
         master = ((weight.to(tl.uint16, bitcast=True).to(tl.uint32) << 16) + low).to(tl.float32, bitcast=True)
-        compensation = master
-    elif MASTER == KAHAN:
-        master = widen(tl.load(weight_ptr + offsets, mask=mask))
-        compensation = widen(tl.load(master_ptr + offsets, mask=mask))
     else:
         master = widen(tl.load(weight_ptr + offsets, mask=mask))
-        compensation = master
-    return master, compensation
+    return master
 
 
 @triton.jit
 def store_master(
-    weight_ptr, master_ptr, offsets, old, new, compensation, random16, mask, stored,
-    MASTER: tl.constexpr, INTERPRETED: tl.constexpr,
-):  # fmt: skip
+    weight_ptr, master_ptr, offsets, old, new, random16, mask, stored, MASTER: tl.constexpr, INTERPRETED: tl.constexpr
+):
     """Stores the new master weight in its form, and the model weight.
 
     mask: the tile's elements; stored: those whose update is not left out (`store_mask`). With COPY a model weight is
@@ -144,12 +136,6 @@ def store_master(
         tl.store(master_ptr + offsets, (bits - (high << 16)).to(tl.int32, bitcast=True).to(tl.int16), mask=stored)
     elif MASTER == STOCHASTIC:
         store_rounded(weight_ptr + offsets, new, stored, random16, True, INTERPRETED)
-    elif MASTER == KAHAN:
-        change = (new - old) + compensation
-        rounded = bf16_nearest(old + change, INTERPRETED)
-        tl.store(weight_ptr + offsets, rounded, mask=stored)
-        lost = change + (old - widen(rounded))
-        tl.store(master_ptr + offsets, bf16_nearest(lost, INTERPRETED), mask=stored)
     else:
         tl.store(weight_ptr + offsets, new, mask=stored)
 

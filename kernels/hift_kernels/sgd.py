@@ -33,7 +33,7 @@ def _sgd_kernel(
     mask = offsets < numel
     # load
     grad = tl.load(grad_ptr + offsets, mask=mask)
-    old, compensation = load_master(weight_ptr, master_ptr, offsets, mask, MASTER)
+    old = load_master(weight_ptr, master_ptr, offsets, mask, MASTER)
     if MOMENTUM:
         buffer = tl.load(momentum_ptr + offsets, mask=mask)
     scale = tl.load(scalars_ptr + SCALE)
@@ -48,8 +48,7 @@ def _sgd_kernel(
     bits = random32(offsets, seed, 0)
     # store
     stored = store_mask(mask, offsets, found_inf)
-    store_master(weight_ptr, master_ptr, offsets, old, new, compensation, bits & 0xFFFF, mask, stored,
-                 MASTER, INTERPRETED)  # fmt: skip
+    store_master(weight_ptr, master_ptr, offsets, old, new, bits & 0xFFFF, mask, stored, MASTER, INTERPRETED)
     if MOMENTUM:
         store_rounded(momentum_ptr + offsets, updated, stored, bits >> 16, True, INTERPRETED)
 

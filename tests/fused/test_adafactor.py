@@ -268,7 +268,7 @@ def test_a_step_s_bits_equal_numpy_fp32(form, weight_dtype, grad_dtype):
 
 
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("form", ["fp32", "none", "kahan"])
+@pytest.mark.parametrize("form", ["fp32", "none"])
 @pytest.mark.parametrize("shape", [(3, 11, 31), (400,)])
 def test_tiles_of_any_length_give_the_bits_of_one_pass(form, shape):
     whole, tiled = filled(shape, form), filled(shape, form)
@@ -279,10 +279,9 @@ def test_tiles_of_any_length_give_the_bits_of_one_pass(form, shape):
     assert (whole.shard.master_fp32() != whole.shard.start).float().mean() > 0.1
 
 
-@pytest.mark.parametrize("form", ["none", "kahan"])
-def test_masters_without_fp32_move_without_bias(form):
+def test_masters_without_fp32_move_without_bias():
     """20 steps of a vector; a spacing near 1 is 2^-8 to 2^-7, stochastic rounding is off by 0.4 of it a step."""
-    param = Parameter((2048,), 0, form)
+    param = Parameter((2048,), 0, "none")
     param.stored[0].tensor.fill_(1.0)
     exact = param.shard.start.double()
     for step in range(20):
@@ -290,14 +289,14 @@ def test_masters_without_fp32_move_without_bias(form):
         step_of(param, grad, scalars_of(1.0, 1, 0.0), 1e-2, seed=mixed_seed(1, step))
         exact -= 1e-2 * grad.double()
     error, moved = param.shard.master_fp32().double() - exact, exact - param.shard.start.double()
-    assert error.norm() < {"none": 1.0, "kahan": 0.02}[form] * moved.norm()
+    assert error.norm() < moved.norm()
     assert error.mean().abs() < 4 * error.std() / 2048**0.5
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
 def test_a_gradient_that_is_not_finite_leaves_every_bit(bad):
     params = [Parameter(shape, index, form) for index, (shape, form) in enumerate(
-        [((17, 31), "fp32"), ((3, 5, 7), "split16"), ((50,), "kahan"), ((40,), "none"), ((15,), "plain")]
+        [((17, 31), "fp32"), ((3, 5, 7), "split16"), ((40,), "none"), ((15,), "plain")]
     )]  # fmt: skip
 
     def snapshot() -> list[torch.Tensor]:

@@ -15,16 +15,15 @@ REDUCTIONS = ("squares", "update_square", "weight_square", "sum_of_squares")
 # fp32 streams of one step besides 16-bit ones: loads, stores (a 128-bit access is 4 fp32, a 64-bit one 4 of 16 bits)
 STREAMS = {
     "adamw-plain": (3, 3, 1, 0), "adamw-fp32": (3, 3, 1, 1), "adamw-split16": (2, 2, 3, 2), "adamw-none": (2, 2, 2, 1),
-    "adamw-kahan": (2, 2, 3, 2), "adamw-fp32-fp32_grad": (4, 3, 0, 1), "adamw-fp32-fp16_grad": (3, 3, 1, 1),
+    "adamw-fp32-fp32_grad": (4, 3, 0, 1), "adamw-fp32-fp16_grad": (3, 3, 1, 1),
     "adamw-split16-bf16_moments": (0, 0, 5, 4),
     **{f"{rule}-{form}": streams for rule in ("sgd", "lion", "adagrad") for form, streams in {
         "plain": (2, 2, 1, 0), "fp32": (2, 2, 1, 1), "split16": (1, 1, 3, 2), "none": (1, 1, 2, 1),
-        "kahan": (1, 1, 3, 2),
     }.items()},
     # One of the loads is of the columns' moments.
     "adafactor-plain": (2, 1, 1, 0), "adafactor-fp32": (2, 1, 1, 1), "adafactor-fp32-batched": (2, 1, 1, 1),
     "adafactor-fp32-1d": (2, 1, 1, 1), "adafactor-split16": (1, 0, 3, 2), "adafactor-none": (1, 0, 2, 1),
-    "adafactor-kahan": (1, 0, 3, 2), "variance": (1, 1, 1, 0),
+    "variance": (1, 1, 1, 0),
 }  # fmt: skip
 
 

@@ -75,7 +75,7 @@ def test_zeros_denormals_and_large_gradients_equal_numpy(rule, grad_dtype):
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
-@pytest.mark.parametrize("form", ["plain", "fp32", "split16", "none", "kahan"])
+@pytest.mark.parametrize("form", ["plain", "fp32", "split16", "none"])
 @pytest.mark.parametrize("rule", RULES)
 def test_a_gradient_that_is_not_finite_stores_nothing_and_does_not_count(rule, form, bad):
     shard = Shard(form, 100, MOMENTS[rule])
@@ -156,23 +156,20 @@ def test_200_steps_with_exact_masters_are_as_near_to_float64_as_torch_s_fp32(rul
 
 
 # Weights near 1 have a bf16 spacing of 2^-8 to 2^-7, the runs move them by 0.05 (AdamW), 0.13 (SGD) and 0.02 (Adagrad):
-# stochastic rounding leaves 0.48, 0.19 and 0.51 of that as noise without bias after 300 steps; Kahan a hundredth of it.
-LOSSY = {
-    ("none", "adamw"): 0.6, ("none", "sgd"): 0.25, ("none", "adagrad"): 0.65,
-    ("kahan", "adamw"): 0.02,
-}  # fmt: skip
+# stochastic rounding leaves 0.48, 0.19 and 0.51 of that as noise without bias after 300 steps.
+LOSSY = {"adamw": 0.6, "sgd": 0.25, "adagrad": 0.65}
 
 
-@pytest.mark.parametrize(("form", "rule"), LOSSY)
-def test_200_steps_without_fp32_masters_stay_within_the_form_s_noise(form, rule):
+@pytest.mark.parametrize("rule", LOSSY)
+def test_200_steps_without_fp32_masters_stay_within_the_noise_of_their_rounding(rule):
     numel, lr = 2048, 3e-3
     grads = [gradient(numel, step) for step in range(200)]
-    shard = Shard(form, numel, MOMENTS[rule])
+    shard = Shard("none", numel, MOMENTS[rule])
     for step, grad in enumerate(grads):
         shard.step(STEPS[rule], grad, HYPER[rule], lr=lr, seed=mixed_seed(42, step), quick=True)
     exact = torch_run(rule, shard.start, grads, lr, torch.float64)
     errors = shard.master_fp32().double() - exact
-    assert relative_error(shard.master_fp32(), exact, shard.start) < LOSSY[form, rule]
+    assert relative_error(shard.master_fp32(), exact, shard.start) < LOSSY[rule]
     assert errors.mean().abs() < 4 * errors.std() / numel**0.5, "biased"
 
 

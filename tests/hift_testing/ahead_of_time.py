@@ -33,7 +33,7 @@ LAUNCHES: dict[str, tuple[int, dict[str, Any]]] = {
 # form -> MASTER, dtype of weight_ptr, dtype of master_ptr
 FORMS = {
     "plain": (0, "fp32", "fp32"), "fp32": (1, "bf16", "fp32"), "split16": (2, "bf16", "i16"),
-    "none": (3, "bf16", "bf16"), "kahan": (4, "bf16", "bf16"),
+    "none": (3, "bf16", "bf16"),
 }  # fmt: skip
 
 

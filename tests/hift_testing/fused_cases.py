@@ -31,7 +31,7 @@ MOMENTS = {
     "adagrad": ("accumulator",),
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-MASTER_DTYPES = {"plain": None, "fp32": torch.float32, "split16": torch.int16, "none": None, "kahan": torch.bfloat16}
+MASTER_DTYPES = {"plain": None, "fp32": torch.float32, "split16": torch.int16, "none": None}
 
 
 class Guarded:
@@ -67,7 +67,7 @@ class Shard:
     ) -> None:
         start = torch.randn(numel, generator=torch.Generator().manual_seed(1)) if start is None else start
         weight = start.to(DTYPES["fp32" if form == "plain" else weight_dtype])
-        if form in ("none", "kahan", "split16"):
+        if form in ("none", "split16"):
             start = weight.float()
         self.weight = Guarded(weight)
         self.master = None
@@ -120,7 +120,7 @@ class Shard:
             return second
         if form == "split16":
             return ((weight.view(torch.int16).to(torch.int32) << 16) + second.to(torch.int32)).view(torch.float32)
-        return weight.float() + (second.float() if form == "kahan" else 0.0)
+        return weight.float()
 
     def snapshot(self) -> list[torch.Tensor]:
         """Copies of everything that an update may change."""
