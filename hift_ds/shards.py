@@ -10,8 +10,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from typing_extensions import TypeIs
+
+    class Stage3Parameter(torch.nn.Parameter):
+        """What ZeRO-3 adds to a parameter, whose class stays `torch.nn.Parameter`."""
+
+        ds_tensor: torch.Tensor  # this rank's slice, padded
+        ds_active_sub_modules: set[int]
+        all_gather: Callable[[], Any]
+        partition: Callable[[], Any]
+        _z3_optimizer: Any
 
 ALIGNMENT = 16  # elements: lets Triton prove 128-bit alignment for 16- and 32-bit buffers
 STAGE3_ATTRIBUTES = ("ds_numel", "ds_shape", "ds_tensor")  # of a ZeRO-3 parameter (partition_parameters.py)
@@ -177,6 +192,6 @@ def full_numel(param: torch.nn.Parameter) -> int:
     return getattr(param, "ds_numel", param.numel())
 
 
-def is_partitioned(param: torch.nn.Parameter) -> bool:
+def is_partitioned(param: torch.nn.Parameter) -> TypeIs[Stage3Parameter]:
     """True for a ZeRO-3 parameter."""
     return hasattr(param, "ds_id")

@@ -104,7 +104,7 @@ def missing() -> list[str]:
 
 
 def _missing_on_instances() -> list[str]:
-    found = []
+    found: list[str] = []
     for module_name, owners in INSTANCE_SURFACE.items():
         for owner_name, attributes in owners.items():
             try:

@@ -130,6 +130,7 @@ def agreed_layers_per_block(module: Any, ds_config: Mapping[str, Any], optimizer
     choices: list[Choice | None] = [None] * len(found)
     dist.all_gather_object(choices, agree(choose))
     choice = choices[0]
+    assert choice is not None  # rank 0 has chosen
     if dist.get_rank() == 0:
         level = logging.WARNING if choice.warning else logging.INFO
         logger.log(level, "hift.layers_per_block=null: %s", choice.note)

@@ -224,9 +224,8 @@ class Layout:
                 for micro_step in range(min(self.config.micro_steps, 2)):
                     last = micro_step + 1 == min(self.config.micro_steps, 2)
                     reducer.sent = 0
-                    before, events = meter.current, []
-                    for fqn in order:
-                        events.append(self._take(reducer, meter, self.params[fqn]))
+                    before = meter.current
+                    events = [self._take(reducer, meter, self.params[fqn]) for fqn in order]
                     meter.restart()
                     reducer.finish_backward(last)
                     finish = meter.peak

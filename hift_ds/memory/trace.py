@@ -131,6 +131,7 @@ class _Tracer:
                 handle.remove()
 
     def _on_gradient(self, param: torch.nn.Parameter) -> None:
+        assert param.grad is not None  # and no other name for it, or it would stay alive below
         alive = self.meter.made_at(param.grad) <= self.meter.peak_clock
         gradient = param.grad.untyped_storage().nbytes() if alive else 0
         param.grad = None

@@ -45,19 +45,18 @@ class Attachment:
         """Collective at stage 3."""
         for param in self._params:
             # A partitioned parameter has shape 0, and so would the gradient that autograd expects for it.
-            gathered = is_partitioned(param)
-            if gathered:
+            if is_partitioned(param):
                 param.all_gather()
             param.requires_grad_(True)
             self._handles.append(param.register_post_accumulate_grad_hook(self._on_gradient))
-            if gathered:
+            if is_partitioned(param):
                 param.partition()
             else:
                 # A copy trains on its own: it has the user's flag, not that of the present turn.
-                param.__deepcopy__ = partial(_copied, param, self._as_found[param])
+                vars(param)["__deepcopy__"] = partial(_copied, param, self._as_found[param])
         _ON_ZERO_GRAD[self._module] = self._on_zero_grad
         if "zero_grad" not in vars(self._module):  # a deepcopy gets a method of its own, that drops nothing here
-            self._module.zero_grad = MethodType(zero_grad, self._module)
+            self._module.zero_grad = MethodType(zero_grad, self._module)  # type: ignore[method-assign]
 
     def detach(self) -> None:
         """The parameters are as the user had them. May be called again."""

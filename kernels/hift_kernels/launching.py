@@ -94,7 +94,7 @@ class Weights:
         check("weight", self.weight, weight_dtypes, grad.numel(), grad.device)
         if (self.master is None) != (master_dtype is None):
             raise ValueError(f"master: form {self.form!r} needs {'none' if master_dtype is None else master_dtype}")
-        if self.master is not None:
+        if self.master is not None and master_dtype is not None:
             check("master", self.master, (master_dtype,), grad.numel(), grad.device)
 
     @property
