@@ -103,8 +103,10 @@ class BlockShard:
         return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
     def buckets(self, max_numel: int) -> list[range]:
-        """Consecutive segments of one dtype and at most `max_numel` elements over all ranks each (one at least), last
-        first, as backward produces them."""
+        """Consecutive segments of one dtype, the last first, as backward produces them.
+
+        Each has at most `max_numel` elements over all ranks, but one segment at least.
+        """
         result, stop = [], len(self.segments)
         while stop:
             first, total = stop - 1, self.segments[stop - 1].padded_numel * self.world
@@ -179,8 +181,11 @@ class BlockShard:
 
 
 def pieces(segments: Sequence[Segment], start: int, numel: int) -> Iterator[tuple[int, int, int]]:
-    """Which part of a tile that begins at `start` of a run belongs to which segment: index, first and last + 1 element
-    of the run."""
+    """Which part of a tile that begins at `start` of a run belongs to which segment.
+
+    Yields:
+        Index of the segment, first and last + 1 element of the run.
+    """
     for index, segment in enumerate(segments):
         first, last = max(segment.offset, start), min(segment.offset + segment.numel, start + numel)
         if first < last:

@@ -129,9 +129,7 @@ def _assigned(code: types.CodeType) -> frozenset[str]:
 
 
 def require() -> None:
-    """Raises:
-    RuntimeError: The installed DeepSpeed lacks something that hift_ds relies on; names it.
-    """
+    """Raises RuntimeError if the installed DeepSpeed lacks something that hift_ds relies on; names it."""
     lacking = missing()
     if lacking:
         import deepspeed

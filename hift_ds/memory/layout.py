@@ -256,8 +256,10 @@ class Layout:
         return back + again, back
 
     def published_bytes(self, block: int) -> int:
-        """Handed to collectives by the update of a block (and the always-active parameters): new weights, and sums of
-        factored moments."""
+        """Handed to collectives by the update of a block (and the always-active parameters).
+
+        New weights, and sums of factored moments.
+        """
         shards = [self.shards[block]] if self.always is None else [self.shards[block], self.always]
         total = 0
         if self.config.world > 1:  # stage 3 gathers them again after each update

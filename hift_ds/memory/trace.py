@@ -89,8 +89,11 @@ def trace_micro_step(
 
 @contextmanager
 def _one_sequence_a_row() -> Iterator[None]:
-    """Answers for transformers what it cannot ask fake data, whether rows are packed: else it would keep a mask, and
-    repeat keys and values for it, where a real run without padding does neither (5 % more in a small Llama)."""
+    """Answers for transformers what it cannot ask fake data, whether rows are packed.
+
+    Else it would keep a mask, and repeat keys and values for it, where a real run without padding does neither (5 %
+    more in a small Llama).
+    """
     from transformers import masking_utils
 
     original = masking_utils.find_packed_sequence_indices

@@ -100,18 +100,19 @@ def _take_off(module: torch.nn.Module) -> None:
 
 
 @contextmanager
-def unchanged_on_failure(module: torch.nn.Module, flags: Flags | None = None) -> Iterator[Flags]:
+def unchanged_on_failure(module: torch.nn.Module | None, flags: Flags | None = None) -> Iterator[Flags]:
     """Takes off again what a failed `initialize` has put on a module: hooks and flags; yields the flags as found.
 
     Args:
         flags: As found; `None` = the present ones.
     """
-    is_module = isinstance(module, torch.nn.Module)  # what is none is refused inside
+    if not isinstance(module, torch.nn.Module):  # which is refused inside
+        yield flags or {}
+        return
     if flags is None:
-        flags = {param: param.requires_grad for param in module.parameters()} if is_module else {}
-    parts = module.modules() if is_module else ()
-    untouched = is_module and "zero_grad" not in vars(module)  # else a living engine's
-    hooks = {part: {name: set(getattr(part, name)) for name in _HOOKS} for part in parts}
+        flags = {param: param.requires_grad for param in module.parameters()}
+    untouched = "zero_grad" not in vars(module)  # else a living engine's
+    hooks = {part: {name: set(getattr(part, name)) for name in _HOOKS} for part in module.modules()}
     try:
         yield flags
     except BaseException:

@@ -85,9 +85,7 @@ class Weights:
     master: torch.Tensor | None = None
 
     def check(self, grad: torch.Tensor) -> None:
-        """Raises:
-        ValueError: An unknown form, or buffers that do not fit it and the gradient.
-        """
+        """Raises ValueError for an unknown form, and for buffers that do not fit it and the gradient."""
         if self.form not in FORMS:
             raise ValueError(f"form={self.form!r}: must be one of {', '.join(map(repr, FORMS))}")
         _, weight_dtypes, master_dtype = FORMS[self.form]
@@ -99,6 +97,7 @@ class Weights:
 
     @property
     def constexpr(self) -> int:
+        """The form as the kernels take it."""
         return FORMS[self.form][0].value
 
     @property
