@@ -6,7 +6,7 @@ import hashlib
 import os
 import socket
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import deepspeed
 from deepspeed import comm as dist
@@ -86,7 +86,7 @@ def agree(work: Callable[[], T]) -> T:
             raise RuntimeError(f"rank {failed[0]} failed: {reports[failed[0]]}")
     if error is not None:
         raise error
-    return result
+    return cast("T", result)
 
 
 def require_alike(what: str, value: Any) -> None:

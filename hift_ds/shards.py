@@ -10,8 +10,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from typing_extensions import TypeIs
+
+    class Stage3Parameter(torch.nn.Parameter):
+        """What ZeRO-3 adds to a parameter, whose class stays `torch.nn.Parameter`."""
+
+        ds_tensor: torch.Tensor  # this rank's slice, padded
+        ds_active_sub_modules: set[int]
+        all_gather: Callable[[], Any]
+        partition: Callable[[], Any]
+        _z3_optimizer: Any
 
 ALIGNMENT = 16  # elements: lets Triton prove 128-bit alignment for 16- and 32-bit buffers
 STAGE3_ATTRIBUTES = ("ds_numel", "ds_shape", "ds_tensor")  # of a ZeRO-3 parameter (partition_parameters.py)
@@ -88,8 +103,10 @@ class BlockShard:
         return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
     def buckets(self, max_numel: int) -> list[range]:
-        """Consecutive segments of one dtype and at most `max_numel` elements over all ranks each (one at least), last
-        first, as backward produces them."""
+        """Consecutive segments of one dtype, the last first, as backward produces them.
+
+        Each has at most `max_numel` elements over all ranks, but one segment at least.
+        """
         result, stop = [], len(self.segments)
         while stop:
             first, total = stop - 1, self.segments[stop - 1].padded_numel * self.world
@@ -164,8 +181,11 @@ class BlockShard:
 
 
 def pieces(segments: Sequence[Segment], start: int, numel: int) -> Iterator[tuple[int, int, int]]:
-    """Which part of a tile that begins at `start` of a run belongs to which segment: index, first and last + 1 element
-    of the run."""
+    """Which part of a tile that begins at `start` of a run belongs to which segment.
+
+    Yields:
+        Index of the segment, first and last + 1 element of the run.
+    """
     for index, segment in enumerate(segments):
         first, last = max(segment.offset, start), min(segment.offset + segment.numel, start + numel)
         if first < last:
@@ -177,6 +197,6 @@ def full_numel(param: torch.nn.Parameter) -> int:
     return getattr(param, "ds_numel", param.numel())
 
 
-def is_partitioned(param: torch.nn.Parameter) -> bool:
+def is_partitioned(param: torch.nn.Parameter) -> TypeIs[Stage3Parameter]:
     """True for a ZeRO-3 parameter."""
     return hasattr(param, "ds_id")

@@ -47,10 +47,8 @@ class HiFT:
         blocks, order, active = self.blocks, self.order, self.active_block
         total = sum(block.numel for block in blocks)
         table = Table(title=f"{len(blocks)} blocks, cycle {self.cycle}", show_edge=False, pad_edge=False)
-        for header, justify in (("block", "right"), ("turn", "right"), ("name", "left")):
-            table.add_column(header, justify=justify)
-        for header in ("parameters", "share"):
-            table.add_column(header, justify="right")
+        for header in ("block", "turn", "name", "parameters", "share"):
+            table.add_column(header, justify="left" if header == "name" else "right")
         for block in blocks:
             mark = "> " if block.index == active else ""
             share = f"{100 * block.numel / total:.1f} %"

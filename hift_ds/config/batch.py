@@ -19,9 +19,9 @@ def batch_sizes(ds_config: Mapping[str, Any], world: int) -> tuple[int, int]:
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise ValueError(f"{key}={value!r}: must be a whole number, 1 or more; change the config")
     micro, accumulation, train = (ds_config.get(key) for key in (MICRO, ACCUMULATION, TRAIN))
-    if micro is None and train is None:
-        raise ValueError(f"{MICRO}: missing; put it into the config, or pass --micro_batch")
     if micro is None:
+        if train is None:
+            raise ValueError(f"{MICRO}: missing; put it into the config, or pass --micro_batch")
         accumulation = accumulation or 1
         micro = train // (accumulation * world)
     elif accumulation is None:

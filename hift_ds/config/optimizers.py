@@ -179,7 +179,7 @@ def _torch_adam(optimizer: torch.optim.Optimizer) -> Rule:
     return Adam(bool(optimizer.param_groups[0].get("decoupled_weight_decay", False)))
 
 
-def _deepspeed_adam(optimizer: torch.optim.Optimizer) -> Rule:
+def _deepspeed_adam(optimizer: Any) -> Rule:
     return Adam(bool(optimizer.adam_w_mode))
 
 

@@ -112,7 +112,7 @@ def missing() -> list[str]:
 
 
 def _missing_on_instances() -> list[str]:
-    found = []
+    found: list[str] = []
     for module_name, owners in INSTANCE_SURFACE.items():
         for owner_name, attributes in owners.items():
             try:
@@ -137,9 +137,7 @@ def _assigned(code: types.CodeType) -> frozenset[str]:
 
 
 def require() -> None:
-    """Raises:
-    RuntimeError: The installed DeepSpeed lacks something that hift_ds relies on; names it.
-    """
+    """Raises RuntimeError if the installed DeepSpeed lacks something that hift_ds relies on; names it."""
     lacking = missing()
     if lacking:
         import deepspeed

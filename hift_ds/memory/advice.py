@@ -62,8 +62,10 @@ def advise(planner: Planner, plan: Plan) -> Advice:
 
 
 class _Probe:
-    """Whether a changed request fits, by the blocks that can be the worst: the old worst one, the first and the last
-    two. The plan of the answer traces what it needs again."""
+    """Whether a changed request fits, by the blocks that can be the worst.
+
+    Those are the old worst one, the first and the last two. The plan of the answer traces what it needs again.
+    """
 
     def __init__(self, planner: Planner, plan: Plan) -> None:
         self._planner, self._plan = planner, plan

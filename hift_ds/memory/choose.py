@@ -130,6 +130,7 @@ def agreed_layers_per_block(module: Any, ds_config: Mapping[str, Any], optimizer
     choices: list[Choice | None] = [None] * len(found)
     dist.all_gather_object(choices, agree(choose))
     choice = choices[0]
+    assert choice is not None  # rank 0 has chosen
     if dist.get_rank() == 0:
         level = logging.WARNING if choice.warning else logging.INFO
         logger.log(level, "hift.layers_per_block=null: %s", choice.note)
@@ -137,8 +138,11 @@ def agreed_layers_per_block(module: Any, ds_config: Mapping[str, Any], optimizer
 
 
 def memory_found() -> int:
-    """Bytes that this rank may use: what its card has free (of its part, where `set_per_process_memory_fraction` sets
-    one), or on a CPU its share of what the machine has free."""
+    """Bytes that this rank may use.
+
+    What its card has free (of its part, where `set_per_process_memory_fraction` sets one), or on a CPU its share of
+    what the machine has free.
+    """
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or dist.get_world_size())

@@ -8,12 +8,15 @@ import inspect
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hift_ds.zero.activations import use_non_reentrant_checkpointing
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # What a forward of more than text takes.
 NOT_TEXT = frozenset({"pixel_values", "pixel_values_videos", "input_features", "input_values", "audio_features"})
@@ -87,7 +90,7 @@ class FakeModel:
         dtype: torch.dtype,
         attn_implementation: str | None = None,
         checkpointing: bool = False,
-        model_class: type | None = None,
+        model_class: type[PreTrainedModel] | None = None,
     ) -> None:
         from transformers import initialization
 
@@ -149,8 +152,8 @@ def text_config(config: Any) -> Any:
 
 
 def _build(
-    config: Any, dtype: torch.dtype, attn_implementation: str | None, model_class: type | None
-) -> torch.nn.Module:
+    config: Any, dtype: torch.dtype, attn_implementation: str | None, model_class: type[PreTrainedModel] | None
+) -> PreTrainedModel:
     import transformers
 
     options: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
@@ -167,11 +170,12 @@ def _build(
     return module
 
 
-def _cast(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+def _cast(module: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """As `module.to(dtype)`, which fake parameters refuse: what a model class keeps in fp32 DeepSpeed casts, too."""
     made: dict[torch.Tensor, torch.Tensor] = {}  # ties stay
     for part in module.modules():
-        for tensors in (part._parameters, part._buffers):
+        stores: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
+        for tensors in stores:
             for name, tensor in tensors.items():
                 if tensor is not None and tensor.is_floating_point() and tensor.dtype != dtype:
                     if tensor not in made:

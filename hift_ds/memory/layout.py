@@ -224,9 +224,8 @@ class Layout:
                 for micro_step in range(min(self.config.micro_steps, 2)):
                     last = micro_step + 1 == min(self.config.micro_steps, 2)
                     reducer.sent = 0
-                    before, events = meter.current, []
-                    for fqn in order:
-                        events.append(self._take(reducer, meter, self.params[fqn]))
+                    before = meter.current
+                    events = [self._take(reducer, meter, self.params[fqn]) for fqn in order]
                     meter.restart()
                     reducer.finish_backward(last)
                     finish = meter.peak
@@ -257,8 +256,10 @@ class Layout:
         return back + again, back
 
     def published_bytes(self, block: int) -> int:
-        """Handed to collectives by the update of a block (and the always-active parameters): new weights, and sums of
-        factored moments."""
+        """Handed to collectives by the update of a block (and the always-active parameters).
+
+        New weights, and sums of factored moments.
+        """
         shards = [self.shards[block]] if self.always is None else [self.shards[block], self.always]
         total = 0
         if self.config.world > 1:  # stage 3 gathers them again after each update

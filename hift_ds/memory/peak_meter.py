@@ -150,6 +150,7 @@ class MemoryMeter:
         engine = self.engine
         if not getattr(engine.module, "training", True):
             return  # an evaluation is not a step
+        assert self._other is not None  # since the first `_begin`
         peaks = self._probe.read()
         weights, state = _bytes(_weights(engine), engine.device), _bytes(_state(engine), engine.device)
         gradients = max(self._before, _bytes(_gradients(engine), engine.device))

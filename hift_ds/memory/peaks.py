@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -47,7 +47,7 @@ class Sample:
     def joined(self, other: Sample) -> Sample:
         """The higher of the two; of what only the allocator knows the highest of each."""
         highest = max(self, other, key=lambda sample: sample.allocated)
-        most = {name: _most(getattr(sample, name) for sample in (self, other)) for name in OF_ALLOCATOR}
+        most: dict[str, Any] = {name: _most(getattr(sample, name) for sample in (self, other)) for name in OF_ALLOCATOR}
         return replace(highest, **most)
 
 
@@ -153,13 +153,12 @@ class Report:
         return max((s for s in record.samples if s.phase == phase), key=lambda s: s.allocated, default=None)
 
     def _row(self, table: Table, label: str, samples: list[Sample | None], key: str) -> None:
-        values = [(getattr(sample, key), index) for index, sample in enumerate(samples) if sample is not None]
-        if not values:
+        known = [(getattr(s, key), s.block, index) for index, s in enumerate(samples) if s is not None]
+        if not known:
             return
-        most, index = max(values, key=lambda pair: pair[0])
-        block = samples[index].block
+        most, block, index = max(known, key=itemgetter(0))
         name = self.blocks[block] if 0 <= block < len(self.blocks) else "all"
-        numbers = (min(values)[0], mean(value for value, _ in values), most)
+        numbers = (min(known)[0], mean(value for value, *_ in known), most)
         table.add_row(label, *(f"{n / 2**20:,.1f}" for n in numbers), str(self.ranks[index].rank), name)
 
 

@@ -87,10 +87,9 @@ def parse_bytes(text: str) -> int:
         ValueError: Anything else.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
-    unit = match[2].lower() if match else None
-    if unit not in _UNITS:
+    if match is None or match[2].lower() not in _UNITS:
         raise ValueError(f"{text!r}: must be a size such as 48GiB, 24GB or 512MiB")
-    size = int(float(match[1]) * _UNITS[unit])
+    size = int(float(match[1]) * _UNITS[match[2].lower()])
     if size < 1:
         raise ValueError(f"{text!r}: must be more than nothing")
     return size

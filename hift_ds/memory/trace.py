@@ -94,8 +94,11 @@ def trace_micro_step(
 
 @contextmanager
 def _one_sequence_a_row() -> Iterator[None]:
-    """Answers for transformers what it cannot ask fake data, whether rows are packed: else it would keep a mask, and
-    repeat keys and values for it, where a real run without padding does neither (5 % more in a small Llama)."""
+    """Answers for transformers what it cannot ask fake data, whether rows are packed.
+
+    Else it would keep a mask, and repeat keys and values for it, where a real run without padding does neither (5 %
+    more in a small Llama).
+    """
     from transformers import masking_utils
 
     original = masking_utils.find_packed_sequence_indices
@@ -149,6 +152,7 @@ class _Tracer:
                 handle.remove()
 
     def _on_gradient(self, param: torch.nn.Parameter) -> None:
+        assert param.grad is not None  # and no other name for it, or it would stay alive below
         alive = self.meter.made_at(param.grad) <= self.meter.peak_clock
         gradient = param.grad.untyped_storage().nbytes() if alive else 0
         param.grad = None

@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser, default_config: Path) -> None
         kind, default = part.metadata["kind"], default_of(part)
         words = f"{part.metadata['description']} ({kind.allowed}; default: {default})"
         words = words.replace("%", "%%").replace("`", "")
-        many = {"nargs": "+", "metavar": "REGEX"} if kind.several else {"metavar": part.name.upper()}
+        many: dict[str, Any] = {"nargs": "+", "metavar": "REGEX"} if kind.several else {"metavar": part.name.upper()}
         parse = str if kind.several else partial(_parsed, kind, "hift." + ".".join(path))
         group.add_argument(f"--{option}", type=parse, default=argparse.SUPPRESS, help=words, **many)
 

@@ -24,7 +24,7 @@ class Display:
         self.active = rank == 0
         # mpirun gives its ranks a terminal, whatever its own output goes to.
         terminal = sys.stdout.isatty() and not any(name in os.environ for name in MPI_VARIABLES)
-        options = {} if terminal else {"width": 80, "force_terminal": False}
+        options: dict[str, Any] = {} if terminal else {"width": 80, "force_terminal": False}
         self.console = Console(quiet=not self.active, highlight=False, emoji=False, **options)
 
     def print(self, *parts: Any, **options: Any) -> None:

@@ -131,7 +131,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     plain = type(loaded)(config)
     plain.load_state_dict(loaded.state_dict())
     plain.generation_config = loaded.generation_config
-    plain.to(torch.bfloat16).save_pretrained(folder)
+    plain.to(torch.bfloat16).save_pretrained(folder)  # type: ignore[arg-type]  # its `to` is typed without self
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     tokenizer.model_max_length = config.max_position_embeddings  # GGUF carries none
     tokenizer.save_pretrained(folder)

@@ -136,7 +136,7 @@ def plan_blocks(
         chunks = [units[i : i + layers_per_block] for i in range(0, len(units), layers_per_block)]
         groups = [(_group_name(chunk), [fqn for unit in chunk for fqn in unit.fqns]) for chunk in chunks]
     plan = BlockPlan(
-        tuple(Block(i, name, tuple(fqns), sum(map(numels.get, fqns))) for i, (name, fqns) in enumerate(groups)),
+        tuple(Block(i, name, tuple(fqns), sum(map(numels.__getitem__, fqns))) for i, (name, fqns) in enumerate(groups)),
         tuple(active),
         tuple(fqn for fqn in names if fqn not in rotating and fqn not in active),
     )
@@ -324,7 +324,8 @@ def _explicit_groups(
 ) -> list[tuple[str, list[str]]]:
     if not blocks:
         raise ValueError("hift.blocks=[]: must list at least one block; use null to find the blocks from the model.")
-    groups, taken = [], {}
+    groups: list[tuple[str, list[str]]] = []
+    taken: dict[str, tuple[int, str]] = {}  # block and regex
     for index, patterns in enumerate(blocks):
         key = f"hift.blocks[{index}]"
         if not patterns:

@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 class HyperParameters(torch.optim.Optimizer):
     """Param groups and nothing else: what schedulers and loggers read and write. It never has state."""
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """Does nothing: HiFTOptimizer updates the weights."""
 
 

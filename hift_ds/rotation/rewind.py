@@ -37,7 +37,7 @@ _CONSTANT = (
     datetime.timedelta, datetime.tzinfo, re.Pattern, operator.itemgetter, operator.attrgetter, operator.methodcaller,
     type(threading.Lock()), type(threading.RLock()), types.CodeType, types.GenericAlias,
     types.UnionType, types.WrapperDescriptorType, types.MethodDescriptorType, types.ClassMethodDescriptorType,
-    types.GetSetDescriptorType, types.MemberDescriptorType, type(namedtuple("_", "field").field),
+    types.GetSetDescriptorType, types.MemberDescriptorType, type(vars(namedtuple("_", "field"))["field"]),
     types.ModuleType,  # by the names that a function uses: `_visit_names`
 )  # fmt: skip
 # What holds others under these names and nothing else that changes.
@@ -175,9 +175,8 @@ class Rewind:
             self._pending += [*saved, getattr(part, "default_factory", None)]
             self._undo.append(lambda: (base.clear(part), base.update(part, saved)))
         elif isinstance(part, (list, deque)):
-            base = list if isinstance(part, list) else deque
             items = [self._hold(value) for value in part]
-            self._undo.append(functools.partial(_restore_items, part, base, items))
+            self._undo.append(functools.partial(_restore_items, part, list if isinstance(part, list) else deque, items))
         elif isinstance(part, set):
             members = set(part)
             self._pending += members
@@ -192,7 +191,7 @@ class Rewind:
         if hasattr(part, "__dict__"):
             saved = {name: self._hold(value) for name, value in vars(part).items()}
             self._undo.append(functools.partial(_restore_attributes, part, saved))
-        for name in copyreg._slotnames(type(part)):
+        for name in _slot_names(type(part)):
             slot = inspect.getattr_static(type(part), name)
             value = self._hold(getattr(part, name, _MISSING))
             self._undo.append(functools.partial(_restore_slot, part, slot, value))
@@ -288,8 +287,12 @@ class Rewind:
 
 def _only_attributes(kind: type) -> bool:
     """Whether instances are their attributes and slots and keep nothing in C; as `object.__reduce_ex__` decides."""
-    pointers = bool(kind.__dictoffset__) + bool(kind.__weakrefoffset__) + len(copyreg._slotnames(kind))
+    pointers = bool(kind.__dictoffset__) + bool(kind.__weakrefoffset__) + len(_slot_names(kind))
     return not kind.__itemsize__ and kind.__basicsize__ <= object.__basicsize__ + pointers * (object.__basicsize__ // 2)
+
+
+def _slot_names(kind: type) -> list[str]:
+    return copyreg._slotnames(kind)  # type: ignore[attr-defined]  # private: typeshed leaves it out
 
 
 @functools.lru_cache(maxsize=1024)
@@ -308,7 +311,7 @@ def _names(code: types.CodeType) -> tuple[frozenset[str], frozenset[str], frozen
     return frozenset(found), frozenset(mentioned), frozenset(imports)
 
 
-def _restore_items(part: Any, base: type, items: list[Any]) -> None:
+def _restore_items(part: Any, base: type[list[Any]] | type[deque[Any]], items: list[Any]) -> None:
     # An iterator over a deque does not go on after any change.
     if len(part) != len(items) or any(present is not item for present, item in zip(part, items, strict=True)):
         base.clear(part)

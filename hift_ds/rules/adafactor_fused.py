@@ -57,8 +57,9 @@ def update_run(
         )
     all_reduce(squares)
     coefficient = coefficients(
-        *squares, _numels(segments, grad.device), lr, step, eps2=float(eps2), threshold=float(rule.read(group, "d"))
-    )
+        squares[0], squares[1], _numels(segments, grad.device), lr, step,
+        eps2=float(eps2), threshold=float(rule.read(group, "d")),
+    )  # fmt: skip
     for start, weights in visit(True):
         for index, first, last in pieces(segments, start, weights.weight.numel()):
             segment = segments[index]

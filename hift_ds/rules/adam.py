@@ -92,7 +92,7 @@ class Adam(Rule):
         seed: int = 0,
     ) -> None:
         beta1, beta2 = (float(beta) for beta in self.read(group, "betas"))
-        hyper = dict(
+        hyper: dict[str, Any] = dict(
             beta1=beta1, beta2=beta2, eps=float(self.read(group, "eps")),
             weight_decay=float(self.read(group, "weight_decay")), decoupled=self.decoupled, seed=seed,
         )  # fmt: skip

@@ -69,7 +69,7 @@ class Lion(Rule):
         seed: int = 0,
     ) -> None:
         beta1, beta2 = (float(beta) for beta in self.read(group, "betas"))
-        hyper = dict(beta1=beta1, beta2=beta2, seed=seed)
+        hyper: dict[str, Any] = dict(beta1=beta1, beta2=beta2, seed=seed)
         if state["exp_avg"].dtype == torch.uint8:
             from hift_kernels.lion_int8 import lion_int8_step
 

@@ -80,7 +80,7 @@ class SGD(Rule):
         seed: int = 0,
     ) -> None:
         buffer = state.get("momentum_buffer")
-        hyper = dict(
+        hyper: dict[str, Any] = dict(
             momentum=float(self.read(group, "momentum")), dampening=float(self.read(group, "dampening")),
             weight_decay=float(self.read(group, "weight_decay")), nesterov=bool(self.read(group, "nesterov")),
             seed=seed,

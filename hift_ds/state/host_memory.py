@@ -59,7 +59,7 @@ class HostMemory:
         if hasattr(mmap, "MADV_HUGEPAGE"):  # before a page is touched: fewer to fault in and to lock
             with suppress(OSError):  # a kernel without them
                 memory.madvise(mmap.MADV_HUGEPAGE)
-        if self._register is not None:
+        if self._register is not None and self._unregister is not None:
             try:
                 memory.lock(self._register, self._unregister)
             except RuntimeError as error:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -22,7 +23,7 @@ TURN_BYTES = 64 << 20  # copied in one lane before other copies in that directio
 class Lane(Protocol):
     """A queue of device work, first in, first out."""
 
-    def run(self, work: Callable[[], None]) -> None:
+    def run(self, work: Callable[[], object]) -> None:
         """Appends work."""
 
     def record(self) -> Any:
@@ -57,7 +58,7 @@ class CudaLane:
             self._turn = torch.zeros(1, device=device)
             self.uses(self._turn)
 
-    def run(self, work: Callable[[], None]) -> None:
+    def run(self, work: Callable[[], object]) -> None:
         with torch.cuda.stream(self._stream):  # None: as it is
             work()
 
@@ -86,7 +87,7 @@ class CudaLane:
 class DirectLane:
     """Work is done when it is appended: where a device has no streams."""
 
-    def run(self, work: Callable[[], None]) -> None:
+    def run(self, work: Callable[[], object]) -> None:
         work()
 
     def record(self) -> None:
@@ -212,7 +213,7 @@ class Ring:
             slot.free = lanes.update.record()
             if write:
                 lanes.copy_out.wait(slot.free)
-                lanes.copy_out.run(lambda tile=tile, on_device=on_device: _copy(on_device, tile.home))
+                lanes.copy_out.run(partial(_copy, on_device, tile.home))
                 slot.free = tile.written = lanes.copy_out.record()
                 lanes.copy_out.copied(tile.nbytes)
             if index + len(self._ahead) + 1 < len(tiles):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from typing import Any
 
 import torch
 
@@ -21,14 +22,15 @@ def use_non_reentrant_checkpointing(module: torch.nn.Module) -> bool:
         Whether anything was switched.
     """
     switched = False
-    for part in module.modules():
+    parts: list[Any] = list(module.modules())  # with attributes that torch's class does not declare
+    for part in parts:
         function = getattr(part, "_gradient_checkpointing_func", None)
         if isinstance(function, functools.partial) and function.keywords.get("use_reentrant", True):
             keywords = {**function.keywords, "use_reentrant": False}
             part._gradient_checkpointing_func = functools.partial(function.func, *function.args, **keywords)
             switched = True
-    if any(getattr(part, "gradient_checkpointing", False) for part in module.modules()):
-        for part in module.modules():
+    if any(getattr(part, "gradient_checkpointing", False) for part in parts):
+        for part in parts:
             if getattr(part, "_require_grads_hooks", None):
                 part.disable_input_require_grads()
     if switched and _is_first_rank():

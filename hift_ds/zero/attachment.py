@@ -45,19 +45,18 @@ class Attachment:
         """Collective at stage 3."""
         for param in self._params:
             # A partitioned parameter has shape 0, and so would the gradient that autograd expects for it.
-            gathered = is_partitioned(param)
-            if gathered:
+            if is_partitioned(param):
                 param.all_gather()
             param.requires_grad_(True)
             self._handles.append(param.register_post_accumulate_grad_hook(self._on_gradient))
-            if gathered:
+            if is_partitioned(param):
                 param.partition()
             else:
                 # A copy trains on its own: it has the user's flag, not that of the present turn.
-                param.__deepcopy__ = partial(_copied, param, self._as_found[param])
+                vars(param)["__deepcopy__"] = partial(_copied, param, self._as_found[param])
         _ON_ZERO_GRAD[self._module] = self._on_zero_grad
         if "zero_grad" not in vars(self._module):  # a deepcopy gets a method of its own, that drops nothing here
-            self._module.zero_grad = MethodType(zero_grad, self._module)
+            self._module.zero_grad = MethodType(zero_grad, self._module)  # type: ignore[method-assign]
 
     def detach(self) -> None:
         """The parameters are as the user had them. May be called again."""
@@ -101,18 +100,19 @@ def _take_off(module: torch.nn.Module) -> None:
 
 
 @contextmanager
-def unchanged_on_failure(module: torch.nn.Module, flags: Flags | None = None) -> Iterator[Flags]:
+def unchanged_on_failure(module: torch.nn.Module | None, flags: Flags | None = None) -> Iterator[Flags]:
     """Takes off again what a failed `initialize` has put on a module: hooks and flags; yields the flags as found.
 
     Args:
         flags: As found; `None` = the present ones.
     """
-    is_module = isinstance(module, torch.nn.Module)  # what is none is refused inside
+    if not isinstance(module, torch.nn.Module):  # which is refused inside
+        yield flags or {}
+        return
     if flags is None:
-        flags = {param: param.requires_grad for param in module.parameters()} if is_module else {}
-    parts = module.modules() if is_module else ()
-    untouched = is_module and "zero_grad" not in vars(module)  # else a living engine's
-    hooks = {part: {name: set(getattr(part, name)) for name in _HOOKS} for part in parts}
+        flags = {param: param.requires_grad for param in module.parameters()}
+    untouched = "zero_grad" not in vars(module)  # else a living engine's
+    hooks = {part: {name: set(getattr(part, name)) for name in _HOOKS} for part in module.modules()}
     try:
         yield flags
     except BaseException:

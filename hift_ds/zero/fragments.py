@@ -53,11 +53,13 @@ class Fragments:
             if is_partitioned(param):
                 param._z3_optimizer = self
                 continue
-            param._hp_mapping = self
-            param.get_full_hp_param = partial(self.get_full_hp_param, param)
-            param.set_full_hp_param = lambda value, key=None, param=param: self.set_full_hp_param(value, param, key)
-            param.get_full_hp_grad = partial(self.get_fp32_grad_for_param, param)
-            param.set_full_hp_grad = partial(self.set_fp32_grad_for_param, param=param)
+            vars(param).update(
+                _hp_mapping=self,
+                get_full_hp_param=partial(self.get_full_hp_param, param),
+                set_full_hp_param=lambda value, key=None, param=param: self.set_full_hp_param(value, param, key),
+                get_full_hp_grad=partial(self.get_fp32_grad_for_param, param),
+                set_full_hp_grad=partial(self.set_fp32_grad_for_param, param=param),
+            )
 
     def detach(self) -> None:
         """Takes it off again."""

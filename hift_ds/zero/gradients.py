@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from deepspeed import comm as dist
 
 from hift_ds.config.resolve import ResolvedConfig
 from hift_ds.shards import BlockShard
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 MAX_IN_FLIGHT = 2  # buckets being reduced at once: one is filled while the other is on the wire
 
@@ -90,7 +93,7 @@ class GradientReducer:
         self._window_of: dict[torch.nn.Parameter, _Window] = {}
 
     @classmethod
-    def of(cls, config: ResolvedConfig, group: object) -> GradientReducer:
+    def of(cls, config: ResolvedConfig, group: object) -> Self:
         """The one of a run."""
         return cls(
             stage=config.stage, group=group, world=config.world,
@@ -131,10 +134,8 @@ class GradientReducer:
                 )
             window.ready.add(param)
             self._launch_ready()
-        elif param.grad.dtype != self.accumulation_dtype:
-            grad = param.grad.to(self.accumulation_dtype)
-            window.whole[param] = window.whole[param].add_(grad) if param in window.whole else grad
-            param.grad = None
+        else:
+            self._keep(window, param)
 
     def finish_backward(self, boundary: bool) -> None:
         """After each backward: reduces what is left. Collective at stages 2 and 3, else where `boundary` is true."""
@@ -199,9 +200,18 @@ class GradientReducer:
                     return
                 self._launch(window)
 
+    def _keep(self, window: _Window, param: torch.nn.Parameter) -> None:
+        """Until the boundary: in `.grad`, or beside it in another dtype."""
+        assert param.grad is not None
+        if param.grad.dtype != self.accumulation_dtype:
+            grad = param.grad.to(self.accumulation_dtype)
+            window.whole[param] = window.whole[param].add_(grad) if param in window.whole else grad
+            param.grad = None
+
     @torch.no_grad()
     def _add_alone(self, window: _Window, param: torch.nn.Parameter) -> None:
         shard = window.shard
+        assert param.grad is not None
         if window.result is None:
             window.result = torch.zeros(shard.numel, dtype=self.accumulation_dtype, device=param.grad.device)
         segment = shard.segments[shard.position[param]]

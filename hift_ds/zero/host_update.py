@@ -57,8 +57,9 @@ class HostUpdate:
 
     def _run(self, state: BlockState, grad: torch.Tensor, scaling: Scaling, rates: list[float]) -> torch.Tensor:
         weights = torch.empty(state.shard.numel, dtype=state.shard.dtype, device=self.device)
-        if not self.rule.elementwise:
-            self._whole_runs(state, grad, scaling, rates)
+        if self._staging is None:
+            assert state.master is not None  # as of every state on the host
+            self._whole_runs(state, state.master, grad, scaling, rates)
             weights.copy_(state.master)
             return weights
         for tile, gradient in self._staging.visit(state.tiles, grad, weights):
@@ -67,30 +68,33 @@ class HostUpdate:
             state.torn = True
             group, lr = self.param_groups[run.group], rates[run.group]
             if self._adam is not None:
-                self._step_adam(tile.home, gradient, group, lr, state.step)
+                self._step_adam(self._adam, tile.home, gradient, group, lr, state.step)
             else:
                 self.rule.update(tile.home["master"], gradient, tile.home, group, lr=lr, step=state.step)
         return weights
 
     def _step_adam(
-        self, tensors: dict[str, torch.Tensor], gradient: torch.Tensor, group: dict[str, Any], lr: float, step: int
-    ) -> None:
+        self, adam: DeepSpeedCPUAdam, tensors: dict[str, torch.Tensor], gradient: torch.Tensor, group: dict[str, Any],
+        lr: float, step: int,
+    ) -> None:  # fmt: skip
         param = torch.nn.Parameter(tensors["master"], requires_grad=False)
         param.grad = gradient
         hyper = {key: self.rule.read(group, key) for key in ("betas", "eps", "weight_decay", "bias_correction")}
-        self._adam.param_groups = [{"params": [param], "lr": lr, "amsgrad": False, **hyper}]
-        self._adam.state[param] = {
+        adam.param_groups = [{"params": [param], "lr": lr, "amsgrad": False, **hyper}]
+        adam.state[param] = {
             "step": step - 1, "exp_avg": tensors["exp_avg"], "exp_avg_sq": tensors["exp_avg_sq"],
         }  # fmt: skip
-        self._adam.step()
-        self._adam.state.clear()
+        adam.step()
+        adam.state.clear()
 
-    def _whole_runs(self, state: BlockState, grad: torch.Tensor, scaling: Scaling, rates: list[float]) -> None:
+    def _whole_runs(
+        self, state: BlockState, masters: torch.Tensor, grad: torch.Tensor, scaling: Scaling, rates: list[float]
+    ) -> None:
         def all_reduce(tensor: torch.Tensor) -> None:
             tensor.copy_(self.all_reduce(tensor.to(self.device)))
 
         for run in state.shard.runs:
-            master = state.master[run.start : run.stop]
+            master = masters[run.start : run.stop]
 
             def visit(write: bool, master: torch.Tensor = master) -> Iterator[tuple[int, torch.Tensor]]:
                 yield 0, master
@@ -117,7 +121,9 @@ class _Staging:
         self._device = device
         longest = max(tile.span.stop - tile.span.start for state in states for tile in state.tiles)
         names = ("in0", "in1", "out0", "out1")
-        arena = states[0].storage.memory.arena(dict.fromkeys(names, (longest, torch.float32)))
+        memory = states[0].storage.memory
+        assert memory is not None  # their home is the host
+        arena = memory.arena(dict.fromkeys(names, (longest, torch.float32)))
         self._in, self._out = [arena[name] for name in names[:2]], [arena[name] for name in names[2:]]
         self._fp32 = torch.empty(longest)
         self._fetched: list[Any] = [None, None]

@@ -152,7 +152,9 @@ class BlockUpdate:
         """A rule that looks at whole parameters: it goes over the tiles of a run more than once."""
         tiles = [tile for tile in state.tiles if tile.run == index]
         group, gradient = self.param_groups[run.group], grad[run.start : run.stop]
-        common = dict(lr=lr, step=state.step, segments=run.segments, extra=state.extra, all_reduce=self.all_reduce)
+        common: dict[str, Any] = dict(
+            lr=lr, step=state.step, segments=run.segments, extra=state.extra, all_reduce=self.all_reduce
+        )
 
         def masters(write: bool) -> Iterator[tuple[int, torch.Tensor]]:
             for tile, tensors in self._visit(state, tiles, write):

@@ -1,0 +1,1 @@
+"""Fused Triton kernels of the update rules. Needs torch and Triton only."""

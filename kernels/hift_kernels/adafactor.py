@@ -264,7 +264,8 @@ def _pointers(
         raise ValueError(f"row_mean: must be {'None' if len(shape) < 2 else 'a tensor'} for shape {tuple(shape)}")
     if row_mean is None:
         return moments[0], moments[0], moments[0]
-    return *moments, check("row_mean", row_mean, (torch.float32,), batches, moments[0].device)
+    check("row_mean", row_mean, (torch.float32,), batches, moments[0].device)
+    return moments[0], moments[1], row_mean
 
 
 def _constexprs(shape: Sequence[int], start: int) -> dict[str, bool]:

@@ -176,7 +176,7 @@ def check_slice(
     if len(shape) < 2:
         geometry, sizes = (1, 1, whole), {"variance": whole}
     else:
-        geometry = batches, rows, columns = (math.prod(shape[:-2]), *shape[-2:])
+        geometry = batches, rows, columns = math.prod(shape[:-2]), shape[-2], shape[-1]
         sizes = {"row_var": batches * rows, "col_var": batches * columns}
     if len(shape) >= 2 and max(geometry[1:]) >= 2**31:
         raise ValueError(f"shape={tuple(shape)}: rows and columns must be fewer than 2 ** 31")

@@ -85,20 +85,19 @@ class Weights:
     master: torch.Tensor | None = None
 
     def check(self, grad: torch.Tensor) -> None:
-        """Raises:
-        ValueError: An unknown form, or buffers that do not fit it and the gradient.
-        """
+        """Raises ValueError for an unknown form, and for buffers that do not fit it and the gradient."""
         if self.form not in FORMS:
             raise ValueError(f"form={self.form!r}: must be one of {', '.join(map(repr, FORMS))}")
         _, weight_dtypes, master_dtype = FORMS[self.form]
         check("weight", self.weight, weight_dtypes, grad.numel(), grad.device)
         if (self.master is None) != (master_dtype is None):
             raise ValueError(f"master: form {self.form!r} needs {'none' if master_dtype is None else master_dtype}")
-        if self.master is not None:
+        if self.master is not None and master_dtype is not None:
             check("master", self.master, (master_dtype,), grad.numel(), grad.device)
 
     @property
     def constexpr(self) -> int:
+        """The form as the kernels take it."""
         return FORMS[self.form][0].value
 
     @property

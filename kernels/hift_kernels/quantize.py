@@ -77,7 +77,7 @@ def groups_of(numel, ROWS: tl.constexpr, GROUP: tl.constexpr):
 
 @triton.jit
 def load_codes(code_ptr, scale_ptr, offsets, rows, mask, row_mask):
-    """Codes and scales of the groups `rows`, 0 behind the end. (To decode between loads would cost registers.)"""
+    """Codes and scales of the groups `rows`, 0 behind the end; to decode between loads would cost registers."""
     code = tl.load(code_ptr + offsets, mask=mask, other=0).to(tl.int32)
     return code, tl.load(scale_ptr + rows, mask=row_mask, other=0.0)[:, None]
 
@@ -97,9 +97,7 @@ def encode_signed(value, largest):
 
 
 def check_codes(codes: torch.Tensor, scales: torch.Tensor, name: str, numel: int, device: torch.device) -> None:
-    """Raises:
-    ValueError: uint8 codes or fp32 scales of another dtype, length, device or stride.
-    """
+    """Raises ValueError for uint8 codes or fp32 scales of another dtype, length, device or stride."""
     check(name, codes, (torch.uint8,), numel, device)
     check(f"{name}_scale", scales, (torch.float32,), triton.cdiv(numel, GROUP), device)
 
