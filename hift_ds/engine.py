@@ -53,6 +53,11 @@ class HiFTEngine(DeepSpeedEngine):
     block_plan: BlockPlan
     as_found: Flags
     separate_host: bool | None = None
+    # DeepSpeedEngine's own
+    lr_scheduler: Any
+    global_steps: int
+    global_samples: int
+    skipped_steps: int
     _released = _destroyed = False
 
     @property
@@ -103,7 +108,7 @@ class HiFTEngine(DeepSpeedEngine):
             config=self.resolved,
             card_bytes=card_bytes(self.device),
         )
-        self.optimizer.end_window = self._end_window
+        self.optimizer.end_window = self._end_window  # type: ignore[method-assign]
         self.hift = HiFT(self.block_plan, self.optimizer)
         self._hook_outputs()
         LIVING.add(self)
@@ -126,7 +131,8 @@ class HiFTEngine(DeepSpeedEngine):
         """DeepSpeed's ZeRO-3 parameter manager over the whole module, able to make one coordinator per block."""
         if self.zero_allgather_sequential():  # DeepSpeed does this where it builds its own stage 3 optimizer
             self._config.zero_config.prefetch_bucket_size = 1
-        original, made_with = parameter_offload.PartitionedParameterCoordinator, {}
+        original = parameter_offload.PartitionedParameterCoordinator
+        made_with: dict[str, Any] = {}
 
         def recording(*args: Any, **kwargs: Any) -> Any:
             made_with.update(args=args, kwargs=kwargs)

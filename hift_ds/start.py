@@ -73,15 +73,15 @@ def initialize(
     )  # fmt: skip
     if isinstance(ds_config, Mapping):
         check_spelling(ds_config)
+    chosen = None
     living = [engine for engine in list(LIVING) if _share_parameters(engine.module, model)]
     if isinstance(ds_config, Mapping) and "hift" in ds_config:
         init_distributed(distributed_port, dist_init_required)
         with _detached(living), unchanged_on_failure(model) as as_found:
             prepared = agree(lambda: _prepare(ds_config, model, optimizer, mpu, mesh_param))
             require_alike("hift section or model", None if prepared is None else (prepared[0].hift, prepared[1]))
-            chosen = None if prepared is None else _chosen(*prepared, ds_config, model, optimizer)
-    else:
-        chosen = None
+            if prepared is not None and model is not None:
+                chosen = _chosen(*prepared, ds_config, model, optimizer)
     for engine in living:
         engine.destroy()
     if chosen is None:

@@ -160,7 +160,7 @@ def _build(
     name = next(iter(getattr(config, "architectures", None) or []), None)
     model_class = model_class or (getattr(transformers, name, None) if name else None)
     if model_class is None:
-        auto = transformers.AutoModelForCausalLM
+        auto: Any = transformers.AutoModelForCausalLM
         if type(config) not in auto._model_mapping:  # a model of text and images whose config names no class
             auto = transformers.AutoModelForImageTextToText
         module = auto.from_config(config, dtype=dtype, **options)

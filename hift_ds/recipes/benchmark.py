@@ -214,7 +214,8 @@ def limit_of(args: argparse.Namespace) -> int | None:
 
 
 def _row(args: argparse.Namespace, run: Any, engine: Any, report: Report, plan: Plan | str | None) -> dict[str, Any]:
-    peak = max((record.peak for record in report.ranks), key=lambda sample: sample.allocated)
+    peaks = [record.peak for record in report.ranks if record.peak is not None]
+    peak = max(peaks, key=lambda sample: sample.allocated)
     row = {
         **provenance(engine.device),
         "status": "ok",

@@ -162,10 +162,11 @@ def build_prompt(tokenizer: PreTrainedTokenizerBase, question: str) -> dict[str,
 def _split(name: str, examples: list[Example], eval_fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
     if eval_fraction == 0:
         return examples, []
-    if isinstance(examples[0], str) and len(examples) * eval_fraction < 1:
-        cuts = [_cut_position(text, eval_fraction) for text in examples]
-        heads = [text[:cut] for text, cut in zip(examples, cuts, strict=True)]
-        tails = [text[cut:] for text, cut in zip(examples, cuts, strict=True)]
+    texts = [example for example in examples if isinstance(example, str)]  # all or none
+    if texts and len(texts) * eval_fraction < 1:
+        cuts = [_cut_position(text, eval_fraction) for text in texts]
+        heads = [text[:cut] for text, cut in zip(texts, cuts, strict=True)]
+        tails = [text[cut:] for text, cut in zip(texts, cuts, strict=True)]
         return [head for head in heads if head.strip()], [tail for tail in tails if tail.strip()]
     if len(examples) == 1:
         raise ValueError(f"dataset={name!r}: one row cannot be split; add rows, or set eval_fraction=0.")
@@ -194,7 +195,7 @@ def _tokenise(examples: list[Example], tokenizer: PreTrainedTokenizerBase, batch
                 ids = torch.tensor(ids if ids[-1:] == end else ids + end, dtype=torch.int32)
                 yield ids, ids
         else:
-            yield from _tokenise_conversations(batch, tokenizer)
+            yield from _tokenise_conversations([part for part in batch if not isinstance(part, str)], tokenizer)
 
 
 def _tokenise_conversations(batch: list[list[dict[str, str]]], tokenizer: PreTrainedTokenizerBase) -> Iterator[Row]:
@@ -244,12 +245,14 @@ def _pieces(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) 
 def _render(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], add_generation_prompt: bool = False
 ) -> str:
-    return tokenizer.apply_chat_template(
+    rendered = tokenizer.apply_chat_template(
         messages,
         chat_template=tokenizer.chat_template or _PLAIN_TEMPLATE,
         add_generation_prompt=add_generation_prompt,
         tokenize=False,
     )
+    assert isinstance(rendered, str)
+    return rendered
 
 
 def _pack(name: str, stream: list[Row], seq_len: int, keep_rest: bool) -> list[Row]:
@@ -292,6 +295,7 @@ def _warn_of_cuts(name: str, stream: list[Row], seq_len: int) -> None:
 
 def _first_exchange(examples: list[Example]) -> tuple[str | None, str | None]:
     messages = examples[0]
+    assert not isinstance(messages, str)
     question = next((message["content"] for message in messages if message["role"] == "user"), None)
     answer = next(message["content"] for message in messages if message["role"] == "assistant")
     return question, answer

@@ -360,7 +360,7 @@ def _identity(run: RunState) -> dict[str, Any]:
     }
 
 
-def _weights_fit(saved: dict[str, Any], present: dict[str, Any]) -> bool:
+def _weights_fit(saved: Mapping[str, Any], present: Mapping[str, Any]) -> bool:
     """Whether the weights alone can be taken. Those of stage 3 lie in shards, of the parameters that were trained."""
     if 3 not in (saved[STAGE], present[STAGE]):
         return True

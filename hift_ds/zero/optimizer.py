@@ -108,13 +108,15 @@ class HiFTOptimizer(ZeROOptimizer):
             self._kept.all, device, group, self._bring_up_to_date, reducer.averaged
         )
         self._grouped = [list(map(id, group["params"])) for group in holder.param_groups]
+        self._active: list[BlockState] = []
         self._begun = self._warned_of_direct = False
         self.window_cut = False  # the window's gradients were dropped with an interrupted backward
         for param in params.values():
             param.grad = None
         self._attachment.attach()
         self._fragments.attach()
-        holder.zero_grad = self.zero_grad  # a client optimizer's own would leave what has been reduced
+        # A client optimizer's own would leave what has been reduced.
+        holder.zero_grad = self.zero_grad  # type: ignore[method-assign]
         self.activate()
 
     def step_aside(self) -> None:
@@ -140,14 +142,15 @@ class HiFTOptimizer(ZeROOptimizer):
         self._fragments.detach()
         self._attachment.detach()
         vars(self.optimizer).pop("zero_grad", None)
-        if self.offload is not None:
+        if self._traces is not None:
             self.checkpoint_event_prologue()
             self._traces.end()
             self.offload.destroy()
         self.unregister_grad_acc_post_hooks()
         self._kept.clear()
         self._active = []
-        self._step = self._traces = self.offload = self._fragments = None
+        self._traces = self.offload = None
+        del self._step, self._fragments
 
     @property
     def states(self) -> list[BlockState]:
@@ -231,7 +234,7 @@ class HiFTOptimizer(ZeROOptimizer):
         self.exit_backward()
         if interrupted:
             self.window_cut = True
-            if self.offload is not None:
+            if self._traces is not None:
                 self.checkpoint_event_prologue()
                 self._traces.forget()
 
@@ -476,7 +479,8 @@ class HiFTOptimizer(ZeROOptimizer):
     def _advance(self, block: int, reached: bool) -> None:
         if not reached:
             self.reach.skip(block, self.rotation.at_cycle_end)
-        self.optimizer._opt_called = True  # torch's schedulers warn when they see no step of "their" optimizer
+        # torch's schedulers warn when they see no step of "their" optimizer
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]
         if self.rotation.advance():
             self.activate()
         if self.ring is not None:
