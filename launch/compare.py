@@ -124,7 +124,7 @@ def _run(args: argparse.Namespace, cell: Any, config: Path, path: Path, log: Pat
             code = process.wait(args.cell_timeout)
         except subprocess.TimeoutExpired:
             code = None
-        except BaseException:  # Ctrl-C: the ranks must not outlive their comparison
+        except BaseException:  # Ctrl-C, SIGTERM: the ranks must not outlive their comparison
             _end(process)
             raise
     if code != 0:
@@ -252,4 +252,5 @@ def _yes_or_no(text: str) -> bool:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: an exception, that ends the ranks
     sys.exit(main())

@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
@@ -165,6 +166,24 @@ def test_a_cell_that_does_not_end_is_ended_with_all_that_it_started(monkeypatch,
     began = time.monotonic()
     assert run_with(monkeypatch, tmp_path, script, timeout=1)["status"] == "no end within 1 s"
     assert time.monotonic() - began < 10
+    time.sleep(3.5)
+    assert not (tmp_path / "alive").exists()
+
+
+def test_a_comparison_that_is_ended_ends_what_it_started(tmp_path):
+    """Its launcher is the one beside its Python: here one that makes a file first and another one later."""
+    (tmp_path / "python").symlink_to(Path(sys.executable).resolve())
+    (tmp_path / "deepspeed").write_text(f"#!/bin/sh\ntouch {tmp_path}/begun\nsleep 3\ntouch {tmp_path}/alive\n")
+    (tmp_path / "deepspeed").chmod(0o755)
+    process = subprocess.Popen(
+        [tmp_path / "python", ROOT / "launch/compare.py", "--output_dir", tmp_path / "out"], stdout=subprocess.DEVNULL,
+        env={**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": sysconfig.get_paths()["purelib"]},
+    )  # fmt: skip
+    while not (tmp_path / "begun").exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(60) == 143
     time.sleep(3.5)
     assert not (tmp_path / "alive").exists()
 
