@@ -133,8 +133,10 @@ class HiFTOptimizer(ZeROOptimizer):
     def destroy(self) -> None:
         """The module is as it was before, at stage 3 partitioned; frees masters and state.
 
-        A last step that was not good is a warning.
+        A last step that was not good is a warning. May be called again.
         """
+        if not self.states:
+            return
         self.reload_states()  # `finish` reads them
         self.finish("destroy()")
         self.reducer.discard()
@@ -251,8 +253,7 @@ class HiFTOptimizer(ZeROOptimizer):
 
     @property
     def interrupted(self) -> bool:
-        """Whether the last backward was entered and never left: it ended with an error and has left a part of a
-        gradient."""
+        """Whether the last backward ended with an error (entered, never left) and has left a part of a gradient."""
         return self._backward_active_depth > 0
 
     def begin_backward(self) -> None:
