@@ -64,11 +64,12 @@ docs: $(READY)
 
 # HiFT over full fine-tuning on this machine, into launch/results/
 LAYERS_PER_BLOCK ?= 1
-CYCLES ?= 1
+ROUNDS ?= 3
 speed: $(READY)
-	$(RUN) $(if $(shell nvidia-smi -L 2>/dev/null),,DS_ACCELERATOR=cpu) deepspeed --quiet \
-		$(if $(shell nvidia-smi -L 2>/dev/null),,--num_accelerators 2) launch/benchmark_speed.py \
-		--layers_per_block $(LAYERS_PER_BLOCK) --cycles $(CYCLES)
+	$(RUN) python launch/compare.py --experiment speed --rounds $(ROUNDS) --layers_per_block $(LAYERS_PER_BLOCK) \
+		--again --output_dir outputs/speed -- --random --model_name_or_path smollm2-135m
+	mkdir -p launch/results/$$(date +%F)_speed
+	cp outputs/speed/results.* outputs/speed/*.png launch/results/$$(date +%F)_speed/
 
 # HiFT beside full fine-tuning at every ZeRO stage and precision with the sample model on 2 CPU ranks, into launch/results/
 compare: $(READY)

@@ -6,6 +6,11 @@ from dataclasses import dataclass
 
 from hift_ds.memory.request import RESERVE_BYTES, Request
 
+ROLES = ("weights", "gradients", "state", "activations")
+MEASURED_ROLES = (*ROLES, "other")  # other: what was there before the first step and is none of these
+PHASES = ("forward", "backward", "update")
+COLOURS = dict(zip(MEASURED_ROLES, ("#4c72b0", "#dd8452", "#55a868", "#8172b3", "#937860"), strict=True))
+
 
 @dataclass(frozen=True)
 class Moment:
@@ -38,7 +43,7 @@ class Figures:
         state: Ring (or resident state), always-active state, and in the update what it makes.
         gradients: Gradients and buckets at the peak.
         activations: What forward and backward hold at the peak.
-        phase: When the peak is: `forward`, `backward` or `update`.
+        phase: When the peak is, one of `PHASES`.
         host_state: The block's masters and moments on the host.
         to_device: State and weights over the bus per optimizer step.
         to_host: The way back.

@@ -13,10 +13,11 @@ import torch
 from deepspeed import comm as dist
 
 from hift_ds.distributed import MPI_VARIABLES
+from hift_ds.memory.figures import PHASES
 from hift_ds.memory.peaks import OF_ALLOCATOR, ON_CPU, ON_CUDA, RankRecord, Report, Sample
 from hift_ds.memory.storages import StorageMeter
 
-PHASES = {"forward": "forward", "backward": "backward", "step": "update"}  # the engine's method -> the phase
+_METHODS = dict(zip(("forward", "backward", "step"), PHASES, strict=True))  # the engine's method -> the phase
 
 
 class _Probe(Protocol):
@@ -102,7 +103,7 @@ class MemoryMeter:
                 mode.add(tensor)
             self._stack.enter_context(mode)
             self._probe = _TensorProbe(mode)
-        for method, phase in PHASES.items():
+        for method, phase in _METHODS.items():
             self._wrap(method, phase)
         return self
 

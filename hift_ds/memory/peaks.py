@@ -13,10 +13,10 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from hift_ds.memory.figures import MEASURED_ROLES, PHASES
+
 ON_CUDA = "torch's CUDA allocator"
 ON_CPU = "tensors counted on a CPU: not GPU memory"
-ROLES = ("weights", "gradients", "state", "activations", "other")
-PHASES = ("forward", "backward", "update")
 OF_ALLOCATOR = ("active", "reserved", "requested")  # what only CUDA's allocator knows
 
 
@@ -116,7 +116,7 @@ class Report:
             self._row(table, phase, [self._highest(record, phase) for record in self.ranks], "allocated")
         table.add_section()
         highest = [record.peak for record in self.ranks]
-        for role in ROLES:
+        for role in MEASURED_ROLES:
             label = "activations, buckets" if role == "activations" else role
             self._row(table, f"{label} at the peak", highest, role)
         table.add_section()

@@ -12,13 +12,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from hift_ds.memory.advice import Advice
-from hift_ds.memory.figures import Figures, Plan
+from hift_ds.memory.figures import COLOURS, ROLES, Figures, Plan
 from hift_ds.memory.request import RESERVE_BYTES
 
 CARDS = (12, 16, 24, 32, 40, 48, 80, 141)  # GiB of cards that one can rent or buy
-ROLES = ("weights", "gradients", "state", "activations")
-LABELS = {"weights": "weights", "gradients": "gradients", "state": "state", "activations": "activations"}
-_COLOURS = {"weights": "#4c72b0", "gradients": "#dd8452", "state": "#55a868", "activations": "#8172b3"}
 _HEIGHT, _WIDTH, _DPI = 5.0, 10.0, 150
 
 
@@ -121,7 +118,7 @@ def _bars(axes: Any, blocks: Sequence[Figures]) -> None:
     bottoms = [0.0] * len(blocks)
     for role in ROLES:
         heights = [getattr(block, role) / 2**30 for block in blocks]
-        axes.bar(range(len(blocks)), heights, 0.8, bottoms, label=LABELS[role], color=_COLOURS[role])
+        axes.bar(range(len(blocks)), heights, 0.8, bottoms, label=role, color=COLOURS[role])
         bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
 
 
@@ -151,7 +148,7 @@ def _blocks_table(plan: Plan) -> Table:
         caption="traced from the model, not measured; of alike blocks the highest",
     )  # fmt: skip
     table.add_column("block", overflow="ellipsis", no_wrap=True, max_width=18)
-    for header in (*LABELS.values(), "peak"):
+    for header in (*ROLES, "peak"):
         table.add_column(header, justify="right", no_wrap=True, min_width=len(header))
     table.add_column("phase", no_wrap=True)
     worst = plan.blocks.index(plan.worst)
@@ -198,8 +195,7 @@ def _compared_table(plan: Plan) -> Table:
     worst, full = plan.worst, plan.full
     saved = 100 * (1 - worst.peak / full.peak)
     for role in ROLES:
-        label = "state" if role == "state" else LABELS[role]
-        table.add_row(label, _number(getattr(worst, role)), _number(getattr(full, role)))
+        table.add_row(role, _number(getattr(worst, role)), _number(getattr(full, role)))
     table.add_section()
     table.add_row("device, at the peak", f"{_number(worst.peak)} ({-saved:+.0f} %)", _number(full.peak))
     table.add_row("host, pinned", _number(plan.host), _number(plan.full_host))

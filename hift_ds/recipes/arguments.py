@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser, default_config: Path) -> None
     add("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     add("--deepspeed_config", default=str(default_config), metavar="JSON", help="any DeepSpeed config")
     add("--model_name_or_path", default=SAMPLE, metavar="MODEL", help="hub name, folder, or the sample")
-    add("--dataset", default="hift-faq", metavar="DATA", help="hift-faq, python-stdlib, file, folder or hub name")
+    add("--dataset", default="hift-faq", metavar="DATA", help="hift-faq, file, folder or hub name")
     add("--max_steps", type=positive, default=None, metavar="N", help="optimizer steps (default: three epochs)")
     add("--output_dir", default="outputs/train", metavar="DIR", help="trained model and checkpoints")
     add("--seq_len", type=positive, default=512, metavar="N", help="longest row in tokens")

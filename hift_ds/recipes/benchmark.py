@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from statistics import mean
 from typing import Any
 
 import torch
@@ -20,8 +20,10 @@ from hift_ds.memory.request import parse_bytes
 from hift_ds.recipes import training
 from hift_ds.recipes.display import Display
 from hift_ds.recipes.forecast import forecast
-from hift_ds.recipes.results import provenance
+from hift_ds.recipes.results import provenance, step_times
 from hift_ds.state.block_state import card_bytes
+
+_LEAST_TIMED = 10  # steps whose time is taken, where nobody says how many to make
 
 
 def add_benchmark_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +58,7 @@ def limit_memory(text: str | None) -> int | None:
 
 
 def measure(args: argparse.Namespace, display: Display) -> dict[str, Any]:
-    """Trains `args.max_steps` steps (default: four cycles) and says what they took. Collective.
+    """Trains `args.max_steps` steps (default: four cycles, or ten steps after two) and says what they took. Collective.
 
     The first two cycles run inside the meter (at stage 3 DeepSpeed prefetches from the second on). Times are of the
     whole cycles after these, because blocks differ and copies overlap from step to step; fewer steps have no time. Of
@@ -68,7 +70,7 @@ def measure(args: argparse.Namespace, display: Display) -> dict[str, Any]:
     run = _random_run(args) if args.random else load_run(args)
     engine, _, _, _ = hift_ds.initialize(model=run.model, model_parameters=run.model.parameters(), config=run.ds_config)
     cycle = max(2, engine.optimizer.rotation.steps_per_cycle) if args.hift else 2
-    steps = args.max_steps or 4 * cycle
+    steps = args.max_steps or cycle * (2 + max(2, math.ceil(_LEAST_TIMED / cycle)))
     stream = _Watched(
         _random_batches(run, args, engine) if args.random
         else training.batches(run.data, run.micro_batch, args.seed, 0, engine.device)
@@ -90,9 +92,7 @@ def measure(args: argparse.Namespace, display: Display) -> dict[str, Any]:
         plan = forecast(engine, run.ds_config, args.seq_len, args.gradient_checkpointing, stream.padded, card)
     return _row(args, run, engine, report, plan) | {
         "steps": steps,
-        "step_ms": _quantiles(seconds),
-        "timed_steps": cycle * len(seconds),
-        "tokens_per_s": tokens / mean(seconds) if seconds else None,
+        **step_times(seconds, cycle, tokens),
         "loss": [round(loss, 5) for loss in losses + more],
         "held_out_loss": held_out,
     }
@@ -247,13 +247,3 @@ def _row(args: argparse.Namespace, run: Any, engine: Any, report: Report, plan: 
 def _tokens(run: Any, args: argparse.Namespace, engine: Any) -> int:
     """Of a step, over all ranks; padding included."""
     return run.micro_batch * args.seq_len * engine.gradient_accumulation_steps() * engine.dp_world_size
-
-
-def _quantiles(seconds: list[float]) -> dict[str, float] | None:
-    if not seconds:
-        return None
-    ordered = sorted(seconds)
-    return {
-        f"p{share}": round(1000 * ordered[min(len(ordered) - 1, share * len(ordered) // 100)], 3)
-        for share in (20, 50, 80)
-    }

@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,16 @@ COLUMNS = (
     "status", "method", "stage", "ranks", "nodes", "dtype", "optimizer", "layers_per_block", "order", "steps_per_block",
     "blocks", "activation_checkpointing", "micro_batch", "accumulation", "sequence", "peak_mib", "active_mib",
     "reserved_mib", "forecast_mib", "weights_mib", "gradients_mib", "state_mib", "activations_mib", "other_mib",
-    "step_ms_p20", "step_ms_p50", "step_ms_p80", "timed_steps", "tokens_per_s", "first_loss", "last_loss",
-    "held_out_loss", "steps", "model", "parameters", "gpu_memory_limit", "how_measured", "device", "driver", "python",
-    "torch", "deepspeed", "transformers", "commit", "date",
+    "step_ms_p20", "step_ms_p50", "step_ms_p80", "rounds", "timed_cycles", "timed_steps", "tokens_per_s",
+    "first_loss", "last_loss", "held_out_loss", "steps", "model", "parameters", "gpu_memory_limit", "how_measured",
+    "device", "driver", "python", "torch", "deepspeed", "transformers", "commit", "date",
 )  # fmt: skip
 SHOWN = {
     "method": "method", "stage": "ZeRO", "dtype": "dtype", "ranks": "ranks", "optimizer": "optimizer",
     "blocks": "blocks", "order": "order", "steps_per_block": "K", "activation_checkpointing": "ckpt",
     "sequence": "tokens a row", "peak_mib": "peak MiB", "active_mib": "active MiB", "reserved_mib": "reserved MiB",
-    "forecast_mib": "forecast MiB", "step_ms_p50": "step ms", "last_loss": "last loss",
+    "forecast_mib": "forecast MiB", "step_ms_p50": "step ms", "step_ms_p20": "p20",
+    "step_ms_p80": "p80", "timed_steps": "steps timed", "tokens_per_s": "tokens/s", "last_loss": "last loss",
     "held_out_loss": "held-out loss", "status": "status",
 }  # fmt: skip
 
@@ -86,6 +87,18 @@ class Matrix:
                 yield Cell(*common, *blocks)
 
 
+def in_rounds(cells: Sequence[Cell], rounds: int) -> list[tuple[Cell, int]]:
+    """Cells and the round of each. Those that differ in method or blocks alone take turns, a run of each per round.
+
+    So that a slow drift of the machine's speed falls on all of them.
+    """
+    alike = itertools.groupby(
+        cells, lambda cell: replace(cell, method="", layers_per_block=None, order=None, steps_per_block=None)
+    )
+    groups = [list(group) for _, group in alike]
+    return [(cell, number) for group in groups for number in range(1, rounds + 1) for cell in group]
+
+
 def config_of(cell: Cell, base: dict[str, Any]) -> dict[str, Any]:
     """The DeepSpeed config of a cell: the base with its stage, precision and optimizer."""
     config = copy.deepcopy(base)
@@ -123,8 +136,11 @@ def _optimizer(section: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def signature(cell: Cell, config: dict[str, Any], options: Sequence[str]) -> str:
-    """Changes with anything that a cell's result depends on, so that a result of other settings is not taken for it."""
-    content = json.dumps([asdict(cell), config, list(options)], sort_keys=True)
+    """Changes with anything that a cell's result depends on, so that a result of other settings is not taken for it.
+
+    Also with the columns: a result of a version with others is not complete.
+    """
+    content = json.dumps([asdict(cell), config, list(options), COLUMNS], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
@@ -174,8 +190,8 @@ def markdown(rows: Sequence[dict[str, Any]], title: str) -> str:
     lines += ["| " + " | ".join(_cell(row[column]) for column in columns) + " |" for row in rows]
     shared = [
         f"{column.replace('_', ' ')} {values.pop()}"
-        for column in (*SHOWN, "model", "parameters", "how_measured", "device", "torch", "deepspeed", "transformers",
-                       "commit", "date")
+        for column in (*SHOWN, "model", "parameters", "rounds", "how_measured", "device", "torch", "deepspeed",
+                       "transformers", "commit", "date")
         for values in [{_cell(row[column]) for row in rows if row[column] is not None}]
         if column not in columns and len(values) == 1
     ]  # fmt: skip

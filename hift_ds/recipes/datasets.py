@@ -102,7 +102,6 @@ def load_text_dataset(
     pack: bool | None = None,
     eval_fraction: float = 0.05,
     seed: int = 42,
-    max_bytes: int = 4_000_000,
 ) -> TextData:
     """Read `name`, hold a part out and tokenise both.
 
@@ -110,17 +109,16 @@ def load_text_dataset(
     `instruction`[, `input`], `output`; or `text`. Rows with an empty text or answer are left out.
 
     Args:
-        name: "hift-faq" or "python-stdlib" (the sources of the running Python's standard library); a .txt, .md or .py
-            file (one document); a .jsonl or .json file (objects, one per line or in a list); a .csv or .tsv file (tabs,
-            no quoting) whose first line names the columns; a folder: all row files in it, or all its text files if it
-            has none, hidden ones left out; or a hub name "[owner/]name[:config]".
+        name: "hift-faq", the sample; a .txt, .md or .py file (one document); a .jsonl or .json file (objects, one per
+            line or in a list); a .csv or .tsv file (tabs, no quoting) whose first line names the columns; a folder: all
+            row files in it, or all its text files if it has none, hidden ones left out; or a hub name
+            "[owner/]name[:config]".
         seq_len: tokens a row holds at most. Longer unpacked examples are cut, with one warning.
         pack: None means True for text, False for chat.
         eval_fraction: the held-out share of the examples; if that is less than one document, each gives its end. Where
             the source brings a held-out part, that is taken: "hift-faq", a hub split, and row files of a folder named
             test, x_eval, x-dev and the like beside others.
-        seed: of the split. "python-stdlib" is split by the files' names alone.
-        max_bytes: read at most this much of "python-stdlib".
+        seed: of the split.
 
     Raises:
         FileNotFoundError: no such file or folder, or a hub name that cannot be reached.
@@ -132,7 +130,7 @@ def load_text_dataset(
         raise ValueError(f"eval_fraction={eval_fraction!r}: the held-out share is at least 0 and below 1.")
     if tokenizer.pad_token_id is None:
         raise ValueError("tokenizer.pad_token_id=None: batches need padding; load the tokenizer with load_tokenizer.")
-    train, held_out = read_examples(name, eval_fraction=eval_fraction, max_bytes=max_bytes)
+    train, held_out = read_examples(name)
     if held_out is None:
         train, held_out = _split(name, train, eval_fraction, seed)
     kind = "text" if isinstance(train[0], str) else "chat"

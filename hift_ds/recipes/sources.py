@@ -1,27 +1,26 @@
-"""Where text data comes from: samples, files, folders and hub names, read into documents and conversations.
+"""Where text data comes from: a sample, files, folders and hub names, read into documents and conversations.
 
-Nothing here knows a tokenizer. Files are read whole, as UTF-8; every error names the file and the line or byte.
+Nothing here knows a tokenizer. Files are read whole, as UTF-8; every error names the file and the line or byte. Not by
+`datasets.load_dataset`, which changes data in silence: of an unquoted CSV cell `hello, world` it keeps ` world`, and
+of JSON strings that look like dates it makes times (datasets 5.2). A hub name is read by it.
 """
 
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
-import os
 import re
-import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-
-SAMPLES = ("hift-faq", "python-stdlib")
 
 # A text document, or the messages of a conversation.
 Example = str | list[dict[str, str]]
 # Training examples and held-out ones; None where the source brings no held-out part.
 Parts = tuple[list[Example], list[Example] | None]
+# A row of data and where it stands, for errors.
+Rows = Iterable[tuple[str, Any]]
 
 _TEXT_SUFFIXES = (".txt", ".md", ".py")
 _ROW_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
@@ -32,16 +31,9 @@ _ROLES = ("system", "user", "assistant")
 _HELD_OUT_NAMES = ("validation", "valid", "val", "dev", "eval", "test")  # in order of preference
 _HUB_NAME = re.compile(r"[\w-]+(/[\w.-]+)?(:[\w.-]+)?")
 
-# No running text: tests, generated tables, bundled programs and packages.
-_STDLIB_SKIPPED = re.compile(
-    r"tests?|test_.*|idle_test|idlelib|lib2to3|site-packages|dist-packages|encodings|pydoc_data"
-)
 
-
-def read_examples(name: str, *, eval_fraction: float, max_bytes: int) -> Parts:
+def read_examples(name: str) -> Parts:
     """Read the examples of `name`; the forms of a name are those of `load_text_dataset`.
-
-    `eval_fraction` and `max_bytes` concern "python-stdlib" alone, whose split goes by file.
 
     Raises:
         FileNotFoundError: no such file or folder, or a hub name that cannot be reached.
@@ -49,14 +41,11 @@ def read_examples(name: str, *, eval_fraction: float, max_bytes: int) -> Parts:
     """
     path = Path(name).expanduser()
     if name == "hift-faq":
-        data = Path(__file__).parent / "data"
-        parts: Parts = (_read_file(data / "hift_faq_train.jsonl"), _read_file(data / "hift_faq_eval.jsonl"))
-    elif name == "python-stdlib":
-        parts = _read_stdlib(eval_fraction, max_bytes)
+        parts = _read_folder(Path(__file__).parent / "data")
     elif path.is_dir():
         parts = _read_folder(path)
     elif path.exists() or path.suffix in _TEXT_SUFFIXES + _ROW_SUFFIXES or not _HUB_NAME.fullmatch(name):
-        parts = (_read_file(path), None)
+        parts = _read_file(path), None
     else:
         parts = _read_hub(name)
     if not parts[0]:
@@ -69,33 +58,6 @@ def read_examples(name: str, *, eval_fraction: float, max_bytes: int) -> Parts:
     return parts
 
 
-def _read_stdlib(eval_fraction: float, max_bytes: int) -> Parts:
-    root = Path(sysconfig.get_paths()["stdlib"])
-    files = []
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [sub for sub in subfolders if not _STDLIB_SKIPPED.fullmatch(sub)]
-        files += [Path(folder, file) for file in names if file.endswith(".py")]
-    # In the order of the names' hashes a part of the files is a fair sample, on every machine the same.
-    hashed = sorted((hashlib.sha256(file.relative_to(root).as_posix().encode()).hexdigest(), file) for file in files)
-    parts: dict[bool, list[Example]] = {False: [], True: []}
-    room = {False: max_bytes * (1 - eval_fraction), True: max_bytes * eval_fraction}
-    for digest, file in hashed:
-        is_held_out = int(digest[:8], 16) < eval_fraction * 2**32
-        content = file.read_bytes()
-        if not content.strip() or len(content) > room[is_held_out]:
-            continue
-        try:
-            parts[is_held_out].append(content.decode("utf-8"))
-        except UnicodeDecodeError:  # a handful declare another encoding
-            continue
-        room[is_held_out] -= len(content)
-    if not parts[False]:
-        raise ValueError(
-            f"dataset='python-stdlib': no sources within max_bytes={max_bytes} in {root}; name a text file or folder."
-        )
-    return parts[False], parts[True]
-
-
 def _read_folder(folder: Path) -> Parts:
     visible = sorted(
         path
@@ -104,49 +66,36 @@ def _read_folder(folder: Path) -> Parts:
     )
     # A README beside the rows is no data.
     row_files = [path for path in visible if path.suffix in _ROW_SUFFIXES]
-    if row_files:
-        held_out_files = [path for path in row_files if _is_held_out(path)]
-        train_files = [path for path in row_files if path not in held_out_files]
-        if not train_files or not held_out_files:
-            return [example for path in row_files for example in _read_file(path)], None
-        return (
-            [example for path in train_files for example in _read_file(path)],
-            [example for path in held_out_files for example in _read_file(path)],
-        )
-    text_files = [path for path in visible if path.suffix in _TEXT_SUFFIXES and path.stat().st_size]
-    if not text_files:
+    files = row_files or [path for path in visible if path.suffix in _TEXT_SUFFIXES and path.stat().st_size]
+    if not files:
         raise ValueError(
             f"dataset={str(folder)!r}: the folder holds no file that ends in {_ALL_SUFFIXES}, or all are empty."
         )
-    return [example for path in text_files for example in _read_documents(path)], None
-
-
-def _is_held_out(path: Path) -> bool:
-    return re.split(r"[-_.]", path.stem.lower())[-1] in _HELD_OUT_NAMES
+    held_out = [path for path in row_files if re.split(r"[-_.]", path.stem.lower())[-1] in _HELD_OUT_NAMES]
+    if len(held_out) == len(row_files):
+        held_out = []  # nothing would be left to train on
+    train, evaluate = (
+        [example for path in files if (path in held_out) == wanted for example in _read_file(path)]
+        for wanted in (False, True)
+    )
+    return train, evaluate if held_out else None
 
 
 def _read_file(path: Path) -> list[Example]:
     if not path.exists():
         raise FileNotFoundError(
-            f"dataset={str(path)!r}: no such file or folder; name one, a hub data set or a sample "
-            f"({', '.join(SAMPLES)})."
+            f"dataset={str(path)!r}: no such file or folder; name one, a hub data set or the sample hift-faq."
         )
     if path.suffix in _TEXT_SUFFIXES:
-        examples: list[Example] = _read_documents(path)
-    elif path.suffix in (".jsonl", ".json"):
-        examples = _to_examples(_read_json(path))
-    elif path.suffix in (".csv", ".tsv"):
-        examples = _to_examples(_read_table(path))
+        text = _read_text(path)
+        examples: list[Example] = [text] if text.strip() else []
+    elif path.suffix in _ROW_SUFFIXES:
+        examples = _to_examples(_read_json(path) if path.suffix.startswith(".json") else _read_table(path))
     else:
         raise ValueError(f"{path}: extension {path.suffix!r} is unknown; a data file ends in {_ALL_SUFFIXES}.")
     if not examples:
         raise ValueError(f"{path}: the file is empty, or no row holds any text; fill it or name another one.")
     return examples
-
-
-def _read_documents(path: Path) -> list[Example]:
-    text = _read_text(path)
-    return [text] if text.strip() else []
 
 
 def _read_text(path: Path) -> str:
@@ -163,36 +112,27 @@ def _read_text(path: Path) -> str:
     )
 
 
-def _read_json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _read_json(path: Path) -> Rows:
     text = _read_text(path)
-    if text.lstrip().startswith("["):
-        rows = [(f"{path}, row {number}", row) for number, row in enumerate(_parse_json(text, path, 1), 1)]
-    else:
-        # Not splitlines(): a JSON string may hold the other line ends of Unicode.
-        lines = enumerate(text.split("\n"), 1)
-        rows = ((f"{path}, line {number}", _parse_json(line, path, number)) for number, line in lines if line.strip())
-    for where, row in rows:
-        if isinstance(row, dict):
-            yield where, row
+    is_list = text.lstrip().startswith("[")
+    # Not splitlines(): a JSON string may hold the other line ends of Unicode.
+    for number, part in enumerate([text] if is_list else text.split("\n"), 1):
+        if not part.strip():
             continue
-        raise ValueError(f"{where}: a row is a JSON object with the columns {_COLUMNS}, not {type(row).__name__}.")
+        try:
+            value = json.loads(part)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{path}, line {number + error.lineno - 1}: not JSON ({error.msg} at column {error.colno}); "
+                "write one object per line, or one list of objects."
+            ) from None
+        yield from _numbered(str(path), value) if is_list else [(f"{path}, line {number}", value)]
 
 
-def _parse_json(text: str, path: Path, first_line: int) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path}, line {first_line + error.lineno - 1}: not JSON ({error.msg} at column {error.colno}); "
-            "write one object per line, or one list of objects."
-        ) from None
-
-
-def _read_table(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    if path.suffix == ".csv":
-        reader = csv.DictReader(io.StringIO(_read_text(path), newline=""), strict=True)
-    else:
-        reader = csv.DictReader(io.StringIO(_read_text(path), newline=""), delimiter="\t", quoting=csv.QUOTE_NONE)
+def _read_table(path: Path) -> Rows:
+    # A tab cannot stand in a cell, so that nothing need be quoted.
+    options: Any = {"strict": True} if path.suffix == ".csv" else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    reader = csv.DictReader(io.StringIO(_read_text(path), newline=""), **options)
     try:
         for row in reader:
             where = f"{path}, line {reader.line_num}"
@@ -206,13 +146,15 @@ def _read_table(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise ValueError(f"{path}, line {reader.line_num}: not a table ({error}); repair it or use jsonl.") from None
 
 
-def _to_examples(rows: Iterable[tuple[str, dict[str, Any]]]) -> list[Example]:
+def _to_examples(rows: Rows) -> list[Example]:
     examples = (_to_example(where, row) for where, row in rows)
     return [example for example in examples if example is not None]
 
 
-def _to_example(where: str, row: dict[str, Any]) -> Example | None:
+def _to_example(where: str, row: Any) -> Example | None:
     """Turn a row into an example; None if there is nothing to learn from."""
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: a row is a JSON object with the columns {_COLUMNS}, not {type(row).__name__}.")
     if "messages" in row:
         return _check_messages(where, row["messages"])
     for question_column, answer_column in _QUESTION_ANSWER:
@@ -268,19 +210,16 @@ def _read_hub(name: str) -> Parts:
         raise kind(
             f"dataset={name!r}: no file or folder of that name here, and the hub did not deliver it "
             f"({str(error).strip().splitlines()[0]}); name a file, a folder, 'owner/name[:config]' "
-            f"or a sample ({', '.join(SAMPLES)})."
+            "or the sample hift-faq."
         ) from error
     finally:
         if had_bars:
             datasets.enable_progress_bars()
-    train_name = "train" if "train" in splits else next(iter(splits))
-    held_out_name = next((split for split in _HELD_OUT_NAMES if split in splits and split != train_name), None)
-    return (
-        _to_examples(_numbered(f"{name}, split {train_name}", splits[train_name])),
-        _to_examples(_numbered(f"{name}, split {held_out_name}", splits[held_out_name])) if held_out_name else None,
-    )
+    train = "train" if "train" in splits else next(iter(splits))
+    held_out = next((split for split in _HELD_OUT_NAMES if split in splits and split != train), None)
+    parts = [_to_examples(_numbered(f"{name}, split {split}", splits[split])) for split in (train, held_out) if split]
+    return parts[0], parts[1] if held_out else None
 
 
-def _numbered(where: str, rows: Iterable[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, row in enumerate(rows, 1):
-        yield f"{where}, row {number}", row
+def _numbered(where: str, rows: Iterable[Any]) -> Rows:
+    return ((f"{where}, row {number}", row) for number, row in enumerate(rows, 1))

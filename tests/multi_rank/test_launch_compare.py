@@ -82,7 +82,7 @@ def test_a_matrix_ends_in_rows_pictures_and_a_forecast_that_is_met(first, folder
     assert hift["step_ms"]["p50"] > 0 and hift["tokens_per_s"] > 0 and hift["timed_steps"] == 4  # of 12; 8 are metered
     assert hift["measured"]["reserved"] is None, "a CPU has no such allocator"
     assert {sample["block"] for record in hift["report"]["ranks"] for sample in record["samples"]} == {0, 1, 2, 3}
-    for name in ("memory.png", "time.png", "loss.png", "results.md"):
+    for name in ("memory.png", "time.png", "results.md"):
         assert (folder / "out" / name).stat().st_size > 100
 
 
@@ -174,6 +174,36 @@ def test_a_failed_cell_is_kept_until_it_is_asked_for_again(monkeypatch, tmp_path
     assert run_with(monkeypatch, tmp_path, succeed)["status"] == "ok"
     monkeypatch.setattr(compare, "_split", original)
     assert run_with(monkeypatch, tmp_path, fail)["status"] == "ok"
+
+
+def test_rounds_run_each_cell_again_and_a_cell_that_fails_once(monkeypatch, capsys, tmp_path):
+    """The stand-in fails for full fine-tuning, else each run takes a second more a step than the one before."""
+    script = (
+        "import json, pathlib, sys; path = pathlib.Path(sys.argv[sys.argv.index('--results') + 1])\n"
+        "log = path.parent / 'order'; log.open('a').write('hift ' if '--hift' in sys.argv else 'full ')\n"
+        "if '--hift' not in sys.argv: sys.exit(3)\n"
+        "from hift_ds.recipes.results import step_times\n"
+        "roles = dict.fromkeys(('weights', 'gradients', 'state', 'activations', 'other'), 1)\n"
+        "row = {'status': 'ok', 'measured': {'allocated': 5, 'how': 'by hand', **roles}, 'forecast': 'none'}\n"
+        "json.dump(row | step_times([len(log.read_text().split())], 1, 12), path.open('w'))\n"
+    )
+    monkeypatch.setattr(compare, "_launcher", lambda gpus: [sys.executable, "-c", script])
+    options = ["--stages", "2", "--precisions", "bf16", "--rounds", "3", "--methods", "hift", "full"]
+    monkeypatch.setattr(sys, "argv", ["compare.py", *options, "--output_dir", str(tmp_path / "out")])
+    assert compare.main() == 0
+    assert (tmp_path / "out/cells/order").read_text().split() == ["hift", "full", "hift", "hift"]
+    hift, full = rows_of(tmp_path)
+    assert (hift["rounds"], hift["timed_cycles"], hift["step_ms_p50"]) == ("3", "3", "3000.0")  # of 1, 3 and 4 s
+    assert full["status"] == "out of memory"
+    assert compare.main() == 0 and len((tmp_path / "out/cells/order").read_text().split()) == 4, "all are kept"
+
+
+@pytest.mark.parametrize("rounds", ["0", "-1", "two"])
+def test_rounds_are_counted_from_one(monkeypatch, capsys, rounds):
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--rounds", rounds])
+    with pytest.raises(SystemExit):
+        compare._arguments()
+    assert f"--rounds: '{rounds}': must be a whole number from 1" in capsys.readouterr().err
 
 
 def test_options_that_compare_sets_itself_are_refused_after_the_dashes(monkeypatch, capsys, tmp_path):

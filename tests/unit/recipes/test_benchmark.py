@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hift_ds.recipes import benchmark
+from hift_ds.recipes.results import join_rounds, step_times
 
 
 class Engine:
@@ -59,7 +60,24 @@ def test_time_is_that_of_whole_cycles_and_the_host_waits_once_in_each(train):
 def test_without_a_whole_cycle_there_is_no_time(train):
     losses, seconds, _, _ = train(2, 3)
     assert (losses, seconds) == ([0, 1], [])
-    assert benchmark._quantiles(seconds) is None
+    assert step_times(seconds, 3, 6)["step_ms"] is None
+
+
+def test_times_of_a_row_are_quantiles_over_cycles_and_tokens_by_the_mean():
+    row = step_times([0.5, 0.1, 0.2, 0.3, 0.4], 3, 6)
+    assert row["step_ms"] == {"p20": 180.0, "p50": 300.0, "p80": 420.0}
+    assert (row["timed_cycles"], row["timed_steps"]) == (5, 15)
+    assert row["tokens_per_s"] == pytest.approx(6 / 0.3)
+
+
+def test_rounds_are_joined_over_all_their_cycles_and_failed_ones_count_only_if_all_failed():
+    first, second = ({"status": "ok", "loss": [each], **step_times(each, 3, 6)} for each in ([0.1, 0.2], [0.3, 0.4]))
+    joined = join_rounds([first, {"status": "out of memory"}, second])
+    assert joined == {"status": "ok", "rounds": 2, "loss": [[0.1, 0.2]], **step_times([0.1, 0.2, 0.3, 0.4], 3, 6)}
+    assert join_rounds([first]) == {**first, "rounds": 1}
+    assert join_rounds([{"status": "refused: no"}]) == {"status": "refused: no", "rounds": 1}
+    untimed = {"status": "ok", **step_times([], 3, 6)}
+    assert join_rounds([untimed, untimed])["step_ms"] is None
 
 
 def test_a_wait_on_cuda_is_for_the_current_stream_alone(monkeypatch):

@@ -8,7 +8,17 @@ from matplotlib.image import imread
 
 from hift_ds.config.keys import HiFTConfig
 from hift_ds.config.optimizers import rule_from_config
-from hift_ds.recipes.comparison import COLUMNS, Cell, Matrix, config_of, flat_row, markdown, signature, write_tables
+from hift_ds.recipes.comparison import (
+    COLUMNS,
+    Cell,
+    Matrix,
+    config_of,
+    flat_row,
+    in_rounds,
+    markdown,
+    signature,
+    write_tables,
+)  # fmt: skip
 from hift_ds.recipes.pictures import draw_all, labels_of
 from launch import compare
 
@@ -30,7 +40,8 @@ def result(of_allocator=None, **more):
                 "activations": 1 << 20, "other": 0, "how": "tensors counted on a CPU: not GPU memory"}  # fmt: skip
     return {
         "status": "ok", "ranks": 2, "measured": measured, "forecast": {"peak": 3 << 20}, "loss": [4.0, 3.0, 2.0],
-        "held_out_loss": [4.5, 2.5], "step_ms": {"p20": 9.0, "p50": 10.0, "p80": 12.0}, "tokens_per_s": 123.456,
+        "held_out_loss": [4.5, 2.5], "tokens_per_s": 123.456, "timed_cycles": 2, "timed_steps": 6,
+        "step_ms": {"p20": 9.0, "p50": 10.0, "p80": 12.0}, "cycles": {"steps": 3},
         "versions": {"python": "3", "torch": "2", "deepspeed": "0", "transformers": "5"}, "date": "2026-11-22", **more,
     }  # fmt: skip
 
@@ -41,6 +52,16 @@ def test_every_combination_is_one_cell_and_full_fine_tuning_has_no_blocks():
     assert len(full) == 4 * 3 * 2 and len(cells) == len(full) * (1 + 8)
     assert all(cell.order is None and cell.layers_per_block is None for cell in full)
     assert len({cell.name for cell in cells}) == len(cells) == len(set(cells))
+
+
+def test_in_rounds_what_is_compared_takes_turns_and_every_cell_has_each_round_once():
+    cells = Matrix(methods=("hift", "full"), stages=(0, 2), precisions=("bf16",), layers_per_block=(1, 4)).cells()
+    runs = in_rounds(cells, 2)
+    assert [(cell.method, cell.layers_per_block, cell.stage, number) for cell, number in runs] == [
+        (method, blocks, stage, number)
+        for stage in (0, 2) for number in (1, 2) for method, blocks in (("hift", 1), ("hift", 4), ("full", None))
+    ]  # fmt: skip
+    assert in_rounds(cells, 1) == [(cell, 1) for cell in cells]
 
 
 def test_a_cell_s_config_has_its_stage_precision_and_blocks_and_leaves_the_base_alone():
@@ -122,7 +143,7 @@ def test_pictures_are_drawn_of_what_there_is_and_failed_cells_stay_in_them(tmp_p
     assert draw_all(none, tmp_path) == []
     some = [*none, (HIFT, result()), (FULL, result(step_ms=None))]
     drawn = draw_all(some, tmp_path)
-    assert [path.name for path in drawn] == ["memory.png", "time.png", "loss.png"]
+    assert [path.name for path in drawn] == ["memory.png", "time.png"]
     for path in drawn:
         pixels = imread(path)
         assert pixels.shape[1] == 9 * 150 and pixels.std() > 0.05
