@@ -58,14 +58,14 @@ def train(args: argparse.Namespace) -> None:
         plans = show_memory(engine, run, args, display)
     start = resume(engine, args, display) if args.resume else 0
     load = os.getloadavg()[0]
-    before = evaluate(engine, run, args, display, "before training")
+    before = evaluate(engine, run, args, display, "before training", 1)
     began = time.monotonic()
     with MemoryMeter(engine) if args.measure_memory else nullcontext() as meter:
         steps(engine, run, args, display, start)
         if args.hift:
             engine.optimizer.settle()
     seconds = time.monotonic() - began
-    after = evaluate(engine, run, args, display, "after training")
+    after = evaluate(engine, run, args, display, "after training", args.answers)
     if before and after:
         display.print(f"held-out loss {before['loss']:.3f} -> {after['loss']:.3f}")
     folder = Path(args.output_dir) / "model"
@@ -83,15 +83,17 @@ def train(args: argparse.Namespace) -> None:
     display.print(f"saved: AutoModelForCausalLM.from_pretrained({str(folder)!r})", markup=False, soft_wrap=True)
 
 
-def evaluate(engine: Any, run: Any, args: argparse.Namespace, display: Any, when: str) -> dict[str, Any] | None:
-    """Held-out loss, and answers to held-out questions. Collective."""
+def evaluate(
+    engine: Any, run: Any, args: argparse.Namespace, display: Any, when: str, num_questions: int
+) -> dict[str, Any] | None:
+    """Held-out loss, and answers to the first held-out questions. Collective."""
     from hift_ds.recipes import training
 
     if not len(run.data.eval):
         return None
     loss = training.held_out_loss(engine, run.data, run.micro_batch, engine.device)
     display.print(f"[bold]{when}[/]: held-out loss {loss:.3f}")
-    asked = run.data.held_out[: args.answers]
+    asked = run.data.held_out[:num_questions]
     if not asked:
         return {"loss": loss, "answers": []}
     replies = training.answers(engine, run.tokenizer, asked, engine.device, args.answer_tokens)

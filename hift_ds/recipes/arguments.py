@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser, default_config: Path) -> None
     add("--gradient_checkpointing", action="store_true", help="recompute activations in backward")
     add("--attn_implementation", metavar="A", help="sdpa, eager, flash_attention_2 ...")
     add("--eval_every", type=positive, metavar="N", help="steps between evaluations (default: before and after)")
-    add("--answers", type=positive, default=1, metavar="N", help="held-out questions to answer before and after")
+    add("--answers", type=positive, default=1, metavar="N", help="held-out questions to answer after training")
     add("--answer_tokens", type=positive, default=48, metavar="N", help="longest answer in tokens")
     add("--measure_memory", action="store_true", help="measure the peak of the training's steps")
     add("--save_every", type=positive, metavar="N", help="steps between checkpoints (default: none)")
