@@ -53,14 +53,19 @@ def share_right(run: Summary) -> str:
     return f"{sum(one['right'] for one in asked)} of {len(asked)}"
 
 
-def one_answer(hift: Summary, full: Summary) -> str:
-    """The first held-out question and what is answered."""
-    before, after, other = (answers[0] for answers in (*hift["answers"].values(), full["answers"]["after"]))
-    lines = {
-        "question": after["question"], "right answer": after["answer"], "before": before["reply"],
-        "HiFT": after["reply"], "full": other["reply"],
-    }  # fmt: skip
-    return "\n".join(f"{label:>12}: {' '.join(text.split())}" for label, text in lines.items())
+def two_answers(hift: Summary, full: Summary) -> str:
+    """The first held-out question that HiFT's model answers right, and the first that it does not."""
+    pairs = list(zip(hift["answers"]["after"], full["answers"]["after"], strict=True))
+    parts = []
+    for right in (True, False):
+        ours, other = next((pair for pair in pairs if pair[0]["right"] is right), (None, None))
+        if ours is not None and other is not None:
+            lines = {"right answer": ours["answer"], "HiFT": ours["reply"], "full": other["reply"]}
+            answers = [f"{label:>14}: {' '.join(text.split())}" for label, text in lines.items()]
+            parts.append(
+                "\n".join([f"First that HiFT answers {'right' if right else 'wrong'}: {ours['question']}", *answers])
+            )
+    return "\n".join(parts)
 
 
 def _beside(hift: float, full: float, form: str) -> tuple[str, str]:
@@ -76,7 +81,7 @@ def main(arguments: Sequence[str]) -> int:
     console = Console(width=WIDTH, highlight=False, emoji=False, markup=False, record=True)
     console.print()
     console.print(compare(hift, full))
-    console.print(f"\nA question in words that neither has been trained on:\n{one_answer(hift, full)}")
+    console.print(f"\nQuestions in words that neither was trained on:\n{two_answers(hift, full)}")
     console.print(f"\nThe model that HiFT trained: {folder / 'hift' / 'model'}", soft_wrap=True)
     lines = console.export_text().splitlines()
     found = {"hift": hift, "full": full, "shown": [line.rstrip() for line in lines]}

@@ -49,7 +49,15 @@ def test_table_says_what_the_two_runs_say(folder, capsys):
     assert cells(text, "seconds of training") == ["30 (-50 %)", "60"]
     assert cells(text, "peak memory of a rank, MiB: measured here") == ["3,072 (-25 %)", "4,096"]
     assert cells(text, "forecast for GPUs") == ["1,024 (-75 %)", "4,096"]
-    for line in ("question: q0?", "right answer: yes", "before: eh", "HiFT: yes", "full: no"):
+    for line in (
+        "First that HiFT answers right: q0?",
+        "right answer: yes",
+        "HiFT: yes",
+        "full: no",
+        "First that HiFT answers wrong: q2?",
+        "HiFT: no way",
+        "full: yes",
+    ):
         assert line in [shown.strip() for shown in text.splitlines()]
 
 
