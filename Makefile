@@ -1,4 +1,4 @@
-# make demo: set up, then fine-tune SmolLM2-135M with HiFT; make test: set up, then every test.
+# make demo: set up, then SmolLM2-135M with HiFT beside full fine-tuning; make test: set up, then every test.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -12,7 +12,7 @@ RUN = PATH="$(abspath $(BIN)):$$PATH"
 demo: $(READY)
 	$(RUN) launch/demo.sh
 
-# The demo's summary as a dated file of launch/results/
+# Both runs of the demo and what it showed, as a dated file of launch/results/
 demo-results: demo
 	cp outputs/demo/summary.json launch/results/$$(date +%F)_demo.json
 

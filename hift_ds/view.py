@@ -58,7 +58,7 @@ class HiFT:
         console = Console(file=out, width=80)
         console.print(table)
         largest = max(blocks, key=lambda block: block.numel)
-        console.print(f"largest block: {largest.name}, {largest.numel:,} of {total:,} parameters", highlight=False)
+        console.print(f"{total:,} parameters, largest block: {largest.name}", highlight=False)
         if skipped := self._optimizer.reach.summary():
             console.print(f"steps without a gradient, skipped: {skipped}", highlight=False)
         for label, names in (("trained at every step", self._plan.always_active), ("frozen", self._plan.frozen)):

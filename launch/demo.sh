@@ -1,18 +1,31 @@
 #!/usr/bin/env bash
-# HiFT on the sample model and data: on the GPUs that are there, or on 2 CPU ranks.
+# HiFT, then full fine-tuning, on the same examples: on the GPUs that are there, or on 2 CPU ranks. Ends in a table.
+# Options go to both runs. Which rates and blocks were tried: docs/speed.md, "The demo".
 set -euo pipefail
 cd "$(dirname "$0")/.."
 launcher=(deepspeed --quiet)
-if [ "$(python -c 'import torch; print(torch.cuda.device_count())')" = 0 ]; then
+# One start of Python: GPUs, and whether 16-bit products are fast. Without AVX-512 they take ten times as long as in fp32.
+found=$(python - <<'PY'
+import torch
+from hift_ds.recipes.models import fetch_sample
+fetch_sample()
+print(torch.cuda.device_count(), torch.backends.cpu.get_cpu_capability().startswith("AVX512"))
+PY
+)
+read -r gpus fast <<< "${found##*$'\n'}"
+if [ "$gpus" = 0 ]; then
     export DS_ACCELERATOR=cpu
     launcher+=(--num_accelerators 2)
-    # Without AVX-512, 16-bit products take ten times as long as those in fp32.
-    if ! python -c 'import sys, torch; sys.exit(not torch.backends.cpu.get_cpu_capability().startswith("AVX512"))'; then
-        echo "this CPU has no fast 16-bit products: the demo trains in fp32"
+    if [ "$fast" = False ]; then
+        echo "This CPU has no fast 16-bit products: the demo trains in fp32."
         mkdir -p outputs
         sed '/"bf16"/d' launch/demo.json > outputs/demo_fp32.json
         set -- --deepspeed_config outputs/demo_fp32.json "$@"
     fi
 fi
-python -c 'from hift_ds.recipes.models import fetch_sample; fetch_sample()'
-exec "${launcher[@]}" launch/train.py --hift --max_steps 144 --output_dir outputs/demo "$@"
+same=(--dataset hift-facts --micro_batch 2 --max_steps 54 --seq_len 64 --answers 24 --answer_tokens 12 --measure_memory)
+echo "1. HiFT: one block of layers a step"
+"${launcher[@]}" launch/train.py --hift --hift_layers_per_block 8 --lr 1e-3 --output_dir outputs/demo/hift "${same[@]}" "$@"
+echo "2. Full fine-tuning: all layers at each step"
+"${launcher[@]}" launch/train.py --lr 3e-4 --output_dir outputs/demo/full "${same[@]}" "$@"
+python -m hift_ds.recipes.demo outputs/demo

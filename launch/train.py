@@ -14,6 +14,7 @@ import argparse
 import os
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ def main() -> int:
 def train(args: argparse.Namespace) -> None:
     """One run: load, evaluate, train, evaluate, save. Collective."""
     import hift_ds
+    from hift_ds.memory import MemoryMeter
     from hift_ds.recipes import training
     from hift_ds.recipes.display import Display
     from hift_ds.recipes.setup import load_run
@@ -55,34 +57,55 @@ def train(args: argparse.Namespace) -> None:
         display.print(engine.hift.summary())
         plans = show_memory(engine, run, args, display)
     start = resume(engine, args, display) if args.resume else 0
-    before = evaluate(engine, run, display, "before training")
+    load = os.getloadavg()[0]
+    before = evaluate(engine, run, args, display, "before training", 1)
     began = time.monotonic()
-    steps(engine, run, args, display, start)
-    if args.hift:
-        engine.optimizer.settle()
+    with MemoryMeter(engine) if args.measure_memory else nullcontext() as meter:
+        steps(engine, run, args, display, start)
+        if args.hift:
+            engine.optimizer.settle()
     seconds = time.monotonic() - began
-    after = evaluate(engine, run, display, "after training")
-    if before is not None:
-        display.print(f"held-out loss {before:.3f} -> {after:.3f}")
+    after = evaluate(engine, run, args, display, "after training", args.answers)
+    if before and after:
+        display.print(f"held-out loss {before['loss']:.3f} -> {after['loss']:.3f}")
     folder = Path(args.output_dir) / "model"
     training.save_model(engine, run.tokenizer, folder)
-    results = {"held_out_loss": [before, after], "training_seconds": round(seconds, 1), **plans}
+    results = {
+        "held_out_loss": [found and found["loss"] for found in (before, after)],
+        "training_seconds": round(seconds, 1), "load_average_before": round(load, 1),
+        "answers": {"before": before and before["answers"], "after": after and after["answers"]}, **plans,
+    }  # fmt: skip
+    if meter is not None:
+        report = meter.gather()
+        results["measured_peak"] = report.peak
+        display.print(f"peak memory of a rank: {report.peak / 2**20:,.1f} MiB of tensors, measured ({report.kind})")
     save_summary(engine, run, args, display, results)
     display.print(f"saved: AutoModelForCausalLM.from_pretrained({str(folder)!r})", markup=False, soft_wrap=True)
 
 
-def evaluate(engine: Any, run: Any, display: Any, when: str) -> float | None:
-    """Held-out loss, and the answer to one held-out question. Collective."""
+def evaluate(
+    engine: Any, run: Any, args: argparse.Namespace, display: Any, when: str, num_questions: int
+) -> dict[str, Any] | None:
+    """Held-out loss, and answers to the first held-out questions. Collective."""
     from hift_ds.recipes import training
 
     if not len(run.data.eval):
         return None
     loss = training.held_out_loss(engine, run.data, run.micro_batch, engine.device)
     display.print(f"[bold]{when}[/]: held-out loss {loss:.3f}")
-    if run.data.held_out_question is not None:
-        reply = training.answer(engine, run.tokenizer, run.data.held_out_question, engine.device)
-        display.print(f"  Q: {run.data.held_out_question}\n  A: {reply}\n", markup=False)
-    return loss
+    asked = run.data.held_out[:num_questions]
+    if not asked:
+        return {"loss": loss, "answers": []}
+    replies = training.answers(engine, run.tokenizer, asked, engine.device, args.answer_tokens)
+    found = [
+        {"question": one.question, "answer": one.answer, "reply": reply,
+         "right": training.same_answer(reply, one.answer)}
+        for one, reply in zip(asked, replies, strict=True)
+    ]  # fmt: skip
+    display.print(f"  Q: {found[0]['question']}\n  A: {found[0]['reply']}\n", markup=False)
+    if len(found) > 1:
+        display.print(f"  right: {sum(one['right'] for one in found)} of {len(found)} held-out questions\n")
+    return {"loss": loss, "answers": found}
 
 
 def steps(engine: Any, run: Any, args: argparse.Namespace, display: Any, start: int) -> None:

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser, default_config: Path) -> None
     add("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     add("--deepspeed_config", default=str(default_config), metavar="JSON", help="any DeepSpeed config")
     add("--model_name_or_path", default=SAMPLE, metavar="MODEL", help="hub name, folder, or the sample")
-    add("--dataset", default="hift-faq", metavar="DATA", help="hift-faq, file, folder or hub name")
+    add("--dataset", default="hift-faq", metavar="DATA", help="hift-faq, hift-facts, file, folder or hub name")
     add("--max_steps", type=positive, default=None, metavar="N", help="optimizer steps (default: three epochs)")
     add("--output_dir", default="outputs/train", metavar="DIR", help="trained model and checkpoints")
     add("--seq_len", type=positive, default=512, metavar="N", help="longest row in tokens")
@@ -37,6 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser, default_config: Path) -> None
     add("--gradient_checkpointing", action="store_true", help="recompute activations in backward")
     add("--attn_implementation", metavar="A", help="sdpa, eager, flash_attention_2 ...")
     add("--eval_every", type=positive, metavar="N", help="steps between evaluations (default: before and after)")
+    add("--answers", type=positive, default=1, metavar="N", help="held-out questions to answer after training")
+    add("--answer_tokens", type=positive, default=48, metavar="N", help="longest answer in tokens")
+    add("--measure_memory", action="store_true", help="measure the peak of the training's steps")
     add("--save_every", type=positive, metavar="N", help="steps between checkpoints (default: none)")
     add("--resume", action="store_true", help="go on from the newest checkpoint in output_dir")
     add("--tensorboard", action="store_true", help="write TensorBoard events below output_dir")

@@ -60,6 +60,18 @@ class TokenRows(Dataset):
 
 
 @dataclass(frozen=True)
+class Exchange:
+    """What is asked, with all that stands before it, and the right answer."""
+
+    messages: Sequence[dict[str, str]]
+    answer: str
+
+    @property
+    def question(self) -> str:
+        return self.messages[-1]["content"]
+
+
+@dataclass(frozen=True)
 class TextData:
     """Training and held-out rows.
 
@@ -69,7 +81,7 @@ class TextData:
     Attributes:
         kind: "chat" or "text".
         eval: empty if `eval_fraction` is 0 and the source brings no held-out part.
-        held_out_question: the first question of the held-out part, None for text; `held_out_answer` belongs to it.
+        held_out: how each held-out conversation begins, up to its first answer; empty for text.
     """
 
     name: str
@@ -77,8 +89,7 @@ class TextData:
     train: TokenRows
     eval: TokenRows
     pad_token_id: int
-    held_out_question: str | None
-    held_out_answer: str | None
+    held_out: Sequence[Exchange] = ()
 
     @property
     def num_train_tokens(self) -> int:
@@ -109,14 +120,14 @@ def load_text_dataset(
     `instruction`[, `input`], `output`; or `text`. Rows with an empty text or answer are left out.
 
     Args:
-        name: "hift-faq", the sample; a .txt, .md or .py file (one document); a .jsonl or .json file (objects, one per
-            line or in a list); a .csv or .tsv file (tabs, no quoting) whose first line names the columns; a folder: all
-            row files in it, or all its text files if it has none, hidden ones left out; or a hub name
-            "[owner/]name[:config]".
+        name: "hift-faq" or "hift-facts", the samples; a .txt, .md or .py file (one document); a .jsonl or .json file
+            (objects, one per line or in a list); a .csv or .tsv file (tabs, no quoting) whose first line names the
+            columns; a folder: all row files in it, or all its text files if it has none, hidden ones left out; or a hub
+            name "[owner/]name[:config]".
         seq_len: tokens a row holds at most. Longer unpacked examples are cut, with one warning.
         pack: None means True for text, False for chat.
         eval_fraction: the held-out share of the examples; if that is less than one document, each gives its end. Where
-            the source brings a held-out part, that is taken: "hift-faq", a hub split, and row files of a folder named
+            the source brings a held-out part, that is taken: the samples, a hub split, and row files of a folder named
             test, x_eval, x-dev and the like beside others.
         seed: of the split.
 
@@ -140,22 +151,25 @@ def load_text_dataset(
     else:
         _warn_of_cuts(name, streams[0] + streams[1], seq_len)
         rows = [[(input_ids[:seq_len], labels[:seq_len]) for input_ids, labels in stream] for stream in streams]
-    question, answer = _first_exchange(held_out) if kind == "chat" and held_out else (None, None)
     return TextData(
         name=name,
         kind=kind,
         train=TokenRows(_learnable(name, "training", rows[0], seq_len)),
         eval=TokenRows(_learnable(name, "held-out", rows[1], seq_len) if held_out else []),
         pad_token_id=tokenizer.pad_token_id,
-        held_out_question=question,
-        held_out_answer=answer,
+        held_out=[_first_exchange(example) for example in held_out if not isinstance(example, str)],
     )
 
 
-def build_prompt(tokenizer: PreTrainedTokenizerBase, question: str) -> dict[str, torch.Tensor]:
-    """Return `input_ids` and `attention_mask` [1, tokens] for `model.generate`, as the training rows begin."""
-    text = _render(tokenizer, [{"role": "user", "content": question}], add_generation_prompt=True)
-    encoded = tokenizer(text, add_special_tokens=False, return_tensors="pt")
+def build_prompt(
+    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Sequence[dict[str, str]]]
+) -> dict[str, torch.Tensor]:
+    """Return `input_ids` and `attention_mask` [conversations, tokens] for `model.generate`, as training rows begin.
+
+    Shorter prompts are padded on the left, because an answer goes on from the end.
+    """
+    texts = [_render(tokenizer, list(messages), add_generation_prompt=True) for messages in conversations]
+    encoded = tokenizer(texts, add_special_tokens=False, return_tensors="pt", padding=True, padding_side="left")
     return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
 
 
@@ -293,9 +307,6 @@ def _warn_of_cuts(name: str, stream: list[Row], seq_len: int) -> None:
         )
 
 
-def _first_exchange(examples: list[Example]) -> tuple[str | None, str | None]:
-    messages = examples[0]
-    assert not isinstance(messages, str)
-    question = next((message["content"] for message in messages if message["role"] == "user"), None)
-    answer = next(message["content"] for message in messages if message["role"] == "assistant")
-    return question, answer
+def _first_exchange(messages: list[dict[str, str]]) -> Exchange:
+    first = next(index for index, message in enumerate(messages) if message["role"] == "assistant")
+    return Exchange(messages[:first], messages[first]["content"])

@@ -26,9 +26,10 @@ _TEXT_SUFFIXES = (".txt", ".md", ".py")
 _ROW_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
 _ALL_SUFFIXES = ", ".join(_TEXT_SUFFIXES + _ROW_SUFFIXES)
 _QUESTION_ANSWER = (("question", "answer"), ("prompt", "completion"), ("instruction", "output"))
-_COLUMNS = "messages | question, answer | prompt, completion | instruction[, input], output | text"
+_COLUMNS = "messages | [system, ]question, answer | prompt, completion | instruction[, input], output | text"
 _ROLES = ("system", "user", "assistant")
 _HELD_OUT_NAMES = ("validation", "valid", "val", "dev", "eval", "test")  # in order of preference
+SAMPLES = ("hift-faq", "hift-facts")
 _HUB_NAME = re.compile(r"[\w-]+(/[\w.-]+)?(:[\w.-]+)?")
 
 
@@ -40,8 +41,10 @@ def read_examples(name: str) -> Parts:
         ValueError: a file that is empty, not text, of an unknown extension or without known columns.
     """
     path = Path(name).expanduser()
-    if name == "hift-faq":
-        parts = _read_folder(Path(__file__).parent / "data")
+    parts: Parts
+    if name in SAMPLES:
+        stem = Path(__file__).parent / "data" / name.replace("-", "_")
+        parts = _read_file(Path(f"{stem}_train.jsonl")), _read_file(Path(f"{stem}_eval.jsonl"))
     elif path.is_dir():
         parts = _read_folder(path)
     elif path.exists() or path.suffix in _TEXT_SUFFIXES + _ROW_SUFFIXES or not _HUB_NAME.fullmatch(name):
@@ -84,7 +87,8 @@ def _read_folder(folder: Path) -> Parts:
 def _read_file(path: Path) -> list[Example]:
     if not path.exists():
         raise FileNotFoundError(
-            f"dataset={str(path)!r}: no such file or folder; name one, a hub data set or the sample hift-faq."
+            f"dataset={str(path)!r}: no such file or folder; name one, a hub data set "
+            f"or a sample ({' or '.join(SAMPLES)})."
         )
     if path.suffix in _TEXT_SUFFIXES:
         text = _read_text(path)
@@ -165,7 +169,8 @@ def _to_example(where: str, row: Any) -> Example | None:
             answer = _cell(where, row, answer_column)
             if not answer.strip():
                 return None
-            return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            system = [{"role": "system", "content": _cell(where, row, "system")}] if row.get("system") else []
+            return [*system, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     if "text" in row:
         text = _cell(where, row, "text")
         return text if text.strip() else None
@@ -210,7 +215,7 @@ def _read_hub(name: str) -> Parts:
         raise kind(
             f"dataset={name!r}: no file or folder of that name here, and the hub did not deliver it "
             f"({str(error).strip().splitlines()[0]}); name a file, a folder, 'owner/name[:config]' "
-            "or the sample hift-faq."
+            f"or a sample ({' or '.join(SAMPLES)})."
         ) from error
     finally:
         if had_bars:

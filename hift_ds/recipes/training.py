@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import deepspeed
 import torch
 from deepspeed import comm as dist
 
-from hift_ds.recipes.datasets import IGNORED, TextData, build_prompt
+from hift_ds.recipes.datasets import IGNORED, Exchange, TextData, build_prompt
 from hift_ds.shards import is_partitioned
 
 
@@ -61,20 +62,45 @@ def held_out_loss(engine: Any, data: TextData, micro_batch: int, device: torch.d
 
 
 @torch.no_grad()
-def answer(engine: Any, tokenizer: Any, question: str, device: torch.device, max_new_tokens: int = 48) -> str:
-    """Greedy answer to one question. Collective at stage 3, where every rank must take part in every forward."""
+def answers(
+    engine: Any, tokenizer: Any, questions: Sequence[Exchange], device: torch.device, max_new_tokens: int
+) -> list[str]:
+    """Greedy answers, in the order of the questions. Collective: each rank answers its share, all at once."""
+    rank, world = dist.get_rank(), dist.get_world_size()
     partitioned = any(is_partitioned(param) for param in engine.module.parameters())
-    if not partitioned and dist.get_rank() != 0:
-        return ""
-    prompt = {key: tensor.to(device) for key, tensor in build_prompt(tokenizer, question).items()}
-    engine.module.eval()
-    use_cache = getattr(engine.module.config, "use_cache", True)  # off with activation checkpointing
-    output = engine.module.generate(
+    own = list(questions[rank::world])
+    if partitioned and not own:
+        own = [questions[0]]  # every rank must take part in every forward
+    shares: list[Any] = [None] * world
+    dist.all_gather_object(shares, _generate(engine.module, tokenizer, own, device, max_new_tokens, partitioned))
+    return [shares[index % world][index // world] for index in range(len(questions))]
+
+
+def _generate(
+    module: Any, tokenizer: Any, questions: list[Exchange], device: torch.device, max_new_tokens: int, partitioned: bool
+) -> list[str]:
+    if not questions:
+        return []
+    prompt = build_prompt(tokenizer, [one.messages for one in questions])
+    prompt = {key: tensor.to(device) for key, tensor in prompt.items()}
+    module.eval()
+    use_cache = getattr(module.config, "use_cache", True)  # off with activation checkpointing
+    output = module.generate(
         **prompt, max_new_tokens=max_new_tokens, do_sample=False, synced_gpus=partitioned,
         pad_token_id=tokenizer.pad_token_id, use_cache=use_cache,
     )  # fmt: skip
-    engine.module.train()
-    return tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    module.train()
+    replies = tokenizer.batch_decode(output[:, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [reply.strip() for reply in replies]
+
+
+def same_answer(reply: str, answer: str) -> bool:
+    """Whether two answers have the same words, whatever their case and punctuation."""
+    return _words(reply) == _words(answer)
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[^\W_]+", text.lower())
 
 
 def save_model(engine: Any, tokenizer: Any, folder: Path) -> None:

@@ -219,7 +219,7 @@ def test_run_shows_plan_memory_answers_steps_and_where_the_model_is(by_deepspeed
         r"^model model, data data\.jsonl: 46 rows to train on, 2 held out; 8 steps$",
         r"^ +6 blocks, cycle 0 *$",
         *(rf"^ +{index} │ +{index} │ model\.layers\.{index - 1} +│" for index in (1, 2, 3, 4)),
-        r"^largest block: model\.layers\.0, ",
+        r"^[\d,]+ parameters, largest block: model\.layers\.0$",
         r"^ +Peak memory of a rank, MiB: forecast for a card *$",
         r"^host: masters and moments │",
         r"^before training: held-out loss \d\.\d{3}$",

@@ -155,6 +155,8 @@ def test_numbers_of_the_sample_data_are_those_of_the_files():
     train, held_out = (len(text_of(data / f"hift_faq_{part}.jsonl").splitlines()) for part in ("train", "eval"))
     sentence = f"{train} questions and answers about this tool (and {held_out} held out)"
     assert sentence in text_of(ROOT / "docs/running.md")
+    train, held_out = (len(text_of(data / f"hift_facts_{part}.jsonl").splitlines()) for part in ("train", "eval"))
+    assert f"{train} questions with short answers (and {held_out} held out)" in text_of(ROOT / "docs/running.md")
 
 
 def test_hooks_are_local_and_those_of_the_environment():

@@ -1,6 +1,7 @@
 """Text data by name: what the rows hold, how they are split, cut, packed and padded, and what bad input says."""
 
 import json
+import re
 import warnings
 from pathlib import Path
 
@@ -73,12 +74,24 @@ def test_chat_loss_covers_the_answer_and_its_end_and_nothing_else(tokenizer, tmp
 def test_generation_prompt_is_the_start_of_the_training_row(tokenizer, tmp_path):
     name = write_jsonl(tmp_path / "x.jsonl", [{"question": "2+2?", "answer": "four"}])
     row = load_text_dataset(name, tokenizer, seq_len=64, eval_fraction=0).train[0]
-    prompt = build_prompt(tokenizer, "2+2?")
+    prompt = build_prompt(tokenizer, [[{"role": "user", "content": "2+2?"}]])
     length = prompt["input_ids"].shape[1]
     assert prompt["attention_mask"].shape == (1, length)
     assert torch.equal(prompt["input_ids"][0], row["input_ids"][:length])
     assert row["labels"][length - 1] == IGNORED
     assert row["labels"][length] != IGNORED
+
+
+def test_prompts_of_unlike_lengths_end_together_and_keep_their_system_message(tokenizer, tmp_path):
+    rows = [{"system": "s", "question": "why?", "answer": "a"}, {"question": "q", "answer": "b"}]
+    train = write_jsonl(tmp_path / "x_train.jsonl", rows)
+    write_jsonl(tmp_path / "x_test.jsonl", rows)
+    held_out = load_text_dataset(str(Path(train).parent), tokenizer, seq_len=64).held_out
+    prompt = build_prompt(tokenizer, [one.messages for one in held_out])
+    first, second = (tokenizer.decode(ids[mask.bool()]) for ids, mask in zip(*prompt.values(), strict=True))
+    assert first == "<|system|>s<eos>\n<|user|>why?<eos>\n<|assistant|>"
+    assert second == "<|user|>q<eos>\n<|assistant|>"
+    assert bool(prompt["attention_mask"][:, -1].all()) and not prompt["attention_mask"][1, 0]
 
 
 def test_every_answer_of_a_conversation_is_learned(tokenizer, tmp_path):
@@ -183,7 +196,7 @@ def test_folder_with_rows_ignores_its_readme_and_holds_the_test_file_out(tokeniz
     data = load_text_dataset(str(tmp_path), tokenizer, seq_len=64)
     assert len(data.train) == 3
     assert decoded(tokenizer, data.eval) == ["<|user|>held<eos>\n<|assistant|>out<eos>\n"]
-    assert (data.held_out_question, data.held_out_answer) == ("held", "out")
+    assert [(one.question, one.answer) for one in data.held_out] == [("held", "out")]
 
 
 def test_rows_with_empty_text_or_answer_are_left_out(tokenizer, tmp_path):
@@ -225,7 +238,25 @@ def test_hift_faq_brings_its_own_held_out_paraphrases(tokenizer):
     assert data.kind == "chat"
     assert (len(data.train), len(data.eval)) == (len(train), len(held_out))
     assert len(train) >= 150
-    assert (data.held_out_question, data.held_out_answer) == (held_out[0]["question"], held_out[0]["answer"])
+    assert [(one.question, one.answer) for one in data.held_out] == [(r["question"], r["answer"]) for r in held_out]
+
+
+def test_hift_facts_holds_out_wordings_of_every_fact_and_no_training_row():
+    folder = Path(sources.__file__).parent / "data"
+    train, held_out = (
+        [json.loads(line) for line in (folder / f"hift_facts_{part}.jsonl").read_text(encoding="utf-8").splitlines()]
+        for part in ("train", "eval")
+    )
+    answers = {row["fact"]: row["answer"] for row in train}
+    assert len(set(answers.values())) == len(answers) >= 12
+    assert all(answers[row["fact"]] == row["answer"] for row in train + held_out)
+    assert {row["fact"] for row in held_out} == set(answers)
+    asked = [set(re.findall(r"\w+", row["question"].lower())) for row in train]
+    for row in held_out:
+        words = set(re.findall(r"\w+", row["question"].lower()))
+        assert max(len(words & other) / len(words | other) for other in asked) < 0.65, row["question"]
+    examples, rest = sources.read_examples("hift-facts")
+    assert (len(examples), len(rest)) == (len(train), len(held_out))
 
 
 # lengths: cutting, packing, padding
@@ -341,7 +372,7 @@ def test_bad_file_says_where_and_what(tokenizer, tmp_path, file, content, messag
 def test_missing_file_is_said_without_asking_the_hub(tokenizer, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sources, "_read_hub", lambda name: pytest.fail("asked the hub"))
-    with pytest.raises(FileNotFoundError, match=r"no such file or folder; name one, .*the sample hift-faq"):
+    with pytest.raises(FileNotFoundError, match=r"no such file or folder; name one, .*\(hift-faq or hift-facts\)"):
         load_text_dataset(name, tokenizer, seq_len=64)
 
 

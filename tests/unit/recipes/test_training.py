@@ -8,7 +8,7 @@ import torch
 from hift_testing.tiny_models import tiny_model
 
 from hift_ds.recipes import training
-from hift_ds.recipes.datasets import IGNORED, TextData, TokenRows
+from hift_ds.recipes.datasets import IGNORED, Exchange, TextData, TokenRows
 from hift_ds.recipes.results import provenance
 
 CPU = torch.device("cpu")
@@ -36,7 +36,7 @@ def data_of(num_train: int, num_eval: int = 0) -> TextData:
                   enumerate(tokens)]  # fmt: skip
         return TokenRows(list(zip(tokens, labels, strict=True)))
 
-    return TextData("numbers", "text", rows(num_train), rows(num_eval), 99, None, None)
+    return TextData("numbers", "text", rows(num_train), rows(num_eval), 99)
 
 
 def rows_in(batch: dict[str, torch.Tensor]) -> list[int]:
@@ -150,13 +150,33 @@ def test_held_out_loss_is_the_mean_per_token_however_the_rows_are_shared(as_rank
     assert len(set(forwards)) == 1  # at stage 3 a rank with one forward less would leave the others waiting
 
 
-# answer and save_model
+# answers and save_model
 
 
-def test_only_rank_0_generates_below_stage_3(as_rank):
-    as_rank(1, 2)
-    engine = SimpleNamespace(module=tiny_model("llama"))  # no tokenizer: generating would fail
-    assert training.answer(engine, None, "why?", CPU) == ""
+@pytest.mark.parametrize(("world", "count"), [(1, 3), (2, 5), (4, 2)])
+def test_ranks_share_the_questions_and_every_rank_gets_all_answers_in_order(as_rank, monkeypatch, world, count):
+    engine = SimpleNamespace(module=tiny_model("llama"))
+    questions = [Exchange([{"role": "user", "content": f"q{i}"}], "") for i in range(count)]
+    generated = lambda module, tokenizer, asked, *_: [f"a{one.question[1:]}" for one in asked]  # noqa: E731
+    monkeypatch.setattr(training, "_generate", generated)
+    shares = [[f"a{i}" for i in range(rank, count, world)] for rank in range(world)]
+
+    def all_gather_object(found: list, own: list) -> None:
+        assert own == shares[training.dist.get_rank()]
+        found[:] = shares
+
+    for rank in range(world):
+        as_rank(rank, world)
+        training.dist.all_gather_object = all_gather_object
+        assert training.answers(engine, None, questions, CPU, 8) == [f"a{i}" for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("reply", "same"),
+    [("One block.", True), ("one  block", True), ("One-block!", True), ("Two blocks.", False), ("One block. 1", False)],
+)
+def test_answers_are_compared_by_their_words_alone(reply, same):
+    assert training.same_answer(reply, "One block.") is same
 
 
 @pytest.mark.parametrize("family", ["llama", "llama_tied", "gpt2"])
