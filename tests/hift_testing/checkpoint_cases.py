@@ -340,7 +340,7 @@ def after_a_step_that_failed(folder: str, stage: int) -> dict[str, Any]:
     facts["kept"] = (root / "start" / "hift.json").read_text() == before
     fresh = _everything(engine_of(ds_config(stage, "fp32", hift), Reentrant(head=False)))
     step()
-    with Warnings("hift_ds.zero.optimizer") as messages:
+    with Warnings("hift_ds.zero") as messages:
         engine.load_checkpoint(root, tag="start")
     facts["differs"] = changed(fresh, _everything(engine))
     facts["warnings"] = list(messages)

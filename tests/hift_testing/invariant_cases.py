@@ -381,7 +381,7 @@ def poisoned_run(
     """One non-finite gradient element, on the last rank, at step `poisoned` (counted in engine.step() calls)."""
     engine = engine_of(ds_config(stage, dtype, hift or {}))
     found: dict[str, Any] = {"changed": [], "blocks": [], "applied": []}
-    with Warnings("hift_ds.zero.optimizer") as found["warnings"]:
+    with Warnings("hift_ds.zero") as found["warnings"]:
         _poisoned_steps(engine, found, value, steps, poisoned)
     found.update(skipped=engine.skipped_steps, digest=digest_of(weights_by_block(engine)))
     found["counts"] = [state.step for state in engine.optimizer.states]

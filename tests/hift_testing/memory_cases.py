@@ -325,7 +325,7 @@ def host_training(
         weights.append(torch.cat([weight.float().flatten() for weight in whole_weights(engine).values()]))
         slots = [tensor for block in engine.optimizer.states for tensor in block.slots.values()]
         digests.append(digest_of(weights_by_block(engine)) + digest(slots))
-        facts["kinds"].append(type(engine.optimizer.host_update).__name__)
+        facts["kinds"].append(type(engine.optimizer._step.host_update).__name__)
         facts["host"].append(engine.hift.host_bytes)
     return {
         **facts, "same": digests[0] == digests[1], "difference": (weights[0] - weights[1]).abs().max().item(),
