@@ -19,7 +19,7 @@ demo-results: demo
 test: lint
 	$(RUN) python -m pytest -q -n 2 --dist loadfile
 
-# Against DeepSpeed's own optimizers, each of which compiles a C++ op at the first run
+# Long proofs, and DeepSpeed's own optimizers, each of which compiles a C++ op at the first run
 slow: $(READY)
 	$(RUN) python -m pytest -q -m slow
 
@@ -34,7 +34,8 @@ GPU = PYTHONPATH="$(CURDIR):$(CURDIR)/kernels:$(CURDIR)/tests$${PYTHONPATH:+:$$P
 gpu: gpu-kernels gpu-streaming gpu-training gpu-peers gpu-forecast gpu-benchmarks
 
 gpu-kernels:
-	$(GPU) -n $(GPU_WORKERS) tests/fused --ignore tests/fused/test_ahead_of_time.py --ignore tests/fused/test_benchmarks.py
+	$(GPU) -n $(GPU_WORKERS) -m "slow or not slow" tests/fused \
+		--ignore tests/fused/test_ahead_of_time.py --ignore tests/fused/test_benchmarks.py
 
 gpu-streaming:
 	$(GPU) tests/gpu/test_streaming.py

@@ -98,7 +98,7 @@ class Adam(Rule):
         )  # fmt: skip
         moments = state["exp_avg"], state["exp_avg_sq"]
         if moments[0].dtype == torch.uint8:
-            from hift_kernels.adamw_int8 import adamw_int8_step
+            from hift_kernels.int8 import adamw_int8_step
 
             adamw_int8_step(
                 grad, weights, *moments, state["exp_avg_scale"], state["exp_avg_sq_scale"], scalars, **hyper

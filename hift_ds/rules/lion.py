@@ -71,7 +71,7 @@ class Lion(Rule):
         beta1, beta2 = (float(beta) for beta in self.read(group, "betas"))
         hyper: dict[str, Any] = dict(beta1=beta1, beta2=beta2, seed=seed)
         if state["exp_avg"].dtype == torch.uint8:
-            from hift_kernels.lion_int8 import lion_int8_step
+            from hift_kernels.int8 import lion_int8_step
 
             lion_int8_step(grad, weights, state["exp_avg"], state["exp_avg_scale"], scalars, **hyper)
         else:

@@ -86,7 +86,7 @@ class SGD(Rule):
             seed=seed,
         )  # fmt: skip
         if buffer is not None and buffer.dtype == torch.uint8:
-            from hift_kernels.sgd_int8 import sgd_int8_step
+            from hift_kernels.int8 import sgd_int8_step
 
             sgd_int8_step(grad, weights, buffer, state["momentum_buffer_scale"], scalars, **hyper)
         else:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from harness import Contestant, arguments, benchmark, chain, new_gradient, one_moment
+from harness import Contestant, arguments, benchmark, chain, fused, new_gradient
 
 
 def contestants(numel: int, device: torch.device) -> list[Contestant]:
@@ -24,7 +24,7 @@ def contestants(numel: int, device: torch.device) -> list[Contestant]:
 
     grad = new_gradient(numel, device)
     step = partial(adagrad_step, eps=1e-10, weight_decay=0.01)
-    return [*one_moment(step, numel, device, grad), chain("torch Adagrad", 22, with_torch, grad)]
+    return [*fused(step, grad), chain("torch Adagrad", 22, with_torch, grad)]
 
 
 if __name__ == "__main__":

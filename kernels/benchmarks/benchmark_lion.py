@@ -10,14 +10,14 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from harness import Contestant, arguments, benchmark, new_gradient, one_moment
+from harness import Contestant, arguments, benchmark, fused, new_gradient
 
 
 def contestants(numel: int, device: torch.device) -> list[Contestant]:
     """The kernel with fp32 masters and with 16-bit remainders."""
     from hift_kernels.lion import lion_step
 
-    return one_moment(partial(lion_step, beta1=0.9, beta2=0.99), numel, device, new_gradient(numel, device))
+    return fused(partial(lion_step, beta1=0.9, beta2=0.99), new_gradient(numel, device))
 
 
 if __name__ == "__main__":

@@ -86,26 +86,26 @@ def new_gradient(numel: int, device: torch.device) -> torch.Tensor:
     return torch.randn(numel, device=device).to(torch.bfloat16)
 
 
-def one_moment(
-    step: Callable[..., None], numel: int, device: torch.device, grad: torch.Tensor, group: int = 0
-) -> list[Contestant]:
-    """A kernel of one moment, with fp32 masters and with 16-bit remainders.
+def fused(step: Callable[..., None], grad: torch.Tensor, *, moments: int = 1, group: int = 0) -> list[Contestant]:
+    """An elementwise kernel, with fp32 masters and with 16-bit remainders.
 
     Args:
-        step: Called with gradient, weights, moment (8-bit codes and scales where there is a `group`) and scalars.
-        group: Elements that share a scale; 0 = an fp32 moment.
+        step: Called with gradient, weights, moments (8-bit codes and scales where there is a `group`) and scalars.
+        group: Elements that share a scale; 0 = fp32 moments.
     """
+    numel, device = grad.numel(), grad.device
 
     def contestant(form: str) -> Contestant:
         def make() -> Callable[[], None]:
             weights, scalars = new_weights(numel, device, form), prepared_scalars(device)
-            moment = [torch.zeros(numel, dtype=torch.uint8 if group else torch.float32, device=device)]
+            dtype = torch.uint8 if group else torch.float32
+            state = [torch.zeros(numel, dtype=dtype, device=device) for _ in range(moments)]
             if group:
-                moment.append(torch.zeros(-(-numel // group), device=device))
-            return lambda: step(grad, weights, *moment, scalars)
+                state += [torch.zeros(-(-numel // group), device=device) for _ in range(moments)]
+            return lambda: step(grad, weights, *state, scalars)
 
-        moment_bytes = 2 + 8 / group if group else 8
-        name = f"hift_kernels {form} master{', int8 moment' if group else ''}"
+        moment_bytes = moments * (2 + 8 / group if group else 8)
+        name = f"hift_kernels {form} master{', int8' if group else ''}"
         return Contestant(name, 2 + moment_bytes + (10 if form == "fp32" else 8), make)
 
     return [contestant(form) for form in ("fp32", "split16")]

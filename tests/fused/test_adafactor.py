@@ -178,13 +178,16 @@ def test_updates_follow_the_eager_rule_however_a_parameter_is_cut(shapes, ranks,
     assert_near_float64(*train(shapes, 2, dtype, divisor=4.0, ranks=ranks, tiles=tiles))
 
 
-def test_100_steps_are_as_near_to_float64_as_the_eager_rule():
-    assert_near_float64(*train(((3, 17, 21),), 100))
-
-
-@pytest.mark.slow
-def test_100_steps_of_several_parameters_on_two_ranks():
-    assert_near_float64(*train(((33,), (17, 31), (3, 17, 21), (1, 65)), 100, ranks=2))
+@pytest.mark.parametrize(
+    ("shapes", "num_steps"),
+    [
+        (((3, 17, 21),), 20),
+        pytest.param(((33,), (17, 31), (3, 17, 21), (1, 65)), 100, marks=pytest.mark.slow),
+    ],
+    ids=["one", "several"],
+)
+def test_many_steps_on_two_ranks_are_as_near_to_float64_as_the_eager_rule(shapes, num_steps):
+    assert_near_float64(*train(shapes, num_steps, ranks=2))
 
 
 @pytest.fixture

@@ -1,4 +1,7 @@
-"""What the compiler makes of the kernels for sm_80, 86, 89 and 90, on a machine without a GPU."""
+"""What the compiler makes of the kernels for sm_80, 86, 89 and 90, on a machine without a GPU.
+
+By default each kernel in each form for sm_86; the slow run compiles all cases and reads the machine code.
+"""
 
 import json
 import os
@@ -25,20 +28,22 @@ STREAMS = {
     "adafactor-fp32-1d": (2, 1, 1, 1), "adafactor-split16": (1, 0, 3, 2), "adafactor-none": (1, 0, 2, 1),
     "variance": (1, 1, 1, 0),
 }  # fmt: skip
+UNEVEN = ("adafactor-ones", "adamw-fp32-odd_length")  # lengths that 16 does not divide
 
 
-@pytest.fixture(scope="module")
-def compiled():
+@pytest.fixture(scope="module", params=["sm_86", pytest.param("all", marks=pytest.mark.slow)])
+def compiled(request):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "kernels"), str(ROOT / "tests")])
-    command = [sys.executable, "-m", "hift_testing.ahead_of_time"]
+    command = [sys.executable, "-m", "hift_testing.ahead_of_time", request.param]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    found = json.loads(done.stdout)
+    assert len(found) > {"sm_86": 40, "all": 80}[request.param]
+    return found
 
 
 def test_no_kernel_spills_or_uses_local_memory(compiled):
-    assert len(compiled) > 40
     for name, facts in compiled.items():
         assert (facts["stack"], facts["local"], facts["spills"]) == (0, 0, 0), name
 
@@ -56,17 +61,16 @@ def test_elementwise_kernels_use_at_most_56_registers_and_no_shared_memory(compi
 def test_reductions_use_at_most_64_registers(compiled):
     """Of 256 threads (128 in `squares`): 4 (8) tiles, 32 warps of an sm_86; 8 (16) elements a thread."""
     found = [facts["registers"] for name, facts in compiled.items() if name.startswith(REDUCTIONS)]
-    assert len(found) >= 25 and max(found) <= 64
+    assert len(found) >= 7 and max(found) <= 64
 
 
 def test_every_stream_is_as_wide_as_it_can_be(compiled):
-    for name, (loads, stores, narrow_loads, narrow_stores) in STREAMS.items():
-        variants = [facts for key, facts in compiled.items() if key.startswith(f"{name}@")]
-        assert variants, name
-        for facts in variants:
+    for key, facts in compiled.items():
+        name = key.split("@")[0]
+        if name.startswith(ELEMENTWISE) and name not in UNEVEN:
+            loads, stores, narrow_loads, narrow_stores = STREAMS[name]
             assert facts["loads"] == {"64": narrow_loads, "128": loads}, (name, facts)
             assert facts["stores"] == {"64": narrow_stores, "128": stores}, (name, facts)
-    for key, facts in compiled.items():
         if key.startswith(REDUCTIONS) and not key.startswith(("squares-small", "squares-one")):
             assert facts["loads"]["128"], key
 

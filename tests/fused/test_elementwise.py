@@ -10,7 +10,7 @@ from hift_kernels.lion import lion_step
 from hift_kernels.rounding import mixed_seed
 from hift_kernels.sgd import sgd_step
 from hift_testing import fused_oracle
-from hift_testing.fused_cases import HYPER, MOMENTS, SIZES, Shard, as_numpy, awkward_gradient, gradient
+from hift_testing.fused_cases import HYPER, MOMENTS, SIZES, Shard, as_numpy, awkward_gradient, gradient, torch_run
 
 STEPS = {"adamw": adamw_step, "sgd": sgd_step, "lion": lion_step, "adagrad": adagrad_step}
 RULES = list(STEPS)
@@ -123,35 +123,22 @@ def test_split16_is_an_fp32_master_bit_by_bit(rule):
     assert (full.weight.tensor != split.weight.tensor).float().mean() < 1e-3
 
 
-def torch_run(rule: str, start: torch.Tensor, grads: list[torch.Tensor], lr: float, dtype: torch.dtype) -> torch.Tensor:
-    """Masters by torch.optim in `dtype`."""
-    hyper = dict(HYPER[rule])
-    if rule == "adamw":
-        hyper["betas"] = (hyper.pop("beta1"), hyper.pop("beta2"))
-    param = torch.nn.Parameter(start.to(dtype, copy=True))
-    classes = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad}
-    optimizer = classes[rule]([param], lr=lr, foreach=False, **hyper)
-    for grad in grads:
-        param.grad = grad.to(dtype)
-        optimizer.step()
-    return param.detach()
-
-
 def relative_error(master: torch.Tensor, exact: torch.Tensor, start: torch.Tensor) -> float:
     """Norm of the error over the norm of the movement."""
     return ((master.double() - exact).norm() / (exact - start.double()).norm()).item()
 
 
+@pytest.mark.parametrize("num_steps", [50, pytest.param(200, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("rule_form", ["adamw-fp32", "adamw-split16", "sgd-fp32", "adagrad-fp32"])
-def test_200_steps_with_exact_masters_are_as_near_to_float64_as_torch_s_fp32(rule_form):
+def test_steps_with_exact_masters_are_as_near_to_float64_as_torch_s_fp32(rule_form, num_steps):
     rule, form = rule_form.split("-")
     numel, lr = 2048, 3e-3
-    grads = [gradient(numel, step) for step in range(200)]
+    grads = [gradient(numel, step) for step in range(num_steps)]
     shard = Shard(form, numel, MOMENTS[rule])
     for grad in grads:
         shard.step(STEPS[rule], grad, HYPER[rule], lr=lr, quick=True)
-    exact = torch_run(rule, shard.start, grads, lr, torch.float64)
-    theirs = relative_error(torch_run(rule, shard.start, grads, lr, torch.float32), exact, shard.start)
+    exact = torch_run(rule, shard.start, grads, lr, torch.float64, **HYPER[rule])
+    theirs = relative_error(torch_run(rule, shard.start, grads, lr, torch.float32, **HYPER[rule]), exact, shard.start)
     assert relative_error(shard.master_fp32(), exact, shard.start) < 1.05 * theirs + 1e-7
 
 
@@ -167,7 +154,7 @@ def test_200_steps_without_fp32_masters_stay_within_the_noise_of_their_rounding(
     shard = Shard("none", numel, MOMENTS[rule])
     for step, grad in enumerate(grads):
         shard.step(STEPS[rule], grad, HYPER[rule], lr=lr, seed=mixed_seed(42, step), quick=True)
-    exact = torch_run(rule, shard.start, grads, lr, torch.float64)
+    exact = torch_run(rule, shard.start, grads, lr, torch.float64, **HYPER[rule])
     errors = shard.master_fp32().double() - exact
     assert relative_error(shard.master_fp32(), exact, shard.start) < LOSSY[rule]
     assert errors.mean().abs() < 4 * errors.std() / numel**0.5, "biased"
@@ -177,24 +164,26 @@ def test_200_steps_without_fp32_masters_stay_within_the_noise_of_their_rounding(
 def test_bf16_moments_follow_fp32_ones_without_bias(rule):
     numel = 4096
     shards = [Shard("fp32", numel, MOMENTS[rule], moment_dtype=dtype) for dtype in ("fp32", "bf16")]
-    for step in range(120):
-        grad = gradient(numel, step, decades=1.0) * (1.0 if step < 20 else 0.1)
+    for step in range(40):
+        grad = gradient(numel, step, decades=1.0) * (1.0 if step < 7 else 0.1)
         for shard in shards:
             shard.step(STEPS[rule], grad, HYPER[rule], lr=1e-3, seed=mixed_seed(7, step), quick=True)
     for name in MOMENTS[rule]:
         exact, rounded = (shard.moments[name].tensor.double().cpu() for shard in shards)
-        # A stochastic rounding is off by half a spacing of 2^-8 to 2^-7, 100 and more of them by about 0.025.
-        assert (rounded - exact).norm() < 0.04 * exact.norm(), name
-        assert abs(rounded.sum() / exact.sum() - 1) < 3e-3 or name in ("exp_avg", "momentum_buffer")
+        # Over 16 draws 0.012 +- 0.0005 (exp_avg_sq) and 0.006, and of the sum 0 +- 0.0003. To nearest the sum is 0.0086
+        # off, with a sixteenth less of the random bits 0.0042.
+        assert (rounded - exact).norm() < 0.016 * exact.norm(), name
+        assert abs(rounded.sum() / exact.sum() - 1) < 1.5e-3 or name in ("exp_avg", "momentum_buffer")
 
 
 def test_a_bf16_second_moment_decays():
     """To nearest it would not: at beta2 = 0.999 a step is less than half a spacing, and it would stay at 1.0."""
     shard = Shard("fp32", 4096, MOMENTS["adamw"], moment_dtype="bf16")
     shard.moments["exp_avg_sq"].tensor.fill_(1.0)
-    for step in range(200):
+    for step in range(50):
         shard.step(adamw_step, torch.zeros(4096), HYPER["adamw"], lr=1e-3, seed=mixed_seed(1, step), quick=True)
-    assert abs(shard.moments["exp_avg_sq"].tensor.double().mean() - 0.999**200) < 2e-3
+    # 50 roundings of up to half a spacing of 2^-8, a mean of 4096: a standard deviation of 2e-4; what is lost is 0.05
+    assert abs(shard.moments["exp_avg_sq"].tensor.double().mean() - 0.999**50) < 1e-3
 
 
 def test_what_does_not_fit_is_refused():

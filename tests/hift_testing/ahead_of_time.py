@@ -1,6 +1,8 @@
 """Compiles the fused kernels for GPUs that are not there and reads what the compiler made of them.
 
-Run as a program, without TRITON_INTERPRET (an interpreting process cannot compile): prints JSON, one entry per case.
+Run as a program, without TRITON_INTERPRET (an interpreting process cannot compile): prints JSON, one entry per case and
+architecture. Without arguments the first case of each kernel and form for one architecture, its accesses read off PTX;
+with `all` everything, and read off the machine code, which takes longer than to compile.
 """
 
 from __future__ import annotations
@@ -10,15 +12,15 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 ARCHITECTURES = (80, 86, 89, 90)
+WIDTHS = (64, 128)
 POINTERS = {
     "exp_avg_ptr": "fp32", "exp_avg_sq_ptr": "fp32", "momentum_ptr": "fp32", "sum_ptr": "fp32", "scalars_ptr": "fp32",
     "partial_ptr": "fp64", "result_ptr": "fp64", "square_ptr": "fp64", "divisor_ptr": "fp64",
-    "exp_avg_scale_ptr": "fp32", "exp_avg_sq_scale_ptr": "fp32", "momentum_scale_ptr": "fp32",
+    "code1_ptr": "u8", "code2_ptr": "u8", "scale1_ptr": "fp32", "scale2_ptr": "fp32",
     "row_ptr": "fp32", "col_ptr": "fp32", "mean_ptr": "fp32", "variance_ptr": "fp32", "coefficient_ptr": "fp32",
     "row_partial_ptr": "fp64", "col_partial_ptr": "fp64",
 }  # fmt: skip
@@ -60,22 +62,28 @@ def cases() -> dict[str, tuple[str, str, dict[str, Any], dict[str, str], tuple[i
     found["adamw-split16-bf16_moments"] = (
         "adamw", "_adamw_kernel", {"DECOUPLED": True, "MASTER": 2}, pointers, ARCHITECTURES,
     )  # fmt: skip
-    pointers = {"grad_ptr": "bf16", "weight_ptr": "bf16", "master_ptr": "fp32"}
-    pointers |= {"exp_avg_ptr": "u8", "exp_avg_sq_ptr": "u8"}
-    found["adamw_int8-fp32"] = (
-        "adamw_int8", "_adamw_int8_kernel", {"DECOUPLED": True, "MASTER": 1}, pointers, ARCHITECTURES,
-    )  # fmt: skip
-    for form, (master, weight, second) in FORMS.items():
-        pointers = {"grad_ptr": "bf16", "weight_ptr": weight, "master_ptr": second}
-        constants = {"NESTEROV": True, "MASTER": master}
-        moments = {"exp_avg_ptr": "u8", "momentum_ptr": "u8"}
-        for rule in ("sgd_int8", "lion_int8"):
-            found[f"{rule}-{form}"] = (rule, f"_{rule}_kernel", constants, pointers | moments, (86,))
+    found |= _int8_cases()
     for grad in ("bf16", "fp32"):
         found[f"sum_of_squares-{grad}"] = ("grad_norm", "_sum_of_squares_kernel", {}, {"grad_ptr": grad}, ARCHITECTURES)
     found |= _adafactor_cases()
     found["finish"] = ("grad_norm", "_finish_kernel", {"ACCUMULATE": True}, {}, (86,))
     found["prepare"] = ("grad_norm", "_prepare_kernel", {"CLIP": True, "CORRECT": True}, {}, ARCHITECTURES)
+    return found
+
+
+def _int8_cases() -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    rules = {
+        "adamw": (0, ("beta1", "beta2")),
+        "lion": (1, ("code2_ptr", "scale2_ptr", "eps", "weight_decay")),
+        "sgd": (2, ("code2_ptr", "scale2_ptr", "beta2", "one_minus_beta2", "eps")),
+    }
+    for rule, (number, without) in rules.items():
+        for form, (master, weight, second) in FORMS.items():
+            pointers = {"grad_ptr": "bf16", "weight_ptr": weight, "master_ptr": second}
+            constants = {"RULE": number, "OPTION": True, "MASTER": master, **dict.fromkeys(without)}
+            archs = ARCHITECTURES if (rule, form) == ("adamw", "fp32") else (86,)
+            found[f"{rule}_int8-{form}"] = ("int8", "_int8_kernel", constants, pointers, archs)
     return found
 
 
@@ -131,7 +139,7 @@ def compiled(module_name: str, kernel_name: str, constexprs: dict, pointers: dic
     for index, name in enumerate(kernel.arg_names):
         if name.isupper():
             signature[name], values[name] = "constexpr", {**defaults, **constexprs}[name]
-        elif name in constexprs:  # an integer that is 1: the JIT makes it a constant
+        elif name in constexprs:  # an integer that is 1, or None: the JIT makes it a constant
             signature[name], values[name] = "constexpr", constexprs[name]
         elif name.endswith("_ptr"):
             signature[name] = "*" + known[name]
@@ -147,48 +155,70 @@ def compiled(module_name: str, kernel_name: str, constexprs: dict, pointers: dic
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-def facts(kernel: Any) -> dict[str, Any]:
-    """Registers, memory and instructions of a compiled kernel."""
+def facts(kernel: Any, machine_code: bool) -> dict[str, Any]:
+    """Registers and memory of a compiled kernel, and the accesses to global memory by their width in bits."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(kernel.asm["cubin"])
-        command = [tool, "-sass", "-res-usage", cubin]
+        command = [tool, "-res-usage", *(["-sass"] if machine_code else []), cubin]
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
-        sass = usage = done.stdout + done.stderr
-    numbers = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
-    names = re.findall(r"^\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]+)", sass, re.M)
-    counts = Counter(names)
-
-    def wide(instruction: str) -> dict[int, int]:
-        chosen = {name: n for name, n in counts.items() if name.startswith(instruction)}
-        return {width: sum(n for name, n in chosen.items() if f".{width}" in name) for width in (64, 128)}
-
+        told = done.stdout + done.stderr
+    numbers = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", told).groups()
+    ptx = kernel.asm["ptx"]
     return {
-        **dict(zip(("registers", "stack", "shared", "local"), map(int, numbers.groups()), strict=True)),
+        **dict(zip(("registers", "stack", "shared", "local"), map(int, numbers), strict=True)),
         "shared": kernel.metadata.shared,
-        "spills": sum(n for name, n in counts.items() if name.startswith(("LDL", "STL"))),
-        "barriers": sum(n for name, n in counts.items() if name.startswith("BAR")),
-        "loads": wide("LDG"),
-        "stores": wide("STG"),
-        "instructions": sum(n for name, n in counts.items() if name != "NOP"),
-        "fused_multiply_add": bool(re.search(r"\bfma\.rn\.f32", kernel.asm["ptx"])),
-        "exact_division": "div.rn.f32" in kernel.asm["ptx"],
-        "exact_root": "sqrt.rn.f32" in kernel.asm["ptx"],
+        **(_of_machine_code(told) if machine_code else _of_ptx(ptx)),
+        "fused_multiply_add": bool(re.search(r"\bfma\.rn\.f32", ptx)),
+        "exact_division": "div.rn.f32" in ptx,
+        "exact_root": "sqrt.rn.f32" in ptx,
     }
 
 
-def main() -> None:
-    result = {}
+def _of_machine_code(sass: str) -> dict[str, Any]:
+    names = re.findall(r"^\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]+)", sass, re.M)
+
+    def wide(instruction: str) -> dict[int, int]:
+        chosen = [name for name in names if name.startswith(instruction)]
+        return {width: sum(f".{width}" in name for name in chosen) for width in WIDTHS}
+
+    return {
+        "spills": sum(name.startswith(("LDL", "STL")) for name in names),
+        "barriers": sum(name.startswith("BAR") for name in names),
+        "loads": wide("LDG"),
+        "stores": wide("STG"),
+    }
+
+
+def _of_ptx(ptx: str) -> dict[str, Any]:
+    """What the assembler spills is not in it, but in the bytes of stack and local memory."""
+
+    def wide(instruction: str) -> dict[int, int]:
+        found = re.findall(rf"\b{instruction}\.global\S*?(?:\.v(\d))?\.b(\d+)\s", ptx)
+        bits = [int(number or 1) * int(width) for number, width in found]
+        return {width: bits.count(width) for width in WIDTHS}
+
+    barriers = len(re.findall(r"\bbar(?:rier)?\.", ptx))
+    return {"spills": 0, "barriers": barriers, "loads": wide("ld"), "stores": wide("st")}
+
+
+def main(everything: bool) -> None:
+    result, seen = {}, set()
     for name, (module, kernel, constexprs, pointers, archs) in cases().items():
-        for arch in archs:
-            result[f"{name}@{arch}"] = facts(compiled(module, kernel, constexprs, pointers, arch, True))
+        form = kernel, constexprs.get("RULE"), constexprs.get("MASTER")
+        if everything or form not in seen:
+            for arch in archs if everything else (86,):
+                built = compiled(module, kernel, constexprs, pointers, arch, True)
+                result[f"{name}@{arch}"] = facts(built, everything)
+        seen.add(form)
     module, kernel, constexprs, pointers, _ = cases()["adamw-fp32"]
-    result["adamw-fp32-odd_length@86"] = facts(compiled(module, kernel, constexprs, pointers, 86, False))
+    built = compiled(module, kernel, constexprs, pointers, 86, False)
+    result["adamw-fp32-odd_length@86"] = facts(built, everything)
     json.dump(result, sys.stdout)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:] == ["all"])

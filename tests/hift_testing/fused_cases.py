@@ -6,14 +6,16 @@ They are on the CPU (interpreted), or where HIFT_TEST_DEVICE says: `make gpu` ru
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 import torch
 from hift_kernels.grad_norm import STEP, prepare
 from hift_kernels.launching import NUM_SCALARS, Weights
+from hift_kernels.quantize import GROUP
 from hift_testing import fused_oracle
+from hift_testing.reference import LionByHand
 
 DEVICE = torch.device(os.environ.get("HIFT_TEST_DEVICE", "cpu"))
 GUARD = 64  # elements behind each buffer that no kernel may touch
@@ -31,6 +33,7 @@ MOMENTS = {
     "adagrad": ("accumulator",),
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+MOMENT_DTYPES = {**DTYPES, "int8": torch.uint8}
 MASTER_DTYPES = {"plain": None, "fp32": torch.float32, "split16": torch.int16, "none": None}
 
 
@@ -51,7 +54,7 @@ class Shard:
     Args:
         form: As hift_kernels.launching.Weights.
         numel: Elements.
-        moments: Names of the moments, and their dtype.
+        moments: Names of the moments, and their dtype; `int8`: codes, and scales as more moments.
         start: fp32 master weights at the start; `None` draws them.
     """
 
@@ -76,7 +79,9 @@ class Shard:
         elif MASTER_DTYPES[form] is not None:
             self.master = Guarded(torch.zeros(numel, dtype=MASTER_DTYPES[form]))
         self.weights = Weights(form, self.weight.tensor, None if self.master is None else self.master.tensor)
-        self.moments = {name: Guarded(torch.zeros(numel, dtype=DTYPES[moment_dtype])) for name in moments}
+        self.moments = {name: Guarded(torch.zeros(numel, dtype=MOMENT_DTYPES[moment_dtype])) for name in moments}
+        if moment_dtype == "int8":
+            self.moments |= {f"{name}_scale": Guarded(torch.zeros(-(-numel // GROUP))) for name in moments}
         self.scalars = torch.zeros(NUM_SCALARS, device=DEVICE)
         self.start = start
 
@@ -142,6 +147,24 @@ def awkward_gradient(dtype: str) -> torch.Tensor:
     tiny = torch.finfo(DTYPES[dtype]).tiny
     values = [0.0, -0.0, tiny, -tiny, tiny / 4, -tiny / 2, 1e-30, 1.0, -3e4, 6e4]
     return torch.tensor(values * 5, dtype=torch.float32).to(DTYPES[dtype])
+
+
+def torch_run(
+    rule: str, start: torch.Tensor, grads: Iterable[torch.Tensor], lr: float, dtype: torch.dtype, **hyper: Any
+) -> torch.Tensor:
+    """Masters by torch.optim (Lion: by hand) in `dtype`."""
+    if "beta1" in hyper:
+        hyper["betas"] = (hyper.pop("beta1"), hyper.pop("beta2"))
+    param = torch.nn.Parameter(start.to(dtype, copy=True))
+    if rule == "lion":
+        optimizer: torch.optim.Optimizer = LionByHand([param], lr=lr, weight_decay=0.01, **hyper)
+    else:
+        classes = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad}
+        optimizer = classes[rule]([param], lr=lr, foreach=False, **hyper)
+    for grad in grads:
+        param.grad = grad.to(dtype)
+        optimizer.step()
+    return param.detach()
 
 
 def as_numpy(tensor: torch.Tensor) -> np.ndarray:
