@@ -71,8 +71,7 @@ class Layout:
         check_trainable(model.module, self.plan, config.stage)
         self.rule, self.groups = config.rule, [{"params": [], **config.group}]
         self.dtype = next(iter(self.params.values())).dtype
-        # No memory: nothing is allocated here, only sizes are asked for.
-        self.storage = Storage(torch.device("cuda"), config.hift.state, own_master=config.home == "host")
+        self.storage = Storage.of(config, torch.device("cuda"), planned=True)
         self.shards = [self._shard(block.fqns) for block in self.plan.blocks]
         self.always = self._shard(self.plan.always_active) if self.plan.always_active else None
         self._factored = extra_bytes(map(self.extra, self.shards))  # on the device while a block is updated

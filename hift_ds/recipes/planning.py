@@ -15,6 +15,7 @@ from hift_ds.config.files import load_ds_config
 from hift_ds.config.resolve import zero_section
 from hift_ds.memory.request import Request, parse_bytes
 from hift_ds.recipes.arguments import override_batch
+from hift_ds.state.block_state import card_bytes
 
 
 def request_of(args: argparse.Namespace) -> Request:
@@ -54,7 +55,7 @@ def request_of(args: argparse.Namespace) -> Request:
 def _card_here() -> int | None:
     if not torch.cuda.is_available():
         return None
-    return torch.cuda.get_device_properties(0).total_memory
+    return card_bytes(torch.device("cuda", 0))
 
 
 def complete_config(

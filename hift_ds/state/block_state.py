@@ -50,10 +50,10 @@ class Storage:
     own_master: bool = False
 
     @classmethod
-    def of(cls, config: ResolvedConfig, device: torch.device) -> Storage:
-        """Of the blocks' state in a run."""
-        if config.home == "device":
-            return cls(device, config.hift.state)
+    def of(cls, config: ResolvedConfig, device: torch.device, planned: bool = False) -> Storage:
+        """Of the blocks' state in a run; `planned`: for sizes alone, nothing is ever allocated."""
+        if config.home == "device" or planned:
+            return cls(device, config.hift.state, own_master=config.home == "host")
         memory = HostMemory.pinned() if config.pin_memory and device.type == "cuda" else HostMemory()
         return cls(device, config.hift.state, memory, own_master=config.home == "host")
 
