@@ -49,21 +49,6 @@ class Stack(nn.Module):
 
 
 @contextmanager
-def _cycles_freed_at_once() -> Iterator[None]:
-    """Inside, what DeepSpeed's set-up leaves in cycles does not stay until the collector happens to run: when it does
-    depends on what ran in the process before."""
-    thresholds = gc.get_threshold()
-    gc.collect()
-    gc.freeze()  # all that is there: else each collection would go over it
-    gc.set_threshold(100, 1, 1)
-    try:
-        yield
-    finally:
-        gc.set_threshold(*thresholds)
-        gc.unfreeze()
-
-
-@contextmanager
 def separate_host(separate: bool = True, tile: int = state.TILE_MULTIPLE) -> Iterator[None]:
     """Host and device as separate memories although both are the CPU; `tile`: elements of the ring's smallest."""
     with mock.patch.object(HiFTEngine, "separate_host", separate), mock.patch.object(state, "TILE_MULTIPLE", tile):
@@ -104,8 +89,7 @@ def measured(
     phases: dict[str, list[int]] = {"backward": [], "step": [], "after": []}
     with separate_host(), meter.measuring():
         extra = {"gradient_accumulation_steps": accumulation, **({"optimizer": rule} if rule else {})}
-        with _cycles_freed_at_once():
-            engine = engine_of(_config(stage, dtype, hift or {}, **extra), model)
+        engine = engine_of(_config(stage, dtype, hift or {}, **extra), model)
         facts["init"] = meter.peak
         gc.collect()  # what DeepSpeed's set-up leaves in cycles
         meter.restart()
