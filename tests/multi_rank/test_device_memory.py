@@ -47,7 +47,7 @@ def bounds(
     gathered = 2 * bucket if world > 1 and stage in (1, 2) else 0  # a bucket of new weights, and the one before
     # the first parameter in the engine's dtype beside the given one; its ZeRO-3 partition beside the whole
     init = parameter * element * (facts["given"] > facts["weights"] or stage == 3)
-    if stage == 3:  # which broadcasts each parameter first, on one rank too: gloo's thread may still hold the one before
+    if stage == 3:  # it broadcasts each parameter first, on one rank too, and gloo may still hold the one before
         init += parameter * element
     kept = facts["always"] + facts["ring"]
     moving = facts["always"] + cases.RING_BYTES if factored else kept  # factored moments come beside the ring
