@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from hift_ds.rules.base import AllReduce, Rule, Visit, VisitWeights, check_number, check_pair, refuse_flags
+from hift_ds.rules.base import (
+    AllReduce,
+    Group,
+    Rule,
+    Tensors,
+    Visit,
+    VisitWeights,
+    check_number,
+    check_pair,
+    refuse_flags,
+)
 from hift_ds.shards import Segment, pieces
 
 
@@ -29,13 +40,13 @@ class Adafactor(Rule):
     elementwise = False
     moments = ("fp32",)
 
-    def slots(self, group: Mapping[str, Any]) -> tuple[str, ...]:
+    def slots(self, group: Group) -> tuple[str, ...]:
         return ()
 
     def defaults(self) -> dict[str, Any]:
         return {"lr": 1e-2, "beta2_decay": -0.8, "eps": (None, 1e-3), "d": 1.0, "weight_decay": 0.0}
 
-    def check_group(self, group: Mapping[str, Any]) -> None:
+    def check_group(self, group: Group) -> None:
         eps1, eps2 = check_pair("eps", self.read(group, "eps"))
         check_number("lr", self.read(group, "lr"))
         check_number("beta2_decay", self.read(group, "beta2_decay"), low=-math.inf, high=0.0)
@@ -46,7 +57,7 @@ class Adafactor(Rule):
         check_number("weight_decay", self.read(group, "weight_decay"))
         refuse_flags(group, "maximize", "differentiable")
 
-    def init_extra(self, segments: Sequence[Segment], group: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    def init_extra(self, segments: Sequence[Segment], group: Group) -> dict[str, torch.Tensor]:
         return {
             f"{segment.fqn}.{slot}": torch.zeros(shape, dtype=torch.float32)
             for segment in segments
@@ -54,25 +65,17 @@ class Adafactor(Rule):
         }
 
     def update_run(
-        self,
-        visit: Visit,
-        grad: torch.Tensor,
-        group: Mapping[str, Any],
-        *,
-        lr: float,
-        step: int,
-        segments: Sequence[Segment],
-        extra: dict[str, torch.Tensor],
-        all_reduce: AllReduce | None,
-    ) -> None:
+        self, visit: Visit, grad: Tensor, group: Group, *, lr: float, step: int, segments: Sequence[Segment],
+        extra: dict[str, Tensor], all_reduce: AllReduce,
+    ) -> None:  # fmt: skip
         """As `Rule.update_run`; tiles are visited twice: read, then changed."""
         segments = [segment for segment in segments if segment.shape.numel() > 0]
         if not segments:
             return
         eps1, eps2 = self.read(group, "eps")
         eps1 = torch.finfo(torch.float32).eps if eps1 is None else float(eps1)
-        threshold = float(self.read(group, "d"))
-        weight_decay = float(self.read(group, "weight_decay"))
+        threshold = self.number(group, "d")
+        weight_decay = self.number(group, "weight_decay")
 
         # Before the decay: the step is relative to the parameter as it was.
         squares = grad.new_zeros(len(segments), dtype=torch.float64)
@@ -81,13 +84,12 @@ class Adafactor(Rule):
                 part = master[first - start : last - start]
                 squares[index] += torch.linalg.vector_norm(part, dtype=torch.float64).square_()
         param_squares = squares.float()
-        weight = float(step) ** float(self.read(group, "beta2_decay"))
+        weight = float(step) ** self.number(group, "beta2_decay")
         moments = _update_moments(grad, param_squares, segments, extra, weight, all_reduce)
         for segment in segments:
             _precondition(_valid(grad, segment), segment, moments, eps1)
         update_squares = torch.stack([_sum_of_squares(_valid(grad, segment)) for segment in segments])
-        if all_reduce is not None:
-            all_reduce(update_squares)
+        all_reduce(update_squares)
 
         rho = min(lr, 1 / step**0.5)
         factors = []
@@ -103,11 +105,11 @@ class Adafactor(Rule):
                 master[first - start : last - start].add_(grad[first:last], alpha=factors[index])
 
     def update_run_fused(
-        self, visit: VisitWeights, grad: torch.Tensor, group: Mapping[str, Any], scalars: torch.Tensor, **options: Any
+        self, visit: VisitWeights, grad: Tensor, group: Group, scalars: Tensor, *, seed: int, **options: Any
     ) -> None:
         from hift_ds.rules.adafactor_fused import update_run
 
-        update_run(self, visit, grad, group, scalars, **options)
+        update_run(self, visit, grad, group, scalars, seed=seed, **options)
 
 
 @dataclass(frozen=True)
@@ -120,13 +122,13 @@ class _Box:
     column: int
     shape: tuple[int, int, int]
 
-    def of(self, flat: torch.Tensor) -> torch.Tensor:
+    def of(self, flat: Tensor) -> Tensor:
         return flat[self.offset : self.offset + math.prod(self.shape)].view(self.shape)
 
-    def of_rows(self, row_var: torch.Tensor) -> torch.Tensor:
+    def of_rows(self, row_var: Tensor) -> Tensor:
         return row_var[self.batch : self.batch + self.shape[0], self.row : self.row + self.shape[1], :]
 
-    def of_columns(self, col_var: torch.Tensor) -> torch.Tensor:
+    def of_columns(self, col_var: Tensor) -> Tensor:
         return col_var[self.batch : self.batch + self.shape[0], :, self.column : self.column + self.shape[2]]
 
 
@@ -164,15 +166,15 @@ def _moment_shapes(shape: torch.Size) -> dict[str, torch.Size]:
     return {"row_var": torch.Size((*shape[:-1], 1)), "col_var": torch.Size((*shape[:-2], 1, shape[-1]))}
 
 
-def _valid(flat: torch.Tensor, segment: Segment) -> torch.Tensor:
+def _valid(flat: Tensor, segment: Segment) -> Tensor:
     return flat[segment.offset : segment.offset + segment.numel]
 
 
-def _sum_of_squares(flat: torch.Tensor) -> torch.Tensor:
+def _sum_of_squares(flat: Tensor) -> Tensor:
     return torch.linalg.vector_norm(flat).square_()  # no temporary as long as `flat`
 
 
-def _matrices(moments: Mapping[str, torch.Tensor], segment: Segment) -> tuple[torch.Tensor, torch.Tensor]:
+def _matrices(moments: Tensors, segment: Segment) -> tuple[Tensor, torch.Tensor]:
     """row_var (batches, rows, 1) and col_var (batches, 1, columns) of a factored parameter, as views."""
     num_rows, num_columns = segment.shape[-2:]
     row_var = moments[f"{segment.fqn}.row_var"].view(-1, num_rows, 1)
@@ -180,13 +182,9 @@ def _matrices(moments: Mapping[str, torch.Tensor], segment: Segment) -> tuple[to
 
 
 def _update_moments(
-    grad: torch.Tensor,
-    param_squares: torch.Tensor,
-    segments: Sequence[Segment],
-    extra: dict[str, torch.Tensor],
-    weight: float,
-    all_reduce: AllReduce | None,
-) -> dict[str, torch.Tensor]:
+    grad: Tensor, param_squares: Tensor, segments: Sequence[Segment], extra: dict[str, Tensor], weight: float,
+    all_reduce: AllReduce,
+) -> dict[str, Tensor]:  # fmt: skip
     """Move the second moments in `extra` towards this gradient's. One all-reduce, which also sums `param_squares`.
 
     Returns:
@@ -200,9 +198,8 @@ def _update_moments(
     views = dict(zip(keys, sums.split(sizes), strict=True))
     for segment in segments:
         _add_squares(_valid(grad, segment), segment, views)
-    if all_reduce is not None:
-        all_reduce(packed)
-        param_squares.copy_(packed_squares)
+    all_reduce(packed)
+    param_squares.copy_(packed_squares)
     for segment in segments:
         if len(segment.shape) >= 2:
             views[f"{segment.fqn}.row_var"].div_(segment.shape[-1])
@@ -216,7 +213,7 @@ def _update_moments(
     return dict(zip(keys, moments.split(sizes), strict=True))
 
 
-def _add_squares(grad: torch.Tensor, segment: Segment, sums: Mapping[str, torch.Tensor]) -> None:
+def _add_squares(grad: Tensor, segment: Segment, sums: Tensors) -> None:
     if len(segment.shape) < 2:
         sums[f"{segment.fqn}.variance"][segment.start : segment.start + segment.numel].addcmul_(grad, grad)
         return
@@ -227,7 +224,7 @@ def _add_squares(grad: torch.Tensor, segment: Segment, sums: Mapping[str, torch.
         box.of_columns(col_sums).add_(torch.linalg.vector_norm(part, dim=1, keepdim=True).square_())
 
 
-def _precondition(grad: torch.Tensor, segment: Segment, moments: Mapping[str, torch.Tensor], eps1: float) -> None:
+def _precondition(grad: Tensor, segment: Segment, moments: Tensors, eps1: float) -> None:
     """Turn a slice's gradient into its update, before clipping, in place."""
     if len(segment.shape) < 2:
         variance = moments[f"{segment.fqn}.variance"][segment.start : segment.start + segment.numel]

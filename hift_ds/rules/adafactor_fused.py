@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from hift_ds.rules.base import AllReduce, Rule, VisitWeights
+from hift_ds.rules.base import AllReduce, Group, Rule, VisitWeights
 from hift_ds.shards import Segment, pieces
 
 if TYPE_CHECKING:
@@ -16,19 +17,9 @@ if TYPE_CHECKING:
 
 
 def update_run(
-    rule: Rule,
-    visit: VisitWeights,
-    grad: torch.Tensor,
-    group: Mapping[str, Any],
-    scalars: torch.Tensor,
-    *,
-    lr: float,
-    step: int,
-    segments: Sequence[Segment],
-    extra: dict[str, torch.Tensor],
-    all_reduce: AllReduce,
-    seed: int,
-) -> None:
+    rule: Rule, visit: VisitWeights, grad: Tensor, group: Group, scalars: Tensor, *, lr: float, step: int,
+    segments: Sequence[Segment], extra: dict[str, Tensor], all_reduce: AllReduce, seed: int,
+) -> None:  # fmt: skip
     """One update of a run. Collective: two all-reduces, of the second moments and of two numbers a parameter.
 
     Args:
@@ -58,7 +49,7 @@ def update_run(
     all_reduce(squares)
     coefficient = coefficients(
         squares[0], squares[1], _numels(segments, grad.device), lr, step,
-        eps2=float(eps2), threshold=float(rule.read(group, "d")),
+        eps2=float(eps2), threshold=rule.number(group, "d"),
     )  # fmt: skip
     for start, weights in visit(True):
         for index, first, last in pieces(segments, start, weights.weight.numel()):
@@ -75,29 +66,23 @@ def _part(weights: Weights, first: int, last: int) -> Weights:
     return replace(weights, weight=weights.weight[first:last], master=master)
 
 
-def _numels(segments: Sequence[Segment], device: torch.device) -> torch.Tensor:
+def _numels(segments: Sequence[Segment], device: torch.device) -> Tensor:
     numels = torch.empty(len(segments), dtype=torch.float64, device=device)
     for index, segment in enumerate(segments):
         numels[index].fill_(segment.shape.numel())  # torch.tensor(..., device=) would wait
     return numels
 
 
-def _row_mean(segment: Segment, moments: tuple[torch.Tensor, ...], eps1: float) -> torch.Tensor | None:
+def _row_mean(segment: Segment, moments: tuple[Tensor, ...], eps1: float) -> Tensor | None:
     if len(segment.shape) < 2:
         return None
     return moments[0].view(-1, segment.shape[-2]).mean(dim=1).clamp_(min=eps1)
 
 
 def _new_moments(
-    rule: Rule,
-    grad: torch.Tensor,
-    group: Mapping[str, Any],
-    scalars: torch.Tensor,
-    step: int,
-    segments: Sequence[Segment],
-    extra: dict[str, torch.Tensor],
-    all_reduce: AllReduce,
-) -> list[tuple[torch.Tensor, ...]]:
+    rule: Rule, grad: Tensor, group: Group, scalars: Tensor, step: int, segments: Sequence[Segment],
+    extra: dict[str, Tensor], all_reduce: AllReduce,
+) -> list[tuple[Tensor, ...]]:  # fmt: skip
     """The moments in `extra` moved towards this gradient's, and on the device: (rows, columns) or (variance,) each."""
     from hift_kernels.adafactor import add_squares
     from hift_kernels.grad_norm import FOUND_INF
@@ -111,7 +96,7 @@ def _new_moments(
     for segment, sums in zip(segments, moments, strict=True):
         add_squares(grad[segment.offset : segment.offset + segment.numel], segment.shape, segment.start, scalars, sums)
     all_reduce(packed)
-    decay = float(step) ** float(rule.read(group, "beta2_decay"))
+    decay = float(step) ** rule.number(group, "beta2_decay")
     weight = decay * (1.0 - scalars[FOUND_INF])  # 0: an update that is left out leaves the moments
     for segment, of_segment, sums in zip(segments, keys, moments, strict=True):
         counts = (segment.shape[-1], segment.shape[-2]) if len(segment.shape) >= 2 else (1,)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from hift_ds.rules.base import Rule, check_betas, check_bool, check_number, refuse_flags
-
-if TYPE_CHECKING:
-    from hift_kernels.launching import Weights
+from hift_ds.rules.base import Group, Rule, Tensors, check_betas, check_bool, check_number, refuse_flags
 
 
 class Adam(Rule):
@@ -30,13 +29,13 @@ class Adam(Rule):
         self.decoupled = decoupled
         self.name = "adamw" if decoupled else "adam"
 
-    def slots(self, group: Mapping[str, Any]) -> tuple[str, ...]:
+    def slots(self, group: Group) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq")
 
     def defaults(self) -> dict[str, Any]:
         return {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "bias_correction": True}
 
-    def check_group(self, group: Mapping[str, Any]) -> None:
+    def check_group(self, group: Group) -> None:
         check_number("lr", self.read(group, "lr"))
         check_betas(self.read(group, "betas"))
         check_number("eps", self.read(group, "eps"), open_low=True)
@@ -50,18 +49,9 @@ class Adam(Rule):
                 "rule updates them all; use one kind of weight decay."
             )
 
-    def update(
-        self,
-        master: torch.Tensor,
-        grad: torch.Tensor,
-        state: Mapping[str, torch.Tensor],
-        group: Mapping[str, Any],
-        *,
-        lr: float,
-        step: int,
-    ) -> None:
-        beta1, beta2 = (float(beta) for beta in self.read(group, "betas"))
-        weight_decay = float(self.read(group, "weight_decay"))
+    def update(self, master: Tensor, grad: Tensor, state: Tensors, group: Group, *, lr: float, step: int) -> None:
+        beta1, beta2 = map(float, self.read(group, "betas"))
+        weight_decay = self.number(group, "weight_decay")
         corrected = bool(self.read(group, "bias_correction"))
         exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
         if weight_decay != 0:
@@ -74,36 +64,20 @@ class Adam(Rule):
         step_size = lr / (1 - beta1**step if corrected else 1.0)
         bias_correction2_sqrt = (1 - beta2**step) ** 0.5 if corrected else 1.0
         denominator = torch.sqrt(exp_avg_sq, out=grad)  # the gradient is spent: no temporary
-        denominator.div_(bias_correction2_sqrt).add_(float(self.read(group, "eps")))
+        denominator.div_(bias_correction2_sqrt).add_(self.number(group, "eps"))
         master.addcdiv_(exp_avg, denominator, value=-step_size)
 
-    def prepared(self, group: Mapping[str, Any]) -> dict[str, Any]:
-        beta1, beta2 = (float(beta) for beta in self.read(group, "betas"))
+    def prepared(self, group: Group) -> dict[str, Any]:
+        beta1, beta2 = map(float, self.read(group, "betas"))
         corrected = bool(self.read(group, "bias_correction"))
         return {**super().prepared(group), "beta1": beta1, "beta2": beta2, "bias_correction": corrected}
 
-    def update_fused(
-        self,
-        grad: torch.Tensor,
-        weights: Weights,
-        state: Mapping[str, torch.Tensor],
-        group: Mapping[str, Any],
-        scalars: torch.Tensor,
-        seed: int = 0,
-    ) -> None:
-        beta1, beta2 = (float(beta) for beta in self.read(group, "betas"))
-        hyper: dict[str, Any] = dict(
-            beta1=beta1, beta2=beta2, eps=float(self.read(group, "eps")),
-            weight_decay=float(self.read(group, "weight_decay")), decoupled=self.decoupled, seed=seed,
+    def fused(self, group: Group, int8: bool) -> Callable[..., None]:
+        from hift_kernels.adamw import adamw_step
+        from hift_kernels.int8 import adamw_int8_step
+
+        beta1, beta2 = map(float, self.read(group, "betas"))
+        return partial(
+            adamw_int8_step if int8 else adamw_step, beta1=beta1, beta2=beta2, decoupled=self.decoupled,
+            **self.numbers(group, "eps", "weight_decay"),
         )  # fmt: skip
-        moments = state["exp_avg"], state["exp_avg_sq"]
-        if moments[0].dtype == torch.uint8:
-            from hift_kernels.int8 import adamw_int8_step
-
-            adamw_int8_step(
-                grad, weights, *moments, state["exp_avg_scale"], state["exp_avg_sq_scale"], scalars, **hyper
-            )
-        else:
-            from hift_kernels.adamw import adamw_step
-
-            adamw_step(grad, weights, *moments, scalars, **hyper)

@@ -8,16 +8,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from hift_ds.shards import Segment
 
 if TYPE_CHECKING:
     from hift_kernels.launching import Weights
 
-AllReduce = Callable[[torch.Tensor], Any]
+Group = Mapping[str, Any]  # a torch param group
+Tensors = Mapping[str, Tensor]  # state tensors by name
+AllReduce = Callable[[Tensor], Any]
 # Given whether tiles will be changed: each tile's first element in the run, and its master weights, or with them its
 # model weights.
-Visit = Callable[[bool], Iterator[tuple[int, torch.Tensor]]]
+Visit = Callable[[bool], Iterator[tuple[int, Tensor]]]
 VisitWeights = Callable[[bool], "Iterator[tuple[int, Weights]]"]
 _WHERE = "change it in the config's optimizer.params or in the optimizer's param group"
 
@@ -39,7 +42,7 @@ class Rule(ABC):
     moments: tuple[str, ...] = ("fp32", "bf16")
 
     @abstractmethod
-    def slots(self, group: Mapping[str, Any]) -> tuple[str, ...]:
+    def slots(self, group: Group) -> tuple[str, ...]:
         """Names (torch's) of the fp32 state tensors as long as the shard: 4 bytes a parameter each."""
 
     @abstractmethod
@@ -47,7 +50,7 @@ class Rule(ABC):
         """Hyper-parameters of a param group (torch's names, with "lr") as DeepSpeed gives them for empty "params"."""
 
     @abstractmethod
-    def check_group(self, group: Mapping[str, Any]) -> None:
+    def check_group(self, group: Group) -> None:
         """Refuse what this rule cannot do. A key that is absent has its default.
 
         Raises:
@@ -55,40 +58,23 @@ class Rule(ABC):
             ValueError: a hyper-parameter is impossible or not supported.
         """
 
-    def update(
-        self,
-        master: torch.Tensor,
-        grad: torch.Tensor,
-        state: Mapping[str, torch.Tensor],
-        group: Mapping[str, Any],
-        *,
-        lr: float,
-        step: int,
-    ) -> None:
+    def update(self, master: Tensor, grad: Tensor, state: Tensors, group: Group, *, lr: float, step: int) -> None:
         """Update a tile's `master` and `state` in place. Of an elementwise rule. Not collective.
 
         Args:
             master: fp32, 1-D; padding is 0 and stays 0.
             grad: fp32, as long as `master`, unscaled, averaged and clipped. Overwritten.
             state: one tensor like `master` for each of `slots(group)`.
-            group: a torch param group; its "lr" is not read.
+            group: its "lr" is not read.
             lr: the rate to use.
             step: counts this block's updates, this one included: 1 at the first.
         """
         raise NotImplementedError(f"{self.name} is updated by whole runs")
 
     def update_run(
-        self,
-        visit: Visit,
-        grad: torch.Tensor,
-        group: Mapping[str, Any],
-        *,
-        lr: float,
-        step: int,
-        segments: Sequence[Segment],
-        extra: dict[str, torch.Tensor],
-        all_reduce: AllReduce | None,
-    ) -> None:
+        self, visit: Visit, grad: Tensor, group: Group, *, lr: float, step: int, segments: Sequence[Segment],
+        extra: dict[str, Tensor], all_reduce: AllReduce,
+    ) -> None:  # fmt: skip
         """`update` of a whole run, of a rule that is not elementwise. Collective: call on every rank.
 
         Args:
@@ -96,39 +82,26 @@ class Rule(ABC):
             grad: As for `update`, of the whole run.
             segments: What lies in the run.
             extra: What `init_extra()` returned, on any device; updated in place.
-            all_reduce: Sums a tensor in place over the ranks that share the parameters; `None` for one rank.
+            all_reduce: Sums a tensor in place over the ranks that share the parameters.
         """
         raise NotImplementedError(f"{self.name} is updated tile by tile")
 
     def update_run_fused(
-        self,
-        visit: VisitWeights,
-        grad: torch.Tensor,
-        group: Mapping[str, Any],
-        scalars: torch.Tensor,
-        *,
-        lr: float,
-        step: int,
-        segments: Sequence[Segment],
-        extra: dict[str, torch.Tensor],
-        all_reduce: AllReduce,
-        seed: int,
+        self, visit: VisitWeights, grad: Tensor, group: Group, scalars: Tensor, *, seed: int, **options: Any
     ) -> None:
-        """`update_run` by the fused kernels, with arguments as of `update_fused`. Collective."""
+        """`update_run`, whose keywords `options` are, by the fused kernels; the rest is as of `update_fused`."""
         raise NotImplementedError(f"{self.name} is updated tile by tile")
 
-    def prepared(self, group: Mapping[str, Any]) -> dict[str, Any]:
+    def prepared(self, group: Group) -> dict[str, Any]:
         """The hyper-parameters that `hift_kernels.grad_norm.prepare` takes into the kernel's vector of scalars."""
-        return {"weight_decay": float(self.read(group, "weight_decay"))}
+        return self.numbers(group, "weight_decay")
+
+    def fused(self, group: Group, int8: bool) -> Callable[..., None]:
+        """The launcher of the rule's kernel, for moments in 8 bits or wider, with the group's hyper-parameters."""
+        raise NotImplementedError(f"{self.name} is updated by whole runs")
 
     def update_fused(
-        self,
-        grad: torch.Tensor,
-        weights: Weights,
-        state: Mapping[str, torch.Tensor],
-        group: Mapping[str, Any],
-        scalars: torch.Tensor,
-        seed: int = 0,
+        self, grad: Tensor, weights: Weights, state: Tensors, group: Group, scalars: Tensor, seed: int = 0
     ) -> None:
         """`update` by the fused kernel: unscaling, clipping and the new model weights are in the same pass.
 
@@ -137,23 +110,35 @@ class Rule(ABC):
         Args:
             grad: As reduced: any float dtype, scaled, not clipped. Left as it is.
             weights: Master and model weights in one of the kernels' forms.
-            state: one tensor like `grad` for each of `slots(group)`.
+            state: one tensor like `grad` for each of `slots(group)`, and the scales of 8-bit ones.
             scalars: from `hift_kernels.grad_norm.prepare` with `prepared(group)` and the rate to use.
             seed: draws stochastic rounding, where a form or a moment needs it.
         """
-        raise NotImplementedError(f"{self.name} is updated by whole runs")
+        slots = self.slots(group)
+        moments: list[Any] = [state[slot] for slot in slots] or [None]  # SGD without momentum
+        int8 = any(tensor.dtype == torch.uint8 for tensor in state.values())
+        scales = [state[f"{slot}_scale"] for slot in slots] if int8 else []
+        self.fused(group, int8)(grad, weights, *moments, *scales, scalars, seed=seed)
 
-    def initial_value(self, slot: str, group: Mapping[str, Any]) -> float:
+    def initial_value(self, slot: str, group: Group) -> float:
         """The value that fills a new state tensor."""
         return 0.0
 
-    def init_extra(self, segments: Sequence[Segment], group: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    def init_extra(self, segments: Sequence[Segment], group: Group) -> dict[str, Tensor]:
         """State that does not follow the shard's elements: whole on every rank, CPU, fp32, keyed "<fqn>.<slot>"."""
         return {}
 
-    def read(self, group: Mapping[str, Any], key: str) -> Any:
+    def read(self, group: Group, key: str) -> Any:
         """The group's hyper-parameter, or its default where the optimizer that made the group has no such key."""
         return group[key] if key in group else self.defaults()[key]
+
+    def number(self, group: Group, key: str) -> float:
+        """The same of a number, which may be a one-element tensor."""
+        return float(self.read(group, key))
+
+    def numbers(self, group: Group, *keys: str) -> dict[str, Any]:
+        """Several of them by name."""
+        return {key: self.number(group, key) for key in keys}
 
 
 def check_number(
@@ -171,7 +156,7 @@ def check_number(
     if high < math.inf:
         bounds.append(f"{'<' if open_high else '<='} {high:g}")
     allowed = f"a number {' and '.join(bounds)}" if bounds else "a finite number"
-    is_scalar_tensor = isinstance(value, torch.Tensor) and value.numel() == 1
+    is_scalar_tensor = isinstance(value, Tensor) and value.numel() == 1
     if not is_scalar_tensor and (isinstance(value, bool) or not isinstance(value, (int, float))):
         raise TypeError(f"{key}={value!r}: must be {allowed}; {_WHERE}.")
     number = float(value)
@@ -213,7 +198,7 @@ def check_bool(key: str, value: Any) -> None:
         raise TypeError(f"{key}={value!r}: must be true or false; {_WHERE}.")
 
 
-def refuse_flags(group: Mapping[str, Any], *keys: str) -> None:
+def refuse_flags(group: Group, *keys: str) -> None:
     """Refuse variants of torch's optimizers that no rule implements.
 
     Raises:

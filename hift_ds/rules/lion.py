@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from hift_ds.rules.base import Rule, check_betas, check_number, refuse_flags
-
-if TYPE_CHECKING:
-    from hift_kernels.launching import Weights
+from hift_ds.rules.base import Group, Rule, Tensors, check_betas, check_number, refuse_flags
 
 
 class Lion(Rule):
@@ -28,30 +27,21 @@ class Lion(Rule):
     name = "lion"
     moments = ("fp32", "bf16", "int8")
 
-    def slots(self, group: Mapping[str, Any]) -> tuple[str, ...]:
+    def slots(self, group: Group) -> tuple[str, ...]:
         return ("exp_avg",)
 
     def defaults(self) -> dict[str, Any]:
         return {"lr": 1e-3, "betas": (0.9, 0.999), "weight_decay": 0.0}
 
-    def check_group(self, group: Mapping[str, Any]) -> None:
+    def check_group(self, group: Group) -> None:
         check_number("lr", self.read(group, "lr"))
         check_betas(self.read(group, "betas"))
         check_number("weight_decay", self.read(group, "weight_decay"))
         refuse_flags(group, "maximize", "differentiable")
 
-    def update(
-        self,
-        master: torch.Tensor,
-        grad: torch.Tensor,
-        state: Mapping[str, torch.Tensor],
-        group: Mapping[str, Any],
-        *,
-        lr: float,
-        step: int,
-    ) -> None:
-        beta1, beta2 = (float(beta) for beta in self.read(group, "betas"))
-        weight_decay = float(self.read(group, "weight_decay"))
+    def update(self, master: Tensor, grad: Tensor, state: Tensors, group: Group, *, lr: float, step: int) -> None:
+        beta1, beta2 = map(float, self.read(group, "betas"))
+        weight_decay = self.number(group, "weight_decay")
         exp_avg = state["exp_avg"]
         direction = torch.mul(exp_avg, beta1).add_(grad, alpha=1 - beta1).sign_()
         if weight_decay != 0:
@@ -59,22 +49,9 @@ class Lion(Rule):
         master.add_(direction, alpha=-lr)
         exp_avg.mul_(beta2).add_(grad, alpha=1 - beta2)
 
-    def update_fused(
-        self,
-        grad: torch.Tensor,
-        weights: Weights,
-        state: Mapping[str, torch.Tensor],
-        group: Mapping[str, Any],
-        scalars: torch.Tensor,
-        seed: int = 0,
-    ) -> None:
-        beta1, beta2 = (float(beta) for beta in self.read(group, "betas"))
-        hyper: dict[str, Any] = dict(beta1=beta1, beta2=beta2, seed=seed)
-        if state["exp_avg"].dtype == torch.uint8:
-            from hift_kernels.int8 import lion_int8_step
+    def fused(self, group: Group, int8: bool) -> Callable[..., None]:
+        from hift_kernels.int8 import lion_int8_step
+        from hift_kernels.lion import lion_step
 
-            lion_int8_step(grad, weights, state["exp_avg"], state["exp_avg_scale"], scalars, **hyper)
-        else:
-            from hift_kernels.lion import lion_step
-
-            lion_step(grad, weights, state["exp_avg"], scalars, **hyper)
+        beta1, beta2 = map(float, self.read(group, "betas"))
+        return partial(lion_int8_step if int8 else lion_step, beta1=beta1, beta2=beta2)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
-import torch
+from torch import Tensor
 
-from hift_ds.rules.base import Rule, check_bool, check_number, refuse_flags
-
-if TYPE_CHECKING:
-    from hift_kernels.launching import Weights
+from hift_ds.rules.base import Group, Rule, Tensors, check_bool, check_number, refuse_flags
 
 
 class SGD(Rule):
@@ -25,13 +23,13 @@ class SGD(Rule):
     name = "sgd"
     moments = ("fp32", "bf16", "int8")
 
-    def slots(self, group: Mapping[str, Any]) -> tuple[str, ...]:
+    def slots(self, group: Group) -> tuple[str, ...]:
         return ("momentum_buffer",) if self.read(group, "momentum") != 0 else ()
 
     def defaults(self) -> dict[str, Any]:
         return {"lr": 1e-3, "momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0, "nesterov": False}
 
-    def check_group(self, group: Mapping[str, Any]) -> None:
+    def check_group(self, group: Group) -> None:
         momentum, dampening = self.read(group, "momentum"), self.read(group, "dampening")
         nesterov = self.read(group, "nesterov")
         check_number("lr", self.read(group, "lr"))
@@ -46,18 +44,9 @@ class SGD(Rule):
                 "dampening 0; set them or turn nesterov off."
             )
 
-    def update(
-        self,
-        master: torch.Tensor,
-        grad: torch.Tensor,
-        state: Mapping[str, torch.Tensor],
-        group: Mapping[str, Any],
-        *,
-        lr: float,
-        step: int,
-    ) -> None:
-        momentum = float(self.read(group, "momentum"))
-        weight_decay = float(self.read(group, "weight_decay"))
+    def update(self, master: Tensor, grad: Tensor, state: Tensors, group: Group, *, lr: float, step: int) -> None:
+        momentum = self.number(group, "momentum")
+        weight_decay = self.number(group, "weight_decay")
         if weight_decay != 0:
             grad.add_(master, alpha=weight_decay)
         direction = grad
@@ -66,30 +55,13 @@ class SGD(Rule):
             if step == 1:
                 buffer.copy_(grad)
             else:
-                buffer.mul_(momentum).add_(grad, alpha=1 - float(self.read(group, "dampening")))
+                buffer.mul_(momentum).add_(grad, alpha=1 - self.number(group, "dampening"))
             direction = grad.add_(buffer, alpha=momentum) if self.read(group, "nesterov") else buffer
         master.add_(direction, alpha=-lr)
 
-    def update_fused(
-        self,
-        grad: torch.Tensor,
-        weights: Weights,
-        state: Mapping[str, torch.Tensor],
-        group: Mapping[str, Any],
-        scalars: torch.Tensor,
-        seed: int = 0,
-    ) -> None:
-        buffer = state.get("momentum_buffer")
-        hyper: dict[str, Any] = dict(
-            momentum=float(self.read(group, "momentum")), dampening=float(self.read(group, "dampening")),
-            weight_decay=float(self.read(group, "weight_decay")), nesterov=bool(self.read(group, "nesterov")),
-            seed=seed,
-        )  # fmt: skip
-        if buffer is not None and buffer.dtype == torch.uint8:
-            from hift_kernels.int8 import sgd_int8_step
+    def fused(self, group: Group, int8: bool) -> Callable[..., None]:
+        from hift_kernels.int8 import sgd_int8_step
+        from hift_kernels.sgd import sgd_step
 
-            sgd_int8_step(grad, weights, buffer, state["momentum_buffer_scale"], scalars, **hyper)
-        else:
-            from hift_kernels.sgd import sgd_step
-
-            sgd_step(grad, weights, buffer, scalars, **hyper)
+        numbers = self.numbers(group, "momentum", "dampening", "weight_decay")
+        return partial(sgd_int8_step if int8 else sgd_step, nesterov=bool(self.read(group, "nesterov")), **numbers)

@@ -225,7 +225,8 @@ def _run_rank(rule, group, rank, world, even, ranks, results):
     segments, numel = _segments(rank, world, even, ADAFACTOR_SHAPES)
     master = _shard(_parameters(ADAFACTOR_SHAPES), segments, numel)
     extra = rule.init_extra(segments, group)
-    options = {"segments": segments, "extra": extra, "all_reduce": ranks.all_reduce(rank) if world > 1 else None}
+    all_reduce = ranks.all_reduce(rank) if world > 1 else lambda tensor: None
+    options = {"segments": segments, "extra": extra, "all_reduce": all_reduce}
     try:
         for step in range(1, ADAFACTOR_STEPS + 1):
             grad = _shard(_gradients(step, ADAFACTOR_SHAPES), segments, numel)
