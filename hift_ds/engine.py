@@ -26,14 +26,11 @@ from hift_ds.rotation.param_groups import (
     check_step,
     trainable_groups,
 )
-from hift_ds.rotation.rotation import Rotation
 from hift_ds.rotation.schedule import CycleScheduler
-from hift_ds.state.block_state import card_bytes
 from hift_ds.view import HiFT
 from hift_ds.zero import checkpoint
 from hift_ds.zero.activations import use_non_reentrant_checkpointing
 from hift_ds.zero.attachment import Flags
-from hift_ds.zero.gradients import GradientReducer
 from hift_ds.zero.offload import WEIGHTS
 from hift_ds.zero.optimizer import ENDED, HiFTOptimizer
 
@@ -75,26 +72,20 @@ class HiFTEngine(DeepSpeedEngine):
             # By default this timer waits for the device at every micro step; no state would stream meanwhile.
             self.tput_timer.config.synchronized = False
         holder = self._hyper_parameters(client_optimizer, model_parameters)
-        rule = self.resolved.rule
         check_inside(holder, self.module)
         check_step(holder)
         self._check_for_duplicates(holder)
         for group in holder.param_groups:
-            rule.check_group(group)
+            self.resolved.rule.check_group(group)
         check_coverage(holder, params)
         self.basic_optimizer = holder
         offload = self._make_offload() if self.zero_optimization_stage() == 3 else None
-        config = self.resolved.hift
-        rotation = Rotation(len(self.block_plan.blocks), config.order, config.seed, config.steps_per_block)
         self.optimizer = HiFTOptimizer(
             holder=holder,
-            rule=rule,
             plan=self.block_plan,
             module=self.module,
             params=params,
             as_found=self.as_found,
-            rotation=rotation,
-            reducer=GradientReducer.of(self.resolved, self.seq_data_parallel_group),
             loss_scaler=CreateLossScaler(
                 dtype=self.get_data_types()[0],
                 static_loss_scale=self.loss_scale(),
@@ -102,11 +93,9 @@ class HiFTEngine(DeepSpeedEngine):
                 dynamic_loss_args=self.dynamic_loss_scale_args(),
             ),
             offload=offload,
-            lr_update=config.lr_update,
             device=self.device,
             group=self.seq_data_parallel_group,
             config=self.resolved,
-            card_bytes=card_bytes(self.device),
         )
         self.optimizer.end_window = self._end_window  # type: ignore[method-assign]
         self.hift = HiFT(self.block_plan, self.optimizer)

@@ -217,7 +217,7 @@ class Layout:
         shards = [self.shards[block]] if self.always is None else [self.shards[block], self.always]
         with self.model.mode:
             meter = StorageMeter()
-            reducer = _SilentReducer.of(self.config, None)
+            reducer = _SilentReducer(self.config, None)
             with meter:
                 reducer.open(shards)
                 for micro_step in range(min(self.config.micro_steps, 2)):

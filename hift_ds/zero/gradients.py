@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from deepspeed import comm as dist
@@ -12,33 +12,7 @@ from deepspeed import comm as dist
 from hift_ds.config.resolve import ResolvedConfig
 from hift_ds.shards import BlockShard
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
 MAX_IN_FLIGHT = 2  # buckets being reduced at once: one is filled while the other is on the wire
-
-
-@dataclass(frozen=True)
-class Averaging:
-    """How gradients are summed over the data-parallel ranks; DeepSpeed's keys of the same names.
-
-    Attributes:
-        dtype: `communication_data_type`.
-        predivide: `gradient_predivide_factor` (with `prescale_gradients`: the world size).
-        mean: `False` for `gradient_allreduce_op: sum`.
-    """
-
-    dtype: torch.dtype
-    predivide: float
-    mean: bool
-
-    def before(self, packed: torch.Tensor) -> None:
-        if self.mean and self.predivide != 1.0:
-            packed.mul_(1.0 / self.predivide)
-
-    def after(self, reduced: torch.Tensor, world: int) -> None:
-        if self.mean and self.predivide != world:
-            reduced.mul_(self.predivide / world)
 
 
 @dataclass
@@ -65,48 +39,24 @@ class GradientReducer:
     DeepSpeed's ZeRO), so that all ranks issue the same collectives whatever part of the model their batch used.
 
     Args:
-        stage: ZeRO stage, 0 to 3.
+        config: The run's; without its `overlap_comm` each bucket is waited for.
         group: The data-parallel process group.
-        world: Its size.
-        averaging: How the sum becomes a mean, and in which dtype it travels.
-        accumulation_dtype: dtype of the gradient shard, and of whole gradients between micro steps.
-        bucket_numel: `reduce_bucket_size`.
-        overlap: Reduce while backward goes on (`overlap_comm`); otherwise wait for each bucket.
     """
 
-    def __init__(
-        self,
-        stage: int,
-        group: object,
-        world: int,
-        averaging: Averaging,
-        accumulation_dtype: torch.dtype,
-        bucket_numel: int,
-        overlap: bool,
-    ) -> None:
-        self.stage, self.group, self.world = stage, group, world
-        self.averaging, self.accumulation_dtype = averaging, accumulation_dtype
-        self.bucket_numel, self.max_in_flight = bucket_numel, MAX_IN_FLIGHT if overlap else 0
-        self.at_once = stage >= 2
+    def __init__(self, config: ResolvedConfig, group: object) -> None:
+        self.config, self.group = config, group
+        self.max_in_flight = MAX_IN_FLIGHT if config.zero.overlap_comm else 0
+        self.at_once = config.stage >= 2
         self.finished = False  # nothing has arrived since the last `finish_backward` of this micro step
         self._windows: dict[int, _Window] = {}
         self._window_of: dict[torch.nn.Parameter, _Window] = {}
-
-    @classmethod
-    def of(cls, config: ResolvedConfig, group: object) -> Self:
-        """The one of a run."""
-        return cls(
-            stage=config.stage, group=group, world=config.world,
-            averaging=Averaging(config.communication_dtype, config.predivide, config.mean),
-            accumulation_dtype=config.accumulation_dtype, bucket_numel=config.zero.reduce_bucket_size,
-            overlap=bool(config.zero.overlap_comm),
-        )  # fmt: skip
 
     def open(self, shards: Iterable[BlockShard]) -> None:
         """Begins to take the gradients of `shards`, and only of these."""
         self._windows, self._window_of = {}, {}
         for shard in shards:
-            window = _Window(shard, shard.buckets(self.bucket_numel) if self.world > 1 else [])
+            buckets = shard.buckets(self.config.zero.reduce_bucket_size) if self.config.world > 1 else []
+            window = _Window(shard, buckets)
             self._windows[id(shard)] = window
             self._window_of.update(dict.fromkeys(shard.params, window))
 
@@ -121,7 +71,7 @@ class GradientReducer:
             raise RuntimeError("a gradient arrived for a parameter whose block is not active; was requires_grad set?")
         self.finished = False
         window.touched.add(param)
-        if self.world == 1:
+        if self.config.world == 1:
             self._add_alone(window, param)
         elif self.at_once:
             if param in window.ready:
@@ -157,12 +107,12 @@ class GradientReducer:
             The averaged gradient shard (1-D, shard length, accumulation dtype; zeros if nothing was reduced), and the
             parameters that had a gradient on this rank.
         """
-        assert self.finished or self.world == 1, "a window is taken that has not been reduced"
+        assert self.finished or self.config.world == 1, "a window is taken that has not been reduced"
         window = self._windows[id(shard)]
         result, touched = window.result, window.touched
         window.result, window.touched, window.reduced_once = None, set(), False
         if result is None:
-            result = torch.zeros(shard.numel, dtype=self.accumulation_dtype, device=shard.params[0].device)
+            result = torch.zeros(shard.numel, dtype=self.config.accumulation_dtype, device=shard.params[0].device)
         return result, touched
 
     def averaged(self, shard: BlockShard) -> torch.Tensor | None:
@@ -203,8 +153,8 @@ class GradientReducer:
     def _keep(self, window: _Window, param: torch.nn.Parameter) -> None:
         """Until the boundary: in `.grad`, or beside it in another dtype."""
         assert param.grad is not None
-        if param.grad.dtype != self.accumulation_dtype:
-            grad = param.grad.to(self.accumulation_dtype)
+        if param.grad.dtype != self.config.accumulation_dtype:
+            grad = param.grad.to(self.config.accumulation_dtype)
             window.whole[param] = window.whole[param].add_(grad) if param in window.whole else grad
             param.grad = None
 
@@ -213,7 +163,7 @@ class GradientReducer:
         shard = window.shard
         assert param.grad is not None
         if window.result is None:
-            window.result = torch.zeros(shard.numel, dtype=self.accumulation_dtype, device=param.grad.device)
+            window.result = torch.zeros(shard.numel, dtype=self.config.accumulation_dtype, device=param.grad.device)
         segment = shard.segments[shard.position[param]]
         window.result[segment.offset : segment.offset + segment.numel].add_(param.grad.reshape(-1))
         param.grad = None
@@ -224,21 +174,21 @@ class GradientReducer:
         window.launched += 1
         params = [shard.params[index] for index in bucket]
         grads = [window.whole.pop(param, param.grad) for param in params]
-        packed = shard.pack(bucket, grads, self.averaging.dtype)
+        packed = shard.pack(bucket, grads, self.config.communication_dtype)
         for param in params:
             param.grad = None
         del grads
         span = shard.span(bucket)
-        self.averaging.before(packed)
+        before_the_sum(packed, self.config)
         reduced = packed
-        if self.stage > 0:
+        if self.config.stage > 0:
             reduced = torch.empty(span.stop - span.start, dtype=packed.dtype, device=packed.device)
         window.in_flight.append(((self._send(packed, reduced), packed), reduced, span))
         self._drain(window, self.max_in_flight)
 
     def _send(self, packed: torch.Tensor, reduced: torch.Tensor) -> Any:
         """Starts the sum of `packed` over the ranks, into `reduced` (stage 0: in place); returns its handle."""
-        if self.stage == 0:
+        if self.config.stage == 0:
             return dist.all_reduce(packed, group=self.group, async_op=True)
         return dist.reduce_scatter_tensor(reduced, packed, group=self.group, async_op=True)
 
@@ -247,12 +197,23 @@ class GradientReducer:
         while len(window.in_flight) > remaining:
             (handle, _packed), reduced, span = window.in_flight.pop(0)
             handle.wait()
-            self.averaging.after(reduced, self.world)
+            after_the_sum(reduced, self.config)
             if window.result is None:
-                window.result = torch.empty(
-                    window.shard.numel, dtype=self.accumulation_dtype, device=reduced.device
-                )
+                dtype = self.config.accumulation_dtype
+                window.result = torch.empty(window.shard.numel, dtype=dtype, device=reduced.device)
             if window.reduced_once:
                 window.result[span].add_(reduced)
             else:
                 window.result[span].copy_(reduced)
+
+
+def before_the_sum(packed: torch.Tensor, config: ResolvedConfig) -> None:
+    """What `gradient_predivide_factor` asks for."""
+    if config.mean and config.predivide != 1.0:
+        packed.mul_(1.0 / config.predivide)
+
+
+def after_the_sum(reduced: torch.Tensor, config: ResolvedConfig) -> None:
+    """The rest of the way to a mean."""
+    if config.mean and config.predivide != config.world:
+        reduced.mul_(config.predivide / config.world)

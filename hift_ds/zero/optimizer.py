@@ -16,7 +16,6 @@ from hift_ds.rotation.blocks import BlockPlan
 from hift_ds.rotation.param_groups import groups_fault, step_fault
 from hift_ds.rotation.rotation import Rotation
 from hift_ds.rotation.schedule import DelayedRate
-from hift_ds.rules import Rule
 from hift_ds.state.block_state import BlockState, layout_fault
 from hift_ds.state.ring import Ring
 from hift_ds.zero import checkpoint
@@ -46,66 +45,50 @@ class HiFTOptimizer(ZeROOptimizer):
     Args:
         holder: A torch optimizer whose param groups hold the hyper-parameters (schedulers write there); it is never
             stepped and has no state.
-        rule: The update rule.
         plan: Blocks, always-active and frozen parameters.
         module: The model.
         params: Every trainable parameter by name.
         as_found: `requires_grad` of the model's parameters before `initialize`.
-        rotation: The order of blocks and the position in it.
-        reducer: Brings gradients to this rank's shard.
         loss_scaler: DeepSpeed's loss scaler (scale 1 outside fp16).
         offload: DeepSpeed's ZeRO-3 parameter manager; `None` below stage 3.
-        lr_update: See `hift_ds.rotation.schedule`.
         device: Where the model is.
         group: The data-parallel process group.
         config: The rest.
-        card_bytes: Of the card's memory, by which null chooses the ring; `None` on a CPU.
     """
 
     custom_loss_scaler = False
     torch_autocast_gradscaler = None
 
     def __init__(
-        self,
-        *,
-        holder: torch.optim.Optimizer,
-        rule: Rule,
-        plan: BlockPlan,
-        module: torch.nn.Module,
-        params: dict[str, torch.nn.Parameter],
-        as_found: Flags,
-        rotation: Rotation,
-        reducer: GradientReducer,
-        loss_scaler: Any,
-        offload: Any,
-        lr_update: str,
-        device: torch.device,
-        group: object,
-        config: ResolvedConfig,
-        card_bytes: int | None = None,
-    ) -> None:
+        self, *, holder: torch.optim.Optimizer, plan: BlockPlan, module: torch.nn.Module,
+        params: dict[str, torch.nn.Parameter], as_found: Flags, loss_scaler: Any, offload: Any, device: torch.device,
+        group: object, config: ResolvedConfig,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.optimizer, self.rule, self.plan, self.rotation = holder, rule, plan, rotation
-        self.reducer, self.loss_scaler, self.offload = reducer, loss_scaler, offload
+        self.optimizer, self.rule, self.plan = holder, config.rule, plan
+        self.loss_scaler, self.offload = loss_scaler, offload
+        hift = config.hift
+        self.rotation = Rotation(len(plan.blocks), hift.order, hift.seed, hift.steps_per_block)
+        self.reducer = GradientReducer(config, group)
         self.config, self.device, self.group, self._module = config, device, group, module
         self.dynamic_loss_scale = bool(loss_scaler.dynamic)
         self.overflow = False
         self.load_weights_only = self._loads = False
         self.save_mark: str | None = None  # of the last save
-        self.rate = DelayedRate(holder.param_groups, lr_update, rotation.steps_per_cycle)
+        self.rate = DelayedRate(holder.param_groups, hift.lr_update, self.rotation.steps_per_cycle)
         if config.stage > 0:
             self.dp_process_group = group  # tells DeepSpeed that every rank saves an optimizer file
-        self._kept = States(plan, params, holder.param_groups, config, device, group, card_bytes)
-        self.reach = Reach(plan, config.hift.no_gradient)
+        self._kept = States(plan, params, holder.param_groups, config, device, group)
+        self.reach = Reach(plan, hift.no_gradient)
         self.guard = ModuleGuard(module, params)
         self._step = Step(
-            config=config, plan=plan, states=self._kept, holder=holder, reducer=reducer, rotation=rotation,
+            config=config, plan=plan, states=self._kept, holder=holder, reducer=self.reducer, rotation=self.rotation,
             rate=self.rate, reach=self.reach, guard=self.guard, loss_scaler=loss_scaler, device=device, group=group,
         )  # fmt: skip
         self._traces = None if offload is None else Traces(offload)
         self._attachment = Attachment(module, params.values(), self._on_gradient, self.zero_grad, as_found)
         self._fragments = Fragments(  # deepspeed.utils.safe_get_full_fp32_param and its kin
-            self._kept.all, device, group, self._bring_up_to_date, reducer.averaged
+            self._kept.all, device, group, self._bring_up_to_date, self.reducer.averaged
         )
         self._grouped = [list(map(id, group["params"])) for group in holder.param_groups]
         self._active: list[BlockState] = []

@@ -13,7 +13,7 @@ from hift_ds.config.resolve import ResolvedConfig
 from hift_ds.rotation.blocks import BlockPlan
 from hift_ds.rotation.param_groups import group_indices
 from hift_ds.shards import BlockShard
-from hift_ds.state.block_state import BlockState, Storage, make_states
+from hift_ds.state.block_state import BlockState, Storage, card_bytes, make_states
 from hift_ds.zero.offload import WEIGHTS, Offloaded
 
 
@@ -27,7 +27,6 @@ class States:
         config: The run's.
         device: Where updates run.
         group: The data-parallel process group.
-        card_bytes: Of the card's memory; `None` on a CPU.
 
     Attributes:
         blocks: By index.
@@ -37,7 +36,7 @@ class States:
 
     def __init__(
         self, plan: BlockPlan, params: dict[str, torch.nn.Parameter], param_groups: list[dict], config: ResolvedConfig,
-        device: torch.device, group: object, card_bytes: int | None,
+        device: torch.device, group: object,
     ) -> None:  # fmt: skip
         group_of = group_indices(param_groups, params)
         rank = dist.get_rank(group=group) if config.shard_world > 1 else 0
@@ -47,7 +46,7 @@ class States:
 
         self.blocks, self.ring = make_states(
             [shard(block.fqns) for block in plan.blocks], config.rule, param_groups, Storage.of(config, device),
-            config.hift.state.ring_bytes, card_bytes,
+            config.hift.state.ring_bytes, card_bytes(device),
         )  # fmt: skip
         self.always: BlockState | None = None
         if plan.always_active:

@@ -7,7 +7,7 @@ import torch
 from deepspeed.runtime.zero.partition_parameters import Init
 
 from hift_ds.shards import ALIGNMENT, BlockShard, full_numel, is_partitioned
-from hift_ds.zero.gradients import Averaging
+from hift_ds.zero.gradients import after_the_sum, before_the_sum
 from hift_ds.zero.weights import write_weights
 
 # Smaller than the number of ranks, a scalar, an empty one, sizes that no world divides.
@@ -199,8 +199,8 @@ def test_a_zero_3_parameter_is_read_and_written_through_its_shard():
     [(1.0, True, 8.0, 2.0), (4.0, True, 2.0, 8.0), (2.0, True, 4.0, 4.0), (2.0, False, 8.0, 8.0)],
 )
 def test_averaging_divides_before_and_after_as_asked(predivide, mean, before, after):
-    averaging = Averaging(torch.float32, predivide, mean)
+    config = SimpleNamespace(predivide=predivide, mean=mean, world=4)
     packed, reduced = torch.tensor([8.0]), torch.tensor([8.0])
-    averaging.before(packed)
-    averaging.after(reduced, world=4)
+    before_the_sum(packed, config)
+    after_the_sum(reduced, config)
     assert (packed.item(), reduced.item()) == (before, after)

@@ -1,11 +1,13 @@
 """GradientReducer: which collectives, in which order, with what in them."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from hift_ds.shards import BlockShard
 from hift_ds.zero import gradients
-from hift_ds.zero.gradients import Averaging, GradientReducer
+from hift_ds.zero.gradients import GradientReducer
 from hift_ds.zero.step_check import NORM_ROW, sum_of_squares
 
 WORLD = 2
@@ -53,14 +55,20 @@ def comm(monkeypatch):
     return fake
 
 
-def make(stage, *, world=WORLD, rank=0, dtype=torch.float32, accumulation=None, bucket_numel=0, overlap=True):
+def make(
+    stage, *, world=WORLD, rank=0, dtype=torch.float32, accumulation=None, communication=None, bucket_numel=0,
+    overlap=True,
+):  # fmt: skip
     """A reducer, open for one block; one bucket per parameter unless told otherwise."""
     params = {fqn: torch.nn.Parameter(torch.zeros(shape, dtype=dtype)) for fqn, shape in SHAPES.items()}
     shard_world = world if stage else 1
     shard = BlockShard(list(params.items()), dict.fromkeys(params, 0), shard_world, rank if stage else 0)
-    reducer = GradientReducer(
-        stage, None, world, Averaging(dtype, 1.0, True), accumulation or dtype, bucket_numel, overlap
-    )
+    zero = SimpleNamespace(reduce_bucket_size=bucket_numel, overlap_comm=overlap)
+    config = SimpleNamespace(
+        stage=stage, world=world, zero=zero, communication_dtype=communication or dtype, predivide=1.0, mean=True,
+        accumulation_dtype=accumulation or dtype,
+    )  # fmt: skip
+    reducer = GradientReducer(config, None)
     reducer.open([shard])
     return reducer, shard, params
 
@@ -247,8 +255,8 @@ def test_reduce_bucket_size_sets_the_number_of_collectives(comm, stage, bucket_n
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_fp32_accumulation_of_bf16_gradients_keeps_what_bf16_would_lose(comm, stage):
     for accumulation, expected in ((torch.float32, 1.0 + 2**-9), (torch.bfloat16, 1.0)):
-        reducer, shard, params = make(stage, dtype=torch.bfloat16, accumulation=accumulation)
-        reducer.averaging = Averaging(torch.float32, 1.0, True)
+        fp32 = torch.float32
+        reducer, shard, params = make(stage, dtype=torch.bfloat16, accumulation=accumulation, communication=fp32)
         give(reducer, params, dict.fromkeys(ALL, 1.0))
         reducer.finish_backward(boundary=False)
         give(reducer, params, dict.fromkeys(ALL, 2**-9))
