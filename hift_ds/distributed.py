@@ -78,9 +78,8 @@ def agree(work: Callable[[], T]) -> T:
         result = work()
     except Exception as caught:  # whatever it is, the other ranks must hear of it
         error = caught
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        reports: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(reports, None if error is None else f"{type(error).__name__}: {error}")
+    if dist.is_initialized():
+        reports = of_all_ranks(None if error is None else f"{type(error).__name__}: {error}")
         failed = [rank for rank, report in enumerate(reports) if report is not None]
         if failed and error is None:
             raise RuntimeError(f"rank {failed[0]} failed: {reports[failed[0]]}")
@@ -91,20 +90,18 @@ def agree(work: Callable[[], T]) -> T:
 
 def require_alike(what: str, value: Any) -> None:
     """Raises RuntimeError on every rank unless all have the same `value`. Collective."""
-    digests: list[str] = [""] * dist.get_world_size()
-    if len(digests) > 1:
-        dist.all_gather_object(digests, hashlib.sha256(repr(value).encode()).hexdigest())
+    digests = of_all_ranks(hashlib.sha256(repr(value).encode()).hexdigest())
     if len(set(digests)) > 1:
         other = next(rank for rank, digest in enumerate(digests) if digest != digests[0])
         raise RuntimeError(f"{what}: ranks 0 and {other} differ; every rank must be given the same")
 
 
-def of_rank_0(value: T) -> T:
-    """Rank 0's `value`, on every rank. Collective."""
+def of_all_ranks(value: T) -> list[T]:
+    """Every rank's `value`, by rank. Collective."""
     values = [value] * dist.get_world_size()
     if len(values) > 1:
         dist.all_gather_object(values, value)
-    return values[0]
+    return values
 
 
 def _free_port() -> int:

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from hift_ds.config.keys import HiFTConfig
 from hift_ds.config.resolve import ResolvedConfig
-from hift_ds.distributed import agree, of_rank_0, require_alike
+from hift_ds.distributed import agree, of_all_ranks, require_alike
 from hift_ds.rotation.blocks import BlockPlan
 from hift_ds.rotation.param_groups import (
     HyperParameters,
@@ -284,13 +284,9 @@ class HiFTEngine(DeepSpeedEngine):
         return self.optimizer.rates
 
     def save_checkpoint(
-        self,
-        save_dir: str,
-        tag: str | None = None,
-        client_state: Mapping[str, Any] | None = None,
-        save_latest: bool = True,
-        exclude_frozen_parameters: bool = False,
-    ) -> bool:
+        self, save_dir: str, tag: str | None = None, client_state: Mapping[str, Any] | None = None,
+        save_latest: bool = True, exclude_frozen_parameters: bool = False,
+    ) -> bool:  # fmt: skip
         """As DeepSpeedEngine.save_checkpoint: position, masters and state of every block are in it. Collective."""
         self._require_living()
         self.optimizer.require_states()
@@ -300,17 +296,12 @@ class HiFTEngine(DeepSpeedEngine):
         tag = f"global_step{self.global_steps}" if tag is None else str(tag)
         if save_dir:  # DeepSpeed refuses an empty one
             writes = self.global_rank == 0 or (self.use_node_local_storage() and self.local_rank == 0)
-            self.optimizer.save_mark = of_rank_0(checkpoint.new_mark(self.optimizer.rotation.step))
+            self.optimizer.save_mark = of_all_ranks(checkpoint.new_mark(self.optimizer.rotation.step))[0]
             run, mark = self.optimizer.run_state, self.optimizer.save_mark
             agree(lambda: checkpoint.write_manifest(run, mark, Path(save_dir, tag)) if writes else None)
         with self.optimizer.all_trainable():
-            return super().save_checkpoint(
-                save_dir,
-                tag,
-                client_state={**(client_state or {}), checkpoint.MARK: self.optimizer.save_mark},
-                save_latest=save_latest,
-                exclude_frozen_parameters=exclude_frozen_parameters,
-            )
+            marked = {**(client_state or {}), checkpoint.MARK: self.optimizer.save_mark}
+            return super().save_checkpoint(save_dir, tag, marked, save_latest, exclude_frozen_parameters)
 
     def _copy_recovery_script(self, save_path: str) -> None:
         """Writes no zero_to_fp32.py beside the checkpoint: it cannot read the layout."""
@@ -352,15 +343,10 @@ class HiFTEngine(DeepSpeedEngine):
         return through_optimizer
 
     def load_checkpoint(
-        self,
-        load_dir: str,
-        tag: str | None = None,
-        load_module_strict: bool = True,
-        load_optimizer_states: bool = True,
-        load_lr_scheduler_states: bool = True,
-        load_module_only: bool = False,
+        self, load_dir: str, tag: str | None = None, load_module_strict: bool = True,
+        load_optimizer_states: bool = True, load_lr_scheduler_states: bool = True, load_module_only: bool = False,
         custom_load_fn: Callable | None = None,
-    ) -> tuple[str | None, Any]:
+    ) -> tuple[str | None, Any]:  # fmt: skip
         """As DeepSpeedEngine.load_checkpoint; a full load resumes exactly where `save_checkpoint` was. Collective.
 
         `load_module_only` or `load_optimizer_states=False` takes the weights alone, and masters anew from them.
@@ -387,14 +373,9 @@ class HiFTEngine(DeepSpeedEngine):
 
         def load() -> tuple[str | None, Any]:
             return super(HiFTEngine, self).load_checkpoint(
-                load_dir,
-                tag,
-                load_module_strict=load_module_strict,
-                load_optimizer_states=through_optimizer,
-                load_lr_scheduler_states=load_lr_scheduler_states and not load_module_only,
-                load_module_only=load_module_only and not through_optimizer,
-                custom_load_fn=custom_load_fn,
-            )
+                load_dir, tag, load_module_strict, through_optimizer, schedule,
+                load_module_only and not through_optimizer, custom_load_fn,
+            )  # fmt: skip
 
         with self.optimizer.loading(not whole, self.module.parameters()):
             result = agree(load)

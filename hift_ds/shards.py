@@ -74,7 +74,7 @@ class BlockShard:
         self.segments: list[Segment] = []
         offset = 0
         for fqn, param in ordered:
-            numel, shape = full_numel(param), torch.Size(getattr(param, "ds_shape", param.shape))
+            numel, shape = full_numel(param), full_shape(param)
             slice_numel = -(-numel // world)
             start = min(rank * slice_numel, numel)
             slot = -(-slice_numel // ALIGNMENT) * ALIGNMENT
@@ -195,6 +195,11 @@ def pieces(segments: Sequence[Segment], start: int, numel: int) -> Iterator[tupl
 def full_numel(param: torch.nn.Parameter) -> int:
     """Elements of the whole parameter, partitioned or not."""
     return getattr(param, "ds_numel", param.numel())
+
+
+def full_shape(param: torch.Tensor) -> torch.Size:
+    """Its shape, likewise."""
+    return torch.Size(getattr(param, "ds_shape", param.shape))
 
 
 def is_partitioned(param: torch.nn.Parameter) -> TypeIs[Stage3Parameter]:

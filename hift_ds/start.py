@@ -19,7 +19,7 @@ from hift_ds.config.files import load_ds_config
 from hift_ds.config.kernels import KernelChoice, choose_kernel
 from hift_ds.config.keys import check_spelling
 from hift_ds.config.resolve import ResolvedConfig, resolve
-from hift_ds.distributed import agree, init_distributed, require_alike
+from hift_ds.distributed import agree, init_distributed, of_all_ranks, require_alike
 from hift_ds.engine import LIVING, HiFTEngine
 from hift_ds.memory.choose import agreed_layers_per_block
 from hift_ds.rotation.blocks import BlockPlan, plan_blocks
@@ -62,15 +62,11 @@ def initialize(
     Example:
         >>> engine, _, loader, _ = hift_ds.initialize(model=model, config="ds_configs/zero2_bf16.json")
     """
+    forwarded = dict(locals())
     source = config if config is not None else config_params
     if source is None:
         source = getattr(args, "deepspeed_config", None)
     ds_config = load_ds_config(source)
-    forwarded = dict(
-        args=args, model=model, optimizer=optimizer, model_parameters=model_parameters, training_data=training_data,
-        lr_scheduler=lr_scheduler, distributed_port=distributed_port, mpu=mpu, dist_init_required=dist_init_required,
-        collate_fn=collate_fn, config=config, mesh_param=mesh_param, config_params=config_params,
-    )  # fmt: skip
     if isinstance(ds_config, Mapping):
         check_spelling(ds_config)
     chosen = None
@@ -163,10 +159,7 @@ def _prepare(
 
 def _agreed_kernel(mine: KernelChoice) -> str:
     """The fused kernels only where every rank can take them; rank 0 says why they are not taken. Collective."""
-    choices: list[KernelChoice] = [mine] * dist.get_world_size()
-    if len(choices) > 1:
-        dist.all_gather_object(choices, mine)
-    for rank, choice in enumerate(choices):
+    for rank, choice in enumerate(of_all_ranks(mine)):
         if choice.why_not is not None:
             if dist.get_rank() == 0:
                 logger.warning("hift.kernel=null: updates run in eager torch: rank %d: %s", rank, choice.why_not)

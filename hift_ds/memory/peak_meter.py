@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from deepspeed import comm as dist
 
-from hift_ds.distributed import MPI_VARIABLES
+from hift_ds.distributed import MPI_VARIABLES, of_all_ranks
 from hift_ds.memory.figures import PHASES
 from hift_ds.memory.peaks import OF_ALLOCATOR, ON_CPU, ON_CUDA, RankRecord, Report, Sample
 from hift_ds.memory.storages import StorageMeter
@@ -218,12 +218,9 @@ def _bytes(tensors: Iterable[torch.Tensor], device: torch.device) -> int:
 
 
 def _all_ranks(record: RankRecord) -> list[RankRecord]:
-    world = dist.get_world_size()
     if any(name in os.environ for name in MPI_VARIABLES):
         from mpi4py import MPI
 
-        if MPI.COMM_WORLD.size == world:  # else MPI started something else, one rank a node for instance
+        if MPI.COMM_WORLD.size == dist.get_world_size():  # else it started one rank a node or the like
             return MPI.COMM_WORLD.allgather(record)
-    records: list[Any] = [None] * world
-    dist.all_gather_object(records, record)
-    return records
+    return of_all_ranks(record)

@@ -22,6 +22,7 @@ import torch
 from hift_ds.rotation.rewind import CannotRewind, Rewind
 from hift_ds.rotation.rotation import Rotation
 from hift_ds.rotation.schedule import CycleScheduler, DelayedRate
+from hift_ds.shards import full_shape
 from hift_ds.state.block_state import BlockState
 
 FORMAT = 2
@@ -302,7 +303,7 @@ def _check_module(content: Mapping[str, Any], module: torch.nn.Module, strict: b
             "model, or pass load_module_strict=False"
         )
     for name in sorted(shapes.keys() & present.keys()):
-        now = tuple(getattr(present[name], "ds_shape", present[name].shape))
+        now = tuple(full_shape(present[name]))
         if shapes[name].numel() and tuple(shapes[name]) != now:
             raise RuntimeError(
                 f"the checkpoint has {name!r} of shape {tuple(shapes[name])}, the model of shape {now}: load into the "

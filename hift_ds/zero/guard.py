@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from hift_ds.shards import BlockShard, full_numel, is_partitioned
+from hift_ds.shards import BlockShard, full_numel, full_shape, is_partitioned
 
 logger = logging.getLogger(__name__)
 
@@ -88,9 +88,8 @@ _ANEW = "a run's blocks, state and shards are laid out once; call engine.destroy
 
 
 def _facts(param: torch.nn.Parameter) -> tuple[tuple[int, ...], torch.dtype, torch.device]:
-    shape = tuple(getattr(param, "ds_shape", param.shape))
     held = getattr(param, "ds_tensor", param) if is_partitioned(param) else param
-    return shape, held.dtype, held.device
+    return tuple(full_shape(param)), held.dtype, held.device
 
 
 def _described(facts: tuple[tuple[int, ...], torch.dtype, torch.device]) -> str:

@@ -8,6 +8,7 @@ from collections import Counter
 import torch
 from deepspeed import comm as dist
 
+from hift_ds.distributed import of_all_ranks
 from hift_ds.rotation.blocks import BlockPlan
 from hift_ds.shards import BlockShard
 
@@ -69,9 +70,7 @@ class Reach:
         """
         named = [(fqn, param) for shard in shards for fqn, param in zip(shard.fqns, shard.params, strict=True)]
         silent = [fqn for fqn, param in named if param not in self._seen and self._silent[param] >= TURNS]
-        everywhere: list[list[str]] = [silent] * dist.get_world_size()
-        if len(everywhere) > 1:
-            dist.all_gather_object(everywhere, silent)
+        everywhere = of_all_ranks(silent)
         common = [fqn for fqn in everywhere[0] if all(fqn in names for names in everywhere)]
         if common:
             raise RuntimeError(
