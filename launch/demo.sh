@@ -23,7 +23,7 @@ if [ "$gpus" = 0 ]; then
         set -- --deepspeed_config outputs/demo_fp32.json "$@"
     fi
 fi
-same=(--dataset hift-facts --micro_batch 2 --max_steps 28 --seq_len 64 --answers 24 --answer_tokens 12 --measure_memory)
+same=(--dataset hift-facts --micro_batch 2 --max_steps 16 --seq_len 64 --answers 12 --answer_tokens 12 --measure_memory)
 echo "1. HiFT: one block of layers a step"
 "${launcher[@]}" launch/train.py --hift --hift_layers_per_block 8 --lr 1e-3 --output_dir outputs/demo/hift "${same[@]}" "$@"
 echo "2. Full fine-tuning: all layers at each step"

@@ -81,14 +81,14 @@ def check_ds_config(ds_config: Mapping[str, Any]) -> list[str]:
                 f"{key}='auto': only the Hugging Face Trainer fills in \"auto\"; put a value, or remove the key to get "
                 "DeepSpeed's default"
             )
-        for rule, default in rows:
-            if rule.verdict == HONOURED or _is_auto(value) or not rule.applies(name, default, value):
+        for row, default in rows:
+            if row.verdict == HONOURED or _is_auto(value) or not row.applies(name, default, value):
                 continue
             shown = reprlib.repr(value)
-            if rule.verdict == REFUSED:
-                refusals[key] = f"{key}={shown}: not supported with HiFT, because {rule.note}; {rule.remedy}"
+            if row.verdict == REFUSED:
+                refusals[key] = f"{key}={shown}: not supported with HiFT, because {row.note}; {row.remedy}"
             else:
-                notes.append(f"{key}={shown} has no effect with HiFT: {rule.note}")
+                notes.append(f"{key}={shown} has no effect with HiFT: {row.note}")
     if refusals:
         first, *others = refusals
         more = f" (refused as well: {', '.join(others)})" if others else ""
@@ -97,11 +97,11 @@ def check_ds_config(ds_config: Mapping[str, Any]) -> list[str]:
 
 
 def markdown_table() -> str:
-    """The table for docs/keys.md, one line per row of `RULES`."""
+    """The table for docs/keys.md, one line per row of `ROWS`."""
     lines = ["| key | verdict | note |", "|---|---|---|"]
-    for rule in RULES:
-        label = rule.label or ", ".join(f"`{_join(rule.section, name)}`" for name in rule.keys)
-        lines.append(f"| {label} | {rule.verdict} | {rule.note} |".replace("  ", " "))
+    for row in ROWS:
+        label = row.label or ", ".join(f"`{_join(row.section, name)}`" for name in row.keys)
+        lines.append(f"| {label} | {row.verdict} | {row.note} |".replace("  ", " "))
     return "\n".join(lines) + "\n"
 
 
@@ -193,7 +193,7 @@ _STAGE3 = (
 
 # Dense on purpose: the table is read as a table.
 # fmt: off
-RULES: tuple[Row, ...] = (
+ROWS: tuple[Row, ...] = (
     Row("", _names("hift"), HONOURED, "the section of hift_ds; DeepSpeed ignores it"),
     # batch
     Row("", _names("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), HONOURED,
@@ -373,9 +373,9 @@ RULES: tuple[Row, ...] = (
 # fmt: on
 
 _ROWS_OF: dict[str, list[tuple[Row, Any]]] = {}  # with the default
-for _rule in RULES:
-    for _name, _default in _rule.keys.items():
-        _ROWS_OF.setdefault(_join(_rule.section, _name), []).append((_rule, _default))
+for _row in ROWS:
+    for _name, _default in _row.keys.items():
+        _ROWS_OF.setdefault(_join(_row.section, _name), []).append((_row, _default))
 # Other names that DeepSpeed accepts for a section.
 for _alias, _section in (("bfloat16", "bf16"), ("tensor_parallel.tensor_parallel", "tensor_parallel.tp")):
     for _key in [key for key in _ROWS_OF if key.startswith(f"{_section}.")]:

@@ -27,7 +27,7 @@ from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerC
 from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
 
 from hift_ds.config import ds_keys
-from hift_ds.config.ds_keys import HONOURED, NO_EFFECT, OFF, REFUSED, RULES, check_ds_config, markdown_table
+from hift_ds.config.ds_keys import HONOURED, NO_EFFECT, OFF, REFUSED, ROWS, check_ds_config, markdown_table
 
 MODELS = {
     "zero_optimization": DeepSpeedZeroConfig,
@@ -151,10 +151,10 @@ def nested(key: str, value: object) -> dict:
 def without_verdict(keys: set[str]) -> list[str]:
     """Keys that are neither in the table, nor a section of it, nor within a section that one row covers."""
     whole = {
-        f"{rule.section}.{name}".lstrip(".") + "."
-        for rule in RULES
-        for name in rule.keys
-        if "*" in rule.label or rule.keys[name] is OFF
+        f"{row.section}.{name}".lstrip(".") + "."
+        for row in ROWS
+        for name in row.keys
+        if "*" in row.label or row.keys[name] is OFF
     }
     known = set(ds_keys._ROWS_OF) | ds_keys._SECTIONS
     return sorted(k for k in keys if k not in known and not any(k.startswith(prefix) for prefix in whole))
@@ -393,14 +393,14 @@ def test_the_config_is_not_changed():
 
 
 def test_every_rule_says_why():
-    for rule in RULES:
-        assert rule.verdict in (HONOURED, NO_EFFECT, REFUSED)
-        assert rule.verdict == HONOURED or rule.note, rule.keys
+    for row in ROWS:
+        assert row.verdict in (HONOURED, NO_EFFECT, REFUSED)
+        assert row.verdict == HONOURED or row.note, row.keys
 
 
 def test_the_markdown_table_is_well_formed_and_names_each_rule_once():
     lines = markdown_table().splitlines()
-    assert len(lines) == len(RULES) + 2
+    assert len(lines) == len(ROWS) + 2
     assert all(line.count("|") == 4 for line in lines)
     labels = [line.split("|")[1] for line in lines]
     assert len(set(labels)) == len(labels)
