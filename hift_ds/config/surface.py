@@ -32,12 +32,10 @@ SURFACE: dict[str, dict[str, tuple[str, ...]]] = {
             # called
             "_backward_prologue", "_check_for_duplicates", "_configure_zero_optimizer",
             "_create_module_forward_post_hook", "_create_module_forward_pre_hook", "_get_ckpt_name",
-            "_get_zero_ckpt_name", "bfloat16_enabled", "communication_data_type", "curriculum_learning_enabled",
-            "dynamic_loss_scale", "dynamic_loss_scale_args", "fp16_enabled", "get_data_types",
-            "gradient_accumulation_steps", "gradient_clipping", "gradient_predivide_factor",
-            "is_gradient_accumulation_boundary", "loss_scale", "managed_gradient_accumulation", "optimizer_name",
-            "optimizer_params", "postscale_gradients", "use_node_local_storage", "zero_allgather_bucket_size",
-            "zero_allgather_sequential", "zero_optimization_stage", "zero_overlap_comm", "zero_reduce_bucket_size",
+            "_get_zero_ckpt_name", "curriculum_learning_enabled", "dynamic_loss_scale", "dynamic_loss_scale_args",
+            "get_data_types", "gradient_accumulation_steps", "is_gradient_accumulation_boundary", "loss_scale",
+            "managed_gradient_accumulation", "use_node_local_storage", "zero_allgather_sequential",
+            "zero_optimization_stage",
         ),
     },
     "deepspeed.runtime.lr_schedules": {"": ("VALID_LR_SCHEDULES",)},
@@ -74,9 +72,8 @@ SURFACE: dict[str, dict[str, tuple[str, ...]]] = {
 INSTANCE_SURFACE: dict[str, dict[str, tuple[str, ...]]] = {
     "deepspeed.runtime.engine": {
         "DeepSpeedEngine": (
-            "_config", "basic_optimizer", "client_optimizer", "device", "global_rank", "gradient_average", "local_rank",
-            "lr_scheduler", "param_names", "seq_data_parallel_group", "seq_dp_world_size", "tput_timer",
-            "training_dataloader",
+            "_config", "basic_optimizer", "config", "device", "global_rank", "local_rank", "lr_scheduler",
+            "seq_data_parallel_group", "tput_timer", "training_dataloader",
         ),
     },
     "deepspeed.runtime.config": {

@@ -1,6 +1,7 @@
 """The surface of DeepSpeed that hift_ds relies on: all there, and named when it is not."""
 
 import ast
+import re
 import sys
 import types
 from pathlib import Path
@@ -139,3 +140,10 @@ def test_what_our_classes_take_from_their_base_is_in_the_surface(stem, class_nam
     named = set(surface.SURFACE[module][class_in_module])
     named |= set(surface.INSTANCE_SURFACE.get(module, {}).get(class_in_module, ()))
     assert used - defined - named - {"module"} == set()  # DeepSpeed writes `module` into __dict__
+
+
+def test_the_surface_of_the_engine_names_nothing_that_nobody_uses():
+    source = "\n".join(path.read_text() for path in PACKAGE.rglob("*.py"))
+    known = [d["deepspeed.runtime.engine"]["DeepSpeedEngine"] for d in (surface.SURFACE, surface.INSTANCE_SURFACE)]
+    used = set(re.findall(r"(?:self|engine|super\(\)|super\(HiFTEngine, self\))\.(\w+)|def (\w+)", source))
+    assert {name for names in known for name in names} - {name for pair in used for name in pair} == set()

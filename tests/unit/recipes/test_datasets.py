@@ -248,7 +248,7 @@ def test_hift_facts_holds_out_wordings_of_every_fact_and_no_training_row():
         for part in ("train", "eval")
     )
     answers = {row["fact"]: row["answer"] for row in train}
-    assert len(set(answers.values())) == len(answers) >= 12
+    assert len(set(answers.values())) == len(answers) >= 6
     assert all(answers[row["fact"]] == row["answer"] for row in train + held_out)
     assert {row["fact"] for row in held_out} == set(answers)
     asked = [set(re.findall(r"\w+", row["question"].lower())) for row in train]
