@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,11 @@ class Planner:
         self._models: dict[tuple, FakeModel] = {}
         self._traces: dict[tuple, list[Event]] = {}
 
+    @classmethod
+    def of(cls, module: Any, frozen: Collection[str] = ()) -> Planner:
+        """The planner of a transformers model that is there; only its class and its config are looked at."""
+        return cls(copy.deepcopy(module.config), type(module), frozen)
+
     def plan(self, request: Request, every_block: bool = False) -> Plan:
         """The forecast.
 
@@ -52,10 +58,9 @@ class Planner:
         )
 
     def plan_of_ends(self, request: Request) -> Plan:
-        """The forecast of the first and the last two blocks alone, which have the highest peaks of most models."""
+        """The forecast of the first and the last two blocks alone, which is quick."""
         layout = self.layout(request)
-        last = len(layout.plan.blocks) - 1
-        return self._plan(request, layout, self._of(request, layout, sorted({0, min(1, last), max(0, last - 1), last})))
+        return self._plan(request, layout, self._of(request, layout, _ends(layout)))
 
     def _of(self, request: Request, layout: Layout, indices: Iterable[int]) -> tuple[Figures, ...]:
         return tuple(self.figures(request, layout, index) for index in indices)
@@ -78,11 +83,11 @@ class Planner:
         """The layout that the request's config makes."""
         return Layout(self._model(request), request.config, self._frozen, request.gpu_memory)
 
-    def peak(self, request: Request, indices: Sequence[int]) -> int:
-        """Highest peak of some blocks; indices that the request's plan does not have count as its last."""
+    def peak(self, request: Request, besides: int = 0) -> int:
+        """Highest peak of the first and the last two blocks, and of block `besides`, if there are as many."""
         layout = self.layout(request)
-        last = len(layout.plan.blocks) - 1
-        return max(self.figures(request, layout, index).peak for index in {min(index, last) for index in indices})
+        indices = {*_ends(layout), min(besides, len(layout.plan.blocks) - 1)}
+        return max(figures.peak for figures in self._of(request, layout, indices))
 
     def figures(self, request: Request, layout: Layout, index: int) -> Figures:
         """Of one block, traced."""
@@ -121,6 +126,12 @@ class Planner:
 
     def _key(self, request: Request) -> tuple:
         return request.config.precision, request.attn_implementation, request.checkpointing
+
+
+def _ends(layout: Layout) -> list[int]:
+    """The first and the last two blocks, which have the highest peaks of most models."""
+    last = len(layout.plan.blocks) - 1
+    return sorted({0, min(1, last), max(0, last - 1), last})
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,13 @@ class Request:
     separate_host: bool | None = None
     optimizer: Any = None
 
+    @classmethod
+    def of(cls, module: Any, ds_config: Mapping[str, Any], seq: int, **others: Any) -> Request:
+        """Of a transformers model that is there, with its attention and its checkpointing."""
+        attention = getattr(module.config, "_attn_implementation", None)
+        checkpointing = bool(getattr(module, "is_gradient_checkpointing", False))
+        return cls(ds_config, seq, attention, checkpointing, **others)
+
     @property
     def world(self) -> int:
         """Ranks of all nodes."""
@@ -80,16 +87,19 @@ class Request:
         return replace(self, ds_config=config)
 
 
-def parse_bytes(text: str) -> int:
+def parse_bytes(text: str, option: str = "") -> int:
     """Bytes of `48GiB`, `48GB`, `512MiB` or a plain number.
+
+    Args:
+        option: That it is the value of, for the error.
 
     Raises:
         ValueError: Anything else.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     if match is None or match[2].lower() not in _UNITS:
-        raise ValueError(f"{text!r}: must be a size such as 48GiB, 24GB or 512MiB")
+        raise ValueError(f"{option} {text!r}: must be a size such as 48GiB, 24GB or 512MiB".lstrip())
     size = int(float(match[1]) * _UNITS[match[2].lower()])
     if size < 1:
-        raise ValueError(f"{text!r}: must be more than nothing")
+        raise ValueError(f"{option} {text!r}: must be more than nothing".lstrip())
     return size

@@ -9,10 +9,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Column, Table
+from rich.table import Column
 
 from hift_ds.distributed import MPI_VARIABLES
-from hift_ds.memory.figures import Plan
 
 LINE_EVERY_S = 10.0
 
@@ -102,28 +101,3 @@ class _Steps(_Bar):
         elif time.monotonic() - self._last_line >= LINE_EVERY_S or self.completed == self.total:
             self._last_line = time.monotonic()
             self.console.print(f"step {self.completed}/{self.total}  {text}")
-
-
-def memory_table(plan: Plan) -> Table:
-    """Bytes per rank by role at the peak of the worst block, HiFT beside full fine-tuning."""
-    worst, full = plan.worst, plan.full
-    table = Table(title="Peak memory of a rank, MiB: forecast for a card", show_edge=False, pad_edge=False)
-    table.add_column("role")
-    for header in ("HiFT", "full fine-tuning"):
-        table.add_column(header, justify="right")
-    for label, role in (("model weights", "weights"), ("gradients", "gradients"), ("masters and moments", "state"),
-                        ("activations", "activations")):  # fmt: skip
-        table.add_row(label, _mib(getattr(worst, role)), _mib(getattr(full, role)))
-    table.add_section()
-    table.add_row("device", f"{_mib(worst.peak)} ({saved(plan)})", _mib(full.peak))
-    table.add_row("host: masters and moments", _mib(plan.host), _mib(plan.full_host))
-    return table
-
-
-def saved(plan: Plan) -> str:
-    """What HiFT's peak is of full fine-tuning's, as `-50 %`."""
-    return f"{100 * (plan.worst.peak / plan.full.peak - 1):+.0f} %"
-
-
-def _mib(count: int) -> str:
-    return f"{count / 2**20:,.1f}"

@@ -44,8 +44,14 @@ def batches(
 
 
 @torch.no_grad()
-def held_out_loss(engine: Any, data: TextData, micro_batch: int, device: torch.device) -> float:
-    """Mean loss per held-out token that counts. Collective: each rank takes its share; all run as many forwards."""
+def held_out_loss(engine: Any, data: TextData, micro_batch: int) -> float | None:
+    """Mean loss per held-out token that counts; `None` where nothing is held out.
+
+    Collective: each rank takes its share; all run as many forwards.
+    """
+    if not len(data.eval):
+        return None
+    device = engine.device
     rank, world = dist.get_rank(), dist.get_world_size()
     rounds = -(-len(data.eval) // (micro_batch * world))
     sums = torch.zeros(2, dtype=torch.float64, device=device)

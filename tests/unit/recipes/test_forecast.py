@@ -17,7 +17,7 @@ def forecast_of(state, monkeypatch):
     ds_config["hift"] = {"state": state}
     hift = SimpleNamespace(layers_per_block=1)
     engine = SimpleNamespace(device=torch.device("cpu"), hift_config=hift, module=LlamaForCausalLM(config))
-    plan = module.forecast(engine, ds_config, 8, checkpointing=False, padded=False)
+    plan = module.forecast(engine, ds_config, 8, padded=False)
     assert not isinstance(plan, str), plan
     return plan.worst
 
