@@ -103,7 +103,6 @@ def evaluate(
 
 def steps(engine: Any, run: Any, args: argparse.Namespace, display: Any, start: int) -> None:
     """The training loop, from micro step `start` on. Collective."""
-    import torch
     from deepspeed import comm as dist
 
     from hift_ds.recipes import training
@@ -116,13 +115,7 @@ def steps(engine: Any, run: Any, args: argparse.Namespace, display: Any, start: 
         for step in range(done, run.max_steps):
             began = time.monotonic()
             block = engine.hift.blocks[engine.hift.active_block].name if args.hift else ""
-            sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
-            for _ in range(accumulation):
-                batch = next(stream)
-                loss = engine(**batch).loss
-                engine.backward(loss)
-                engine.step()
-                sums += torch.stack([loss.detach().double() / accumulation, batch["attention_mask"].sum().double()])
+            sums = training.optimizer_step(engine, stream)
             dist.all_reduce(sums)
             total, tokens = sums.tolist()
             mean = total / dist.get_world_size()
@@ -167,7 +160,7 @@ def show_memory(engine: Any, run: Any, args: argparse.Namespace, display: Any) -
     """The forecast of the run, by role, beside full fine-tuning's; returns its peaks for the summary. On rank 0."""
     from hift_ds.memory.figures import Plan, mib
     from hift_ds.memory.report import compared_table
-    from hift_ds.recipes.forecast import forecast
+    from hift_ds.recipes.planning import forecast
 
     if not display.active:
         return {}

@@ -10,7 +10,7 @@ from typing import Any
 from hift_ds.config.batch import ACCUMULATION, MICRO
 from hift_ds.memory.figures import Plan
 from hift_ds.memory.plan import Planner
-from hift_ds.memory.request import RESERVE_BYTES, Request
+from hift_ds.memory.request import Request
 from hift_ds.state.block_state import ring_limit
 
 SHORTEST = 128  # tokens
@@ -82,15 +82,12 @@ def _seems_to_fit(planner: Planner, plan: Plan, changes: tuple[Change, ...]) -> 
         layout = planner.layout(request)
     except (ValueError, TypeError):  # not with this model or these settings
         return False
-    limit = request.host_memory
-    if limit is not None and (layout.host_state() + layout.offloaded_weights) * request.gpus > limit:
+    if request.node_holds(layout.host_state() + layout.offloaded_weights) is False:
         return False
-    limit = request.gpu_memory
-    if limit is None:
-        return True
-    if layout.weights + layout.device_state + RESERVE_BYTES > limit:
-        return False  # without a look at activations
-    return planner.peak(request, plan.blocks.index(plan.worst)) + RESERVE_BYTES <= limit
+    without_activations = request.card_holds(layout.weights + layout.device_state)
+    if without_activations is not True:  # it is plain, or the card's size is not given
+        return without_activations is None
+    return request.card_holds(planner.peak(request, plan.blocks.index(plan.worst))) is True
 
 
 def _can(change: Change, request: Request) -> bool:

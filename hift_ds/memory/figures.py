@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hift_ds.memory.request import RESERVE_BYTES, Request
+from hift_ds.memory.request import Request
 
 ROLES = ("weights", "gradients", "state", "activations")
 MEASURED_ROLES = (*ROLES, "other")  # other: what was there before the first step and is none of these
@@ -121,12 +121,10 @@ class Plan:
 
     @property
     def fits_device(self) -> bool | None:
-        """Whether the worst peak and `RESERVE_BYTES` are within the card."""
-        limit = self.request.gpu_memory
-        return None if limit is None else self.worst.peak + RESERVE_BYTES <= limit
+        """Whether the card holds the worst peak."""
+        return self.request.card_holds(self.worst.peak)
 
     @property
     def fits_host(self) -> bool | None:
         """Whether the node holds the states of its ranks."""
-        limit = self.request.host_memory
-        return None if limit is None else self.host * self.request.gpus <= limit
+        return self.request.node_holds(self.host)

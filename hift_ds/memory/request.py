@@ -61,6 +61,14 @@ class Request:
         """Ranks of all nodes."""
         return self.gpus * self.nodes
 
+    def card_holds(self, peak: int) -> bool | None:
+        """Whether a peak and `RESERVE_BYTES` are within the card; `None`: its size is not given."""
+        return None if self.gpu_memory is None else peak + RESERVE_BYTES <= self.gpu_memory
+
+    def node_holds(self, host: int) -> bool | None:
+        """Whether a node holds so many bytes for each of its ranks; `None`: its size is not given."""
+        return None if self.host_memory is None else host * self.gpus <= self.host_memory
+
     @cached_property
     def config(self) -> ResolvedConfig:
         """What the config means.

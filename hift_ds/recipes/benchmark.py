@@ -19,7 +19,7 @@ from hift_ds.memory.peaks import Report
 from hift_ds.memory.request import parse_bytes
 from hift_ds.recipes import training
 from hift_ds.recipes.display import Display
-from hift_ds.recipes.forecast import forecast
+from hift_ds.recipes.planning import forecast
 from hift_ds.recipes.results import provenance, step_times
 
 _LEAST_TIMED = 10  # steps whose time is taken, where nobody says how many to make
@@ -66,7 +66,8 @@ def measure(args: argparse.Namespace, display: Display, limit: int | None) -> di
     engine.train()  # from_pretrained leaves a model in evaluation
     evaluates = not (args.random or args.skip_evaluation)
     held_out = [training.held_out_loss(engine, run.data, run.micro_batch)] if evaluates else []
-    tokens = _tokens(run, args, engine)
+    # Of a step, over all ranks; padding included.
+    tokens = run.micro_batch * args.seq_len * engine.gradient_accumulation_steps() * engine.dp_world_size
     with display.progress(steps, 0) as progress:
         with MemoryMeter(engine) as meter:
             losses, _ = _train(engine, stream, min(steps, 2 * cycle), 1, progress, tokens)
@@ -100,7 +101,7 @@ def _train(
     began = time.perf_counter()
     while len(losses) < steps:
         count = min(cycle, steps - len(losses))
-        totals = torch.stack([_step(engine, stream) for _ in range(count)])
+        totals = torch.stack([training.optimizer_step(engine, stream)[0] for _ in range(count)])
         _wait(engine)
         now = time.perf_counter()
         each, began = (now - began) / count, now
@@ -111,19 +112,6 @@ def _train(
             losses.append(total / dist.get_world_size())
             progress.update(losses[-1], engine.get_lr()[0], "", tokens / each)
     return losses, seconds
-
-
-def _step(engine: Any, stream: Iterator[dict[str, torch.Tensor]]) -> torch.Tensor:
-    """One optimizer step; this rank's loss, on the device."""
-    accumulation = engine.gradient_accumulation_steps()
-    total = torch.zeros((), dtype=torch.float64, device=engine.device)
-    for _ in range(accumulation):
-        loss = engine(**next(stream)).loss
-        engine.backward(loss)
-        engine.step()
-        total += loss.detach().double() / accumulation
-        del loss  # with it goes its graph: the forecast has none left over from the step before
-    return total
 
 
 def _wait(engine: Any) -> None:
@@ -190,8 +178,3 @@ def _row(args: argparse.Namespace, run: Any, engine: Any, report: Report, plan: 
     else:
         row["forecast"] = plan
     return row
-
-
-def _tokens(run: Any, args: argparse.Namespace, engine: Any) -> int:
-    """Of a step, over all ranks; padding included."""
-    return run.micro_batch * args.seq_len * engine.gradient_accumulation_steps() * engine.dp_world_size

@@ -1,17 +1,21 @@
-"""From the options of `hift-ds plan` to a request."""
+"""Requests of the planner: what the options of `hift-ds plan` ask for, and the very run that a script makes."""
 
 from __future__ import annotations
 
 import argparse
 import copy
+import os
 import sys
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from deepspeed import comm as dist
 
 from hift_ds.config.batch import MICRO, TRAIN
 from hift_ds.config.resolve import set_precision, set_stage
+from hift_ds.memory.figures import Plan
+from hift_ds.memory.plan import Planner
 from hift_ds.memory.request import Request, parse_bytes
 from hift_ds.recipes.arguments import override_batch, read_ds_config
 from hift_ds.state.block_state import card_bytes
@@ -71,3 +75,34 @@ def complete_config(
     if section is None or (isinstance(section, Mapping) and section.get("enabled") is False):
         config["hift"] = {**(section or {}), "enabled": True}  # planned as if it were on
     return config
+
+
+def forecast(
+    engine: Any, ds_config: Mapping[str, Any], seq_len: int, padded: bool = True, device_type: str | None = None,
+    ends_alone: bool = False,
+) -> Plan | str:  # fmt: skip
+    """The memory plan of a run, or why there is none. Not collective.
+
+    Args:
+        engine: Of HiFT, or DeepSpeed's own: then with blocks of one layer.
+        ds_config: Its config.
+        seq_len: Tokens of a row.
+        padded: Rows have padding.
+        device_type: Of the forecast; `None` = this run's.
+        ends_alone: Of the first and the last two blocks alone, which is quick.
+    """
+    world, hift = dist.get_world_size(), getattr(engine, "hift_config", None)
+    config = complete_config(ds_config, None, None, None, world)
+    if hift is not None:
+        config["hift"]["layers_per_block"] = hift.layers_per_block or 1
+    nodes = max(1, world // int(os.environ.get("LOCAL_WORLD_SIZE", world)))
+    request = Request.of(
+        engine.module, config, seq_len, padded=padded, gpus=world // nodes, nodes=nodes,
+        gpu_memory=card_bytes(engine.device),  # or the part of it that a limit leaves
+        device_type=device_type or engine.device.type,
+    )  # fmt: skip
+    try:
+        planner = Planner.of(engine.module)
+        return planner.plan_of_ends(request) if ends_alone else planner.plan(request)
+    except (ValueError, TypeError) as error:
+        return str(error)

@@ -139,9 +139,12 @@ def _quiet() -> None:
 def run_script(
     work: Callable[[argparse.Namespace], Any], description: str | None, default_config: Path, *options: Callable
 ) -> int:
-    """Reads the command line of a launch script and runs its work on this rank; returns the exit code.
+    """Reads the command line of a launch script, runs its work on this rank and ends its part in the process group.
+
+    Returns the exit code. Collective where the work is.
 
     Args:
+        work: Is given the options.
         options: What the script has beside the options that all share, each a function of the parser.
     """
     prepare_process("--verbose" in sys.argv)
@@ -154,20 +157,15 @@ def run_script(
     for add in options:
         add(parser)
     args = parser.parse_args()
-    return exit_code_of(lambda: work(args), args.verbose)
-
-
-def exit_code_of(work: Callable[[], Any], verbose: bool) -> int:
-    """Runs a script's work on this rank, and ends its part in the process group. Collective where the work is."""
     import torch
     from deepspeed import comm as dist
 
     try:
-        work()
+        work(args)
     except torch.OutOfMemoryError as error:
-        return fail(error, verbose, OUT_OF_MEMORY)
+        return fail(error, args.verbose, OUT_OF_MEMORY)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
-        return fail(error, verbose)
+        return fail(error, args.verbose)
     dist.destroy_process_group()  # NCCL warns otherwise
     return 0
 

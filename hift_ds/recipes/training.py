@@ -43,6 +43,21 @@ def batches(
             micro_step += 1
 
 
+def optimizer_step(engine: Any, stream: Iterator[dict[str, torch.Tensor]]) -> torch.Tensor:
+    """One step with all its micro steps: this rank's mean loss and its tokens but for padding, fp64 on the device."""
+    accumulation = engine.gradient_accumulation_steps()
+    sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
+    for _ in range(accumulation):
+        batch = next(stream)
+        loss = engine(**batch).loss
+        engine.backward(loss)
+        engine.step()
+        sums[0] += loss.detach().double() / accumulation
+        sums[1] += batch["attention_mask"].sum() if "attention_mask" in batch else batch["input_ids"].numel()
+        del loss  # with it goes its graph: a forecast has none left over from the step before
+    return sums
+
+
 @torch.no_grad()
 def held_out_loss(engine: Any, data: TextData, micro_batch: int) -> float | None:
     """Mean loss per held-out token that counts; `None` where nothing is held out.
