@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -16,12 +15,14 @@ if TYPE_CHECKING:
     from hift_ds.memory.plan import Planner
     from hift_ds.memory.request import Request
 
+ATTENTIONS = ("sdpa", "eager")
 PICTURES = (".png", ".pdf", ".svg")
 _PLAN = """Says, without a GPU and without weights, whether a model trains on a card: peak memory of every block, host
 memory, traffic, full fine-tuning beside, and the cheapest change that makes it fit.
 
-    hift-ds plan --model config.json --micro_batch 1 --seq 1024 --gpu_memory 24GiB
-    hift-ds plan --model FOLDER_OR_HUB_NAME --deepspeed_config ds_configs/zero3_bf16.json --gpus 8 --nodes 2 --seq 2048
+    hift-ds plan --model config.json --micro_batch 1 --seq_len 1024 --gpu_memory 24GiB
+    hift-ds plan --model FOLDER_OR_HUB_NAME --deepspeed_config ds_configs/zero3_bf16.json --gpus 8 --nodes 2 \\
+        --seq_len 2048
 """
 
 
@@ -56,18 +57,21 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     add("--gpu_memory", metavar="SIZE", help="of one card, as 24GiB (default: the card found here, if any)")
     add("--host_memory", metavar="SIZE", help="of one node, as 256GiB (default: not checked)")
     add("--micro_batch", type=positive, metavar="B", help="rows per GPU and forward (default: the config's, or 1)")
-    add("--seq", type=positive, default=512, metavar="S", help="tokens of a row (default: %(default)s)")
+    add("--seq_len", type=positive, default=512, metavar="N", help="tokens of a row (default: %(default)s)")
     add("--optimizer", metavar="NAME", help="AdamW, SGD, ... with defaults, instead of the config's")
     add("--precision", choices=("fp32", "bf16", "fp16"), help="instead of the config's")
     add("--stage", type=int, choices=(0, 1, 2, 3), help="ZeRO stage, instead of the config's")
     add("--layers_per_block", type=positive, metavar="M", help="instead of the config's (default: 1)")
-    add("--attn", choices=("sdpa", "eager"), help="attention (default: transformers' choice, mostly sdpa)")
+    add("--attn_implementation", choices=ATTENTIONS, help="attention (default: transformers' choice, mostly sdpa)")
     add("--gradient_checkpointing", action="store_true", help="recompute activations in backward")
-    add("--activation_checkpointing", dest="gradient_checkpointing", action="store_true", help=argparse.SUPPRESS)
     add("--padded", action="store_true", help="rows have padding (default: they are full, as packed rows are)")
     add("--every_block", action="store_true", help="trace each block: slower; by default alike blocks are interpolated")
     add("--json", nargs="?", const="-", metavar="FILE", help="everything in bytes, to a file or instead of the table")
     add("--plot", metavar="PNG", help="the picture: a bar for each block")
+    # Earlier names.
+    add("--seq", dest="seq_len", type=positive, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    add("--attn", dest="attn_implementation", choices=ATTENTIONS, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    add("--activation_checkpointing", dest="gradient_checkpointing", action="store_true", help=argparse.SUPPRESS)
 
 
 def run_plan(args: argparse.Namespace) -> int:
@@ -76,14 +80,15 @@ def run_plan(args: argparse.Namespace) -> int:
 
     from hift_ds.memory import report
     from hift_ds.memory.advice import advise
-    from hift_ds.memory.fake_model import load_config
+    from hift_ds.memory.model_names import load_config
+    from hift_ds.memory.peaks import write_json
     from hift_ds.memory.plan import Planner
-    from hift_ds.recipes.models import SAMPLE, fetch_sample
+    from hift_ds.recipes.models import source_of
     from hift_ds.recipes.planning import request_of
 
     _check_outputs(args)
     request = request_of(args)
-    planner = Planner(load_config(str(fetch_sample()) if args.model == SAMPLE else args.model))
+    planner = Planner(load_config(source_of(args.model)))
     if request.config.hift.layers_per_block is None and request.config.hift.blocks is None:
         request = _with_chosen_blocks(planner, request)
     plan = planner.plan(request, args.every_block)
@@ -92,11 +97,8 @@ def run_plan(args: argparse.Namespace) -> int:
         width = None if sys.stdout.isatty() else 80
         Console(width=width, highlight=False, emoji=False).print(report.render(plan, advice))
     if args.json is not None:
-        text = json.dumps(report.to_json(plan, advice, _as_the_paper_counts(planner, plan)), indent=1)
-        if args.json == "-":
-            print(text)
-        else:
-            Path(args.json).write_text(text + "\n", encoding="utf-8")
+        found = report.to_json(plan, advice, _as_the_paper_counts(planner, plan))
+        write_json(None if args.json == "-" else Path(args.json), found)
     if args.plot is not None:
         report.plot(plan, Path(args.plot))
     return 1 if plan.fits is False else 0

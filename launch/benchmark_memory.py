@@ -25,44 +25,35 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent / "kernels")]  # a checkout ne
 
 
 def main() -> int:
-    from hift_ds.recipes.setup import exit_code_of, prepare_process
+    from hift_ds.recipes.arguments import add_benchmark_arguments
+    from hift_ds.recipes.setup import run_script
 
-    prepare_process("--verbose" in sys.argv)
-    from hift_ds.recipes.arguments import add_arguments
-
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_arguments(parser, HERE / "demo.json")
-    from hift_ds.recipes.benchmark import add_benchmark_arguments
-
-    add_benchmark_arguments(parser)
-    args = parser.parse_args()
-    return exit_code_of(lambda: benchmark(args), args.verbose)
+    return run_script(benchmark, __doc__, HERE / "demo.json", add_benchmark_arguments)
 
 
 def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     """Measures, shows and writes. Collective."""
     import hift_ds
     from hift_ds.distributed import agree
+    from hift_ds.memory.peaks import write_json
     from hift_ds.recipes.benchmark import limit_memory, measure
     from hift_ds.recipes.display import Display
-    from hift_ds.recipes.results import write_results
 
     hift_ds.init_distributed()
     display = Display(int(os.environ["RANK"]))
-    agree(lambda: limit_memory(args.gpu_memory_limit))
-    row = measure(args, display)
+    limit = agree(lambda: limit_memory(args.gpu_memory_limit))
+    row = measure(args, display, limit)
     if display.active:
         show(row, display)
         path = Path(args.results) if args.results else HERE / "results" / f"{row['date']}_memory_{name_of(row)}.json"
-        write_results(path, row)
+        write_json(path, row)
         display.print(f"wrote {path}", markup=False, soft_wrap=True)
     return row
 
 
 def show(row: dict[str, Any], display: Any) -> None:
     """The table of all ranks, and the forecast beside the measured peak."""
+    from hift_ds.memory.figures import mib
     from hift_ds.memory.peaks import Report
 
     report = Report.from_json(row["report"])
@@ -71,7 +62,7 @@ def show(row: dict[str, Any], display: Any) -> None:
     if isinstance(forecast, dict):
         peak, measured = forecast["peak"], row["measured"]["allocated"]
         off = 100 * (peak / measured - 1)
-        display.print(f"forecast {peak / 2**20:,.1f} MiB, measured {measured / 2**20:,.1f} MiB ({off:+.1f} %)")
+        display.print(f"forecast {mib(peak)} MiB, measured {mib(measured)} MiB ({off:+.1f} %)")
     else:
         display.print(f"no forecast: {forecast}", markup=False)
     if row["step_ms"] is not None:

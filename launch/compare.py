@@ -23,6 +23,7 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +88,12 @@ def main() -> int:
 
 def run_cell(args: argparse.Namespace, cell: Any, base: dict[str, Any], number: int = 1) -> dict[str, Any]:
     """The cell's result in round `number`, from its file if it is there, else from a run."""
+    from hift_ds.memory.peaks import write_json
     from hift_ds.recipes.comparison import config_of, signature
 
     config = config_of(cell, base)
     sign = signature(cell, config, args.options)
     place = Path(args.output_dir, "cells")
-    place.mkdir(parents=True, exist_ok=True)
     name = cell.name if number == 1 else f"{cell.name}.round{number}"
     path = place / f"{name}.json"
     if path.is_file() and not args.again:
@@ -100,12 +101,12 @@ def run_cell(args: argparse.Namespace, cell: Any, base: dict[str, Any], number: 
         if kept.get("signature") == sign and (kept["status"] == "ok" or not args.retry_failed):
             return kept
     config_path = place / f"{cell.name}.config.json"
-    config_path.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    write_json(config_path, config)
     path.unlink(missing_ok=True)
     result = _run(args, cell, config_path, path, place / f"{name}.log")
     result["signature"] = sign
     written = path.with_suffix(".part")  # whole or not at all: a cut run leaves no half of a result
-    written.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_json(written, result)
     written.replace(path)
     return result
 
@@ -170,10 +171,11 @@ def _launcher(gpus: int) -> list[str]:
 
 
 def _matrix(args: argparse.Namespace) -> Any:
-    from hift_ds.recipes.comparison import Matrix, dimensions
+    from hift_ds.recipes.comparison import Matrix
 
     values = dict(EXPERIMENTS.get(args.experiment, {}))
-    values |= {name: getattr(args, name) for name in dimensions() if getattr(args, name) is not None}
+    given = {field.name: getattr(args, field.name) for field in fields(Matrix)}
+    values |= {name: value for name, value in given.items() if value is not None}
     values.setdefault("gpus", _default_gpus(args))
     return Matrix(**values)
 
@@ -190,11 +192,9 @@ def _default_gpus(args: argparse.Namespace) -> list[int]:
 
 
 def _base_config(args: argparse.Namespace) -> dict[str, Any]:
-    from hift_ds.config.files import load_ds_config
+    from hift_ds.recipes.arguments import read_ds_config
 
-    config = load_ds_config(args.deepspeed_config)
-    if not isinstance(config, dict):
-        raise ValueError(f"--deepspeed_config {args.deepspeed_config!r}: no such file; name a DeepSpeed JSON")
+    config = read_ds_config(args.deepspeed_config)
     for option in args.options:
         if option in ("--hift", "--seq_len", "--results", "--deepspeed_config", "--gradient_checkpointing"):
             raise ValueError(f"{option} after --: compare.py sets it for each cell; use its own options")
@@ -202,6 +202,8 @@ def _base_config(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _arguments() -> argparse.Namespace:
+    from hift_ds.recipes.arguments import positive
+
     parser = argparse.ArgumentParser(
         allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -218,7 +220,7 @@ def _arguments() -> argparse.Namespace:
     add("--orders", nargs="+", choices=("bottom2up", "top2down", "random"))
     add("--steps_per_block", nargs="+", type=int, metavar="K")
     add("--deepspeed_config", default=str(HERE / "demo.json"), metavar="JSON", help="what all cells share")
-    add("--rounds", type=_count, default=1, metavar="N",
+    add("--rounds", type=positive, default=1, metavar="N",
         help="run HiFT and full fine-tuning in turn, N times each; step times are over all rounds")  # fmt: skip
     add("--output_dir", default="outputs/compare", metavar="DIR")
     add("--cell_timeout", type=float, default=3600, metavar="SECONDS")
@@ -237,12 +239,6 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
     """Its own arguments, and those for the cells."""
     place = arguments.index("--") if "--" in arguments else len(arguments)
     return arguments[:place], arguments[place + 1 :]
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number from 1")
-    return int(text)
 
 
 def _yes_or_no(text: str) -> bool:

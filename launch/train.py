@@ -23,23 +23,16 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent / "kernels")]  # a checkout ne
 
 
 def main() -> int:
-    from hift_ds.recipes.setup import exit_code_of, prepare_process
+    from hift_ds.recipes.setup import run_script
 
-    prepare_process("--verbose" in sys.argv)
-    from hift_ds.recipes.arguments import add_arguments
-
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_arguments(parser, HERE / "demo.json")
-    args = parser.parse_args()
-    return exit_code_of(lambda: train(args), args.verbose)
+    return run_script(train, __doc__, HERE / "demo.json")
 
 
 def train(args: argparse.Namespace) -> None:
     """One run: load, evaluate, train, evaluate, save. Collective."""
     import hift_ds
     from hift_ds.memory import MemoryMeter
+    from hift_ds.memory.figures import mib
     from hift_ds.recipes import training
     from hift_ds.recipes.display import Display
     from hift_ds.recipes.setup import load_run
@@ -78,7 +71,7 @@ def train(args: argparse.Namespace) -> None:
     if meter is not None:
         report = meter.gather()
         results["measured_peak"] = report.peak
-        display.print(f"peak memory of a rank: {report.peak / 2**20:,.1f} MiB of tensors, measured ({report.kind})")
+        display.print(f"peak memory of a rank: {mib(report.peak)} MiB of tensors, measured ({report.kind})")
     save_summary(engine, run, args, display, results)
     display.print(f"saved: AutoModelForCausalLM.from_pretrained({str(folder)!r})", markup=False, soft_wrap=True)
 
@@ -89,9 +82,9 @@ def evaluate(
     """Held-out loss, and answers to the first held-out questions. Collective."""
     from hift_ds.recipes import training
 
-    if not len(run.data.eval):
+    loss = training.held_out_loss(engine, run.data, run.micro_batch)
+    if loss is None:
         return None
-    loss = training.held_out_loss(engine, run.data, run.micro_batch, engine.device)
     display.print(f"[bold]{when}[/]: held-out loss {loss:.3f}")
     asked = run.data.held_out[:num_questions]
     if not asked:
@@ -110,7 +103,6 @@ def evaluate(
 
 def steps(engine: Any, run: Any, args: argparse.Namespace, display: Any, start: int) -> None:
     """The training loop, from micro step `start` on. Collective."""
-    import torch
     from deepspeed import comm as dist
 
     from hift_ds.recipes import training
@@ -123,13 +115,7 @@ def steps(engine: Any, run: Any, args: argparse.Namespace, display: Any, start: 
         for step in range(done, run.max_steps):
             began = time.monotonic()
             block = engine.hift.blocks[engine.hift.active_block].name if args.hift else ""
-            sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
-            for _ in range(accumulation):
-                batch = next(stream)
-                loss = engine(**batch).loss
-                engine.backward(loss)
-                engine.step()
-                sums += torch.stack([loss.detach().double() / accumulation, batch["attention_mask"].sum().double()])
+            sums = training.optimizer_step(engine, stream)
             dist.all_reduce(sums)
             total, tokens = sums.tolist()
             mean = total / dist.get_world_size()
@@ -137,7 +123,7 @@ def steps(engine: Any, run: Any, args: argparse.Namespace, display: Any, start: 
             if engine.monitor.enabled:
                 engine.monitor.write_events([("Train/loss", mean, step + 1)])
             if args.eval_every and (step + 1) % args.eval_every == 0 and len(run.data.eval):
-                held_out = training.held_out_loss(engine, run.data, run.micro_batch, engine.device)
+                held_out = training.held_out_loss(engine, run.data, run.micro_batch)
                 display.print(f"step {step + 1}: held-out loss {held_out:.3f}")
                 if engine.monitor.enabled:
                     engine.monitor.write_events([("Eval/loss", held_out, step + 1)])
@@ -158,7 +144,8 @@ def resume(engine: Any, args: argparse.Namespace, display: Any) -> int:
 
 def save_summary(engine: Any, run: Any, args: argparse.Namespace, display: Any, results: dict[str, Any]) -> None:
     """Writes what was run and what came of it into summary.json. Rank 0 writes."""
-    from hift_ds.recipes.results import provenance, write_results
+    from hift_ds.memory.peaks import write_json
+    from hift_ds.recipes.results import provenance
 
     if not display.active:
         return
@@ -166,31 +153,30 @@ def save_summary(engine: Any, run: Any, args: argparse.Namespace, display: Any, 
     config = {key: value for key, value in run.ds_config.items() if key != "tensorboard"}
     path = Path(args.output_dir) / "summary.json"
     where = {**provenance(engine.device), "ranks": engine.dp_world_size}
-    write_results(path, {**where, **what, **results, "config": config})
+    write_json(path, {**where, **what, **results, "config": config})
 
 
 def show_memory(engine: Any, run: Any, args: argparse.Namespace, display: Any) -> dict[str, Any]:
     """The forecast of the run, by role, beside full fine-tuning's; returns its peaks for the summary. On rank 0."""
-    from hift_ds.memory.figures import Plan
-    from hift_ds.recipes.display import memory_table, saved
-    from hift_ds.recipes.forecast import forecast
-    from hift_ds.state.block_state import card_bytes
+    from hift_ds.memory.figures import Plan, mib
+    from hift_ds.memory.report import compared_table
+    from hift_ds.recipes.planning import forecast
 
     if not display.active:
         return {}
-    common = (engine, run.ds_config, args.seq_len, args.gradient_checkpointing, True, card_bytes(engine.device))
+    common = (engine, run.ds_config, args.seq_len)
     plan = forecast(*common, device_type="cuda", ends_alone=True)
     if not isinstance(plan, Plan):
         display.print(f"no forecast of memory: {plan}", markup=False)
         return {}
-    display.print(memory_table(plan))
+    display.print(compared_table(plan, "Peak memory of a rank, MiB: forecast for a card", mib))
     found = {"forecast_on_a_card": {"hift": plan.worst.peak, "full": plan.full.peak, "host": plan.host}}
     if engine.device.type == "cpu":
         plan = forecast(*common, ends_alone=True)
         found["forecast_on_this_cpu"] = {"hift": plan.worst.peak, "full": plan.full.peak}
         display.print(
             f"Here, on a CPU, host and device are one memory, in which all masters and moments stay: "
-            f"{plan.worst.peak / 2**20:,.1f} beside {plan.full.peak / 2**20:,.1f} MiB ({saved(plan)})."
+            f"{mib(plan.worst.peak)} beside {mib(plan.full.peak)} MiB ({plan.saved})."
         )
     return found
 

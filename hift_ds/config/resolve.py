@@ -200,6 +200,19 @@ def zero_section(ds_config: Mapping[str, Any]) -> dict[str, Any]:
     return dict(section) if isinstance(section, Mapping) else {"stage": int(bool(section))}
 
 
+def set_precision(ds_config: dict[str, Any], precision: str) -> None:
+    """Makes a config, in place, one of another precision, by DeepSpeed's defaults."""
+    for key in ("bf16", "bfloat16", "fp16"):
+        ds_config.pop(key, None)
+    if precision != "fp32":
+        ds_config[precision] = {"enabled": True}
+
+
+def set_stage(ds_config: dict[str, Any], stage: int) -> None:
+    """Makes a config, in place, one of another ZeRO stage."""
+    ds_config["zero_optimization"] = {**zero_section(ds_config), "stage": stage}
+
+
 def stage_of(ds_config: Mapping[str, Any]) -> int:
     """The ZeRO stage, also of a config without HiFT."""
     return int(zero_section(ds_config).get("stage") or 0)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
+from hift_ds.config.batch import ACCUMULATION, MICRO
 from hift_ds.memory.figures import Plan
 from hift_ds.memory.plan import Planner
-from hift_ds.memory.request import RESERVE_BYTES, Request
+from hift_ds.memory.request import Request
 from hift_ds.state.block_state import ring_limit
 
 SHORTEST = 128  # tokens
+_STATE, _ZERO = ("hift", "state"), ("zero_optimization",)
 RING_SIZES = tuple(1 << power for power in range(32, 24, -1))  # 4 GiB to 32 MiB
 
 
@@ -22,12 +25,20 @@ class Change:
     Attributes:
         what: In the words of the config or the command line.
         cost: What it costs the run.
-        apply: The changed request; `None` where there is nothing to change.
+        keys: Of the DeepSpeed config, each by its path; `None` removes a key.
+        fields: Of the request.
     """
 
     what: str
     cost: str
-    apply: Callable[[Request], Request | None]
+    keys: Mapping[tuple[str, ...], Any] = field(default_factory=dict)
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+    def apply(self, request: Request) -> Request:
+        """The changed request."""
+        for path, value in self.keys.items():
+            request = request.changed(*path, value=value)
+        return replace(request, **self.fields)
 
 
 @dataclass(frozen=True)
@@ -40,163 +51,103 @@ class Advice:
 
 def advise(planner: Planner, plan: Plan) -> Advice:
     """The cheapest change, or set of changes, after which `plan`'s request fits."""
-    probe = _Probe(planner, plan)
+    fits = partial(_seems_to_fit, planner, plan)
     changes = [change for change in _changes(plan.request) if _can(change, plan.request)]
     for change in changes:
-        if probe.fits((change,)):
+        if fits((change,)):
             found = planner.plan(_applied(plan.request, (change,)))
             if found.fits:  # of all blocks
                 return Advice((change,), found)
     chosen: tuple[Change, ...] = ()
     for change in changes:
         chosen = (*chosen, change)
-        if probe.fits(chosen):
+        if fits(chosen):
             break
     else:
         return Advice((), None)
     for change in reversed(chosen):  # the dearest first
         rest = tuple(other for other in chosen if other is not change)
-        if rest and probe.fits(rest):
+        if rest and fits(rest):
             chosen = rest
     return Advice(chosen, planner.plan(_applied(plan.request, chosen)))
 
 
-class _Probe:
-    """Whether a changed request fits, by the blocks that can be the worst.
+def _seems_to_fit(planner: Planner, plan: Plan, changes: tuple[Change, ...]) -> bool:
+    """Whether the changed request fits, by the blocks that can be the worst: the old worst one and those at both ends.
 
-    Those are the old worst one, the first and the last two. The plan of the answer traces what it needs again.
+    The plan of the answer traces what it needs again.
     """
-
-    def __init__(self, planner: Planner, plan: Plan) -> None:
-        self._planner, self._plan = planner, plan
-        last = len(plan.blocks) - 1
-        self._indices = sorted({plan.blocks.index(plan.worst), 0, 1, max(0, last - 1), last})
-
-    def fits(self, changes: tuple[Change, ...]) -> bool:
-        try:
-            request = _applied(self._plan.request, changes)
-            layout = self._planner.layout(request)
-        except (ValueError, TypeError):  # not with this model or these settings
-            return False
-        limit = request.host_memory
-        if limit is not None and (layout.host_state() + layout.offloaded_weights) * request.gpus > limit:
-            return False
-        limit = request.gpu_memory
-        if limit is None:
-            return True
-        if layout.weights + layout.device_state + RESERVE_BYTES > limit:
-            return False  # without a look at activations
-        return self._planner.peak(request, self._indices) + RESERVE_BYTES <= limit
+    try:
+        request = _applied(plan.request, changes)
+        layout = planner.layout(request)
+    except (ValueError, TypeError):  # not with this model or these settings
+        return False
+    if request.node_holds(layout.host_state() + layout.offloaded_weights) is False:
+        return False
+    without_activations = request.card_holds(layout.weights + layout.device_state)
+    if without_activations is not True:  # it is plain, or the card's size is not given
+        return without_activations is None
+    return request.card_holds(planner.peak(request, plan.blocks.index(plan.worst))) is True
 
 
 def _can(change: Change, request: Request) -> bool:
-    """Whether there is something to change, and `hift_ds.initialize` would take what comes of it."""
-    changed = change.apply(request)
+    """Whether `hift_ds.initialize` would take what comes of it."""
     try:
-        return changed is not None and changed.config is not None
+        return change.apply(request).config is not None
     except (ValueError, TypeError):
         return False
 
 
 def _applied(request: Request, changes: tuple[Change, ...]) -> Request:
     for change in changes:
-        request = change.apply(request) or request
+        request = change.apply(request)
     return request
 
 
 def _changes(request: Request) -> Iterator[Change]:
-    """From the cheapest on."""
-    yield Change("attention by sdpa", "nothing: the same maths, and faster", _sdpa)
-    yield Change('"residency": "stream" in hift.state', "state crosses the bus, mostly hidden", _stream)
-    yield Change('"layers_per_block": 1', "nothing per step; a cycle has more steps", _smallest_blocks)
-    yield Change("ZeRO stage 2", "little: the ranks share gradients and state", _stage_2)
-    yield Change('"master": "split16" in hift.state', "nothing: the same bits (by the fused kernels)", _split16)
-    for size in RING_SIZES:
-        yield Change(f'"ring_bytes": {size} in hift.state', "less of the copies is hidden", partial(_ring, size=size))
-    yield Change("activation checkpointing", "about one more forward a step", _checkpointing)
-    rows = request.config.micro_batch // 2
-    while rows >= 1:
-        what = f"micro batch {rows} and as many more micro steps"
-        yield Change(what, "smaller products, a little slower", partial(_micro_batch, rows=rows))
-        rows //= 2
-    yield Change("ZeRO stage 3", "weights cross the network in every forward and backward", _stage_3)
-    yield Change('"moments": "bf16" in hift.state', "stochastic rounding (by the fused kernels)", _bf16_moments)
-    yield Change("bf16 weights with fp32 masters", "products in 16 bits", _bf16)
-    what = 'ZeRO stage 3 with "offload_param": {"device": "cpu"}'
-    yield Change(what, "weights cross the bus in every forward and backward", _offload)
-    length = request.seq // 2
-    while length >= SHORTEST:
-        yield Change(f"rows of {length} tokens", "another task: shorter rows", partial(_shorter, length=length))
-        length //= 2
+    """What can be changed, from the cheapest on."""
+    config, state = request.config, request.config.hift.state
+    limits_host, shares = request.host_memory is not None, request.world > 1
+    if request.attn_implementation == "eager":
+        yield Change("attention by sdpa", "nothing: the same maths, and faster", {}, {"attn_implementation": "sdpa"})
+    if state.residency != "stream":
+        what = '"residency": "stream" in hift.state'
+        yield Change(what, "state crosses the bus, mostly hidden", {(*_STATE, "residency"): None})
+    if config.hift.layers_per_block not in (None, 1):
+        what = '"layers_per_block": 1'
+        yield Change(what, "nothing per step; a cycle has more steps", {("hift", "layers_per_block"): 1})
+    if shares and config.stage < 2:
+        yield Change("ZeRO stage 2", "little: the ranks share gradients and state", {(*_ZERO, "stage"): 2})
+    if limits_host and config.precision == "bf16" and state.master == "fp32":
+        what = '"master": "split16" in hift.state'
+        yield Change(what, "nothing: the same bits (by the fused kernels)", {(*_STATE, "master"): "split16"})
+    for size in RING_SIZES if state.residency == "stream" else ():
+        if size < (state.ring_bytes or ring_limit(request.gpu_memory)):
+            what = f'"ring_bytes": {size} in hift.state'
+            yield Change(what, "less of the copies is hidden", {(*_STATE, "ring_bytes"): size})
+    if not request.checkpointing:
+        yield Change("activation checkpointing", "about one more forward a step", {}, {"checkpointing": True})
+    for rows in _halves(config.micro_batch, 1):
+        if config.micro_batch % rows == 0:
+            what = f"micro batch {rows} and as many more micro steps"
+            steps = config.micro_steps * config.micro_batch // rows
+            yield Change(what, "smaller products, a little slower", {(ACCUMULATION,): steps, (MICRO,): rows})
+    if shares and config.stage < 3:
+        cost = "weights cross the network in every forward and backward"
+        yield Change("ZeRO stage 3", cost, {(*_ZERO, "stage"): 3})
+    if limits_host and state.moments == "fp32":
+        what = '"moments": "bf16" in hift.state'
+        yield Change(what, "stochastic rounding (by the fused kernels)", {(*_STATE, "moments"): "bf16"})
+    if config.precision == "fp32":
+        yield Change("bf16 weights with fp32 masters", "products in 16 bits", {("bf16",): {"enabled": True}})
+    if not config.offloads_params:
+        what = 'ZeRO stage 3 with "offload_param": {"device": "cpu"}'
+        cost = "weights cross the bus in every forward and backward"
+        yield Change(what, cost, {(*_ZERO, "stage"): 3, (*_ZERO, "offload_param"): {"device": "cpu"}})
+    for length in _halves(request.seq, SHORTEST):
+        yield Change(f"rows of {length} tokens", "another task: shorter rows", {}, {"seq": length})
 
 
-def _sdpa(request: Request) -> Request | None:
-    return replace(request, attn_implementation="sdpa") if request.attn_implementation == "eager" else None
-
-
-def _checkpointing(request: Request) -> Request | None:
-    return None if request.checkpointing else replace(request, checkpointing=True)
-
-
-def _stream(request: Request) -> Request | None:
-    streams = request.config.hift.state.residency == "stream"
-    return None if streams else request.changed("hift", "state", "residency", value=None)
-
-
-def _smallest_blocks(request: Request) -> Request | None:
-    one = (request.config.hift.layers_per_block or 1) == 1
-    return None if one else request.changed("hift", "layers_per_block", value=1)
-
-
-def _stage_2(request: Request) -> Request | None:
-    if request.world == 1 or request.config.stage >= 2:
-        return None
-    return request.changed("zero_optimization", "stage", value=2)
-
-
-def _stage_3(request: Request) -> Request | None:
-    if request.world == 1 or request.config.stage == 3:
-        return None
-    return request.changed("zero_optimization", "stage", value=3)
-
-
-def _split16(request: Request) -> Request | None:
-    if request.config.precision != "bf16" or request.config.hift.state.master != "fp32" or request.host_memory is None:
-        return None
-    return request.changed("hift", "state", "master", value="split16")
-
-
-def _ring(request: Request, size: int) -> Request | None:
-    state = request.config.hift.state
-    if state.residency != "stream" or size >= (state.ring_bytes or ring_limit(request.gpu_memory)):
-        return None
-    return request.changed("hift", "state", "ring_bytes", value=size)
-
-
-def _micro_batch(request: Request, rows: int) -> Request | None:
-    if request.config.micro_batch % rows or rows >= request.config.micro_batch:
-        return None
-    steps = request.config.micro_steps * request.config.micro_batch // rows
-    changed = request.changed("gradient_accumulation_steps", value=steps)
-    return changed.changed("train_micro_batch_size_per_gpu", value=rows)
-
-
-def _bf16_moments(request: Request) -> Request | None:
-    if request.host_memory is None or request.config.hift.state.moments != "fp32":
-        return None
-    return request.changed("hift", "state", "moments", value="bf16")
-
-
-def _bf16(request: Request) -> Request | None:
-    return request.changed("bf16", value={"enabled": True}) if request.config.precision == "fp32" else None
-
-
-def _offload(request: Request) -> Request | None:
-    if request.config.offloads_params:
-        return None
-    staged = request.changed("zero_optimization", "stage", value=3)
-    return staged.changed("zero_optimization", "offload_param", value={"device": "cpu"})
-
-
-def _shorter(request: Request, length: int) -> Request | None:
-    return replace(request, seq=length) if length < request.seq else None
+def _halves(number: int, least: int) -> Iterator[int]:
+    while (number := number // 2) >= least:
+        yield number

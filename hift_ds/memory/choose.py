@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 from collections.abc import Mapping
@@ -14,7 +13,8 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 
-from hift_ds.distributed import agree
+from hift_ds.distributed import agree, of_rank_0
+from hift_ds.memory.fake_model import positions_of
 from hift_ds.memory.plan import Planner
 from hift_ds.memory.request import RESERVE_BYTES, Request
 from hift_ds.state.block_state import card_bytes
@@ -56,18 +56,15 @@ def choose_layers_per_block(
     config = getattr(module, "config", None)
     if not hasattr(module, "_from_config") or config is None:
         return Choice(1, f"{type(module).__name__} is no transformers model and cannot be traced: 1", warning=True)
-    seq = _sequence(ds_config, config)
-    checkpointing = bool(getattr(module, "is_gradient_checkpointing", False))
-    attention = getattr(config, "_attn_implementation", None)
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
         ds_config, optimizer = {**ds_config, "optimizer": {"type": "AdamW"}}, None
-    request = Request(
-        ds_config, seq, attention, checkpointing, gpus=world, gpu_memory=card, device_type=device_type,
+    request = Request.of(
+        module, ds_config, _sequence(ds_config, config), gpus=world, gpu_memory=card, device_type=device_type,
         optimizer=optimizer,
     )  # fmt: skip
     frozen = [fqn for fqn, param in module.named_parameters() if not param.requires_grad]
     try:
-        return largest_blocks(Planner(copy.deepcopy(config), type(module), frozen), request, memory)
+        return largest_blocks(Planner.of(module, frozen), request, memory)
     except Exception as error:  # whatever a model's own code raises on fake tensors
         return Choice(1, f"{type(module).__name__} cannot be traced ({error}): 1", warning=True)
 
@@ -81,10 +78,7 @@ def largest_blocks(planner: Planner, request: Request, memory: int) -> Choice:
 
     def need(layers_per_block: int) -> int:
         asked = request.changed("hift", "layers_per_block", value=layers_per_block)
-        layout = planner.layout(asked)
-        last = len(layout.plan.blocks) - 1
-        peak = planner.peak(asked, sorted({0, 1, max(0, last - 1), last}))
-        return peak + (0 if layout.config.device_type == "cpu" else RESERVE_BYTES)
+        return planner.peak(asked) + (0 if asked.device_type == "cpu" else RESERVE_BYTES)
 
     found = (f"{memory / 2**30:.1f} GiB", f"{request.config.micro_batch} x {request.seq} tokens")
     smallest = need(1)
@@ -107,8 +101,7 @@ def _sequence(ds_config: Mapping[str, Any], config: Any) -> int:
     given = ds_config["hift"].get("seq_len")
     if given is not None:
         return given
-    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    return min(positions, ASSUMED_SEQ_LEN) if isinstance(positions, int) else ASSUMED_SEQ_LEN
+    return min(positions_of(config) or ASSUMED_SEQ_LEN, ASSUMED_SEQ_LEN)
 
 
 def agreed_layers_per_block(module: Any, ds_config: Mapping[str, Any], optimizer: Any) -> int:
@@ -127,9 +120,7 @@ def agreed_layers_per_block(module: Any, ds_config: Mapping[str, Any], optimizer
         device_type = get_accelerator().device_name()
         return choose_layers_per_block(module, ds_config, len(found), min(found), device_type, card, optimizer)
 
-    choices: list[Choice | None] = [None] * len(found)
-    dist.all_gather_object(choices, agree(choose))
-    choice = choices[0]
+    choice = of_rank_0(agree(choose))
     assert choice is not None  # rank 0 has chosen
     if dist.get_rank() == 0:
         level = logging.WARNING if choice.warning else logging.INFO

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,49 +18,6 @@ if TYPE_CHECKING:
 
 # What a forward of more than text takes.
 NOT_TEXT = frozenset({"pixel_values", "pixel_values_videos", "input_features", "input_values", "audio_features"})
-
-
-def load_config(source: str) -> Any:
-    """The transformers config of a hub name, a folder or a config.json.
-
-    Raises:
-        FileNotFoundError: There is none.
-        ValueError: A file that is no model's config.
-    """
-    from transformers import AutoConfig
-
-    path = Path(source).expanduser()
-    if path.is_file():
-        return _read_config(path)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise FileNotFoundError(f"model={source!r}: the folder holds no config.json; name one that does")
-        return _read_config(path / "config.json")
-    if path.is_absolute() or source.startswith(".") or source.count("/") > 1 or source.endswith(".json"):
-        raise FileNotFoundError(f"model={source!r}: no such file or folder; name a config.json, or a hub name")
-    try:
-        return AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"model={source!r}: no folder of that name here, and the hub did not deliver its config "
-            f"({str(error).strip().splitlines()[0]}); without network name a folder or a config.json"
-        ) from error
-
-
-def _read_config(path: Path) -> Any:
-    from transformers import AutoConfig
-
-    wrong = f"model={str(path)!r}: not the config of a model that transformers knows"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        kind = content.pop("model_type")
-        config = AutoConfig.for_model(kind)
-    except (ValueError, KeyError, AttributeError, TypeError):
-        raise ValueError(f'{wrong}; it must be JSON with a "model_type"') from None
-    try:
-        return type(config).from_dict(content)
-    except Exception as error:  # huggingface_hub's validation has errors of its own
-        raise ValueError(f"{wrong} ({str(error).strip().splitlines()[-1].strip()}); mend the value") from None
 
 
 class FakeModel:
@@ -127,10 +82,9 @@ class FakeModel:
         Raises:
             ValueError: A model that is not of text, or with fewer positions than `seq`.
         """
-        text = text_config(self.config)
-        positions = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
-        if isinstance(positions, int) and seq > positions:
-            raise ValueError(f"--seq {seq}: the model has {positions} positions; use a shorter sequence")
+        positions = positions_of(text_config(self.config))
+        if positions is not None and seq > positions:
+            raise ValueError(f"--seq_len {seq}: the model has {positions} positions; use a shorter sequence")
         if self.module.main_input_name != "input_ids":
             raise ValueError(
                 f"{type(self.module).__name__}: takes {self.module.main_input_name!r}; only models of text are planned"
@@ -144,6 +98,12 @@ class FakeModel:
         if kind.endswith(("SequenceClassification", "MultipleChoice")):
             labels = torch.zeros(micro_batch, dtype=torch.int64)
         return {"input_ids": ids, **mask, "labels": labels}
+
+
+def positions_of(config: Any) -> int | None:
+    """How many tokens a row may have, where a config of transformers says it."""
+    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    return positions if isinstance(positions, int) else None
 
 
 def text_config(config: Any) -> Any:

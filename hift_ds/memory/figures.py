@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from hift_ds.memory.request import RESERVE_BYTES, Request
+from hift_ds.memory.request import Request
 
 ROLES = ("weights", "gradients", "state", "activations")
 MEASURED_ROLES = (*ROLES, "other")  # other: what was there before the first step and is none of these
 PHASES = ("forward", "backward", "update")
 COLOURS = dict(zip(MEASURED_ROLES, ("#4c72b0", "#dd8452", "#55a868", "#8172b3", "#937860"), strict=True))
+
+
+def mib(count: float) -> str:
+    """Bytes in MiB, as tables show them."""
+    return f"{count / 2**20:,.1f}"
+
+
+def gib(count: float) -> str:
+    """Bytes in GiB, as tables show them."""
+    return f"{count / 2**30:,.2f}"
 
 
 @dataclass(frozen=True)
@@ -67,6 +78,10 @@ class Figures:
         """Device bytes at the worst moment."""
         return self.weights + self.state + self.gradients + self.activations
 
+    def to_json(self) -> dict[str, Any]:
+        """Every figure by its name, and the peak."""
+        return {**asdict(self), "peak": self.peak}
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -94,6 +109,11 @@ class Plan:
         return max(self.blocks, key=lambda block: block.peak)
 
     @property
+    def saved(self) -> str:
+        """What HiFT's peak is of full fine-tuning's, as `-50 %`."""
+        return f"{100 * (self.worst.peak / self.full.peak - 1):+.0f} %"
+
+    @property
     def fits(self) -> bool | None:
         """Whether card and node suffice; `None` if neither is known."""
         verdicts = [v for v in (self.fits_device, self.fits_host) if v is not None]
@@ -101,12 +121,10 @@ class Plan:
 
     @property
     def fits_device(self) -> bool | None:
-        """Whether the worst peak and `RESERVE_BYTES` are within the card."""
-        limit = self.request.gpu_memory
-        return None if limit is None else self.worst.peak + RESERVE_BYTES <= limit
+        """Whether the card holds the worst peak."""
+        return self.request.card_holds(self.worst.peak)
 
     @property
     def fits_host(self) -> bool | None:
         """Whether the node holds the states of its ranks."""
-        limit = self.request.host_memory
-        return None if limit is None else self.host * self.request.gpus <= limit
+        return self.request.node_holds(self.host)

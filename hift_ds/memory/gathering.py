@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from hift_ds.memory.trace import FETCH, RELEASE, Event
 
@@ -37,25 +38,15 @@ class ParameterSize:
     padded_bytes: int
 
 
-@dataclass(frozen=True)
-class Limits:
-    """DeepSpeed's `stage3_*` keys, in elements."""
-
-    prefetch_bucket_size: int
-    max_live_parameters: int
-    max_reuse_distance: int
-
-
-def replay(
-    events: Sequence[Event], sizes: Mapping[str, ParameterSize], always: frozenset[str], limits: Limits
-) -> Gathered:
+def replay(events: Sequence[Event], sizes: Mapping[str, ParameterSize], always: frozenset[str], zero: Any) -> Gathered:
     """What the coordinator does over `events`.
 
     Args:
         sizes: Of each parameter, by fqn.
         always: Parameters that stay gathered (`stage3_param_persistence_threshold`).
+        zero: DeepSpeed's reading of `zero_optimization`, with its limits in elements.
     """
-    coordinator = _Coordinator([e.names for e in events if e.kind == FETCH], sizes, always, limits)
+    coordinator = _Coordinator([e.names for e in events if e.kind == FETCH], sizes, always, zero)
     during, after = [], []
     for event in events:
         coordinator.peak = 0
@@ -80,9 +71,9 @@ class _Bucket:
 
 class _Coordinator:
     def __init__(
-        self, steps: list[tuple[str, ...]], sizes: Mapping[str, ParameterSize], always: frozenset[str], limits: Limits
+        self, steps: list[tuple[str, ...]], sizes: Mapping[str, ParameterSize], always: frozenset[str], zero: Any
     ) -> None:
-        self.sizes, self.always, self.limits, self.steps = sizes, always, limits, steps
+        self.sizes, self.always, self.zero, self.steps = sizes, always, zero, steps
         self.step = self.sent = self.peak = 0
         self.queue = deque((name, step) for step, names in enumerate(steps) for name in names)
         self.fetched_for: dict[str, int] = {}
@@ -118,7 +109,7 @@ class _Coordinator:
         kept = {name for name in names if name in self.always or self.fetched_for.get(name, -1) > self.step}
         traversed = 0
         for step in self.steps[self.step :]:
-            if traversed >= self.limits.max_reuse_distance or len(kept) == len(names):
+            if traversed >= self.zero.max_reuse_distance or len(kept) == len(names):
                 break
             kept.update(name for name in step if name in names)
             traversed += sum(self.sizes[name].numel for name in step)
@@ -126,7 +117,7 @@ class _Coordinator:
 
     def _prefetch(self) -> None:
         live = sum(self.sizes[name].numel for name in self.gathered)
-        room = min(self.limits.max_live_parameters - live, self.limits.prefetch_bucket_size)
+        room = min(self.zero.max_live_parameters - live, self.zero.prefetch_bucket_size)
         bucket: dict[str, None] = {}
         numel = 0
         while self.queue and numel < room:

@@ -14,7 +14,7 @@ import torch
 
 from hift_ds.config.resolve import ResolvedConfig
 from hift_ds.memory.fake_model import FakeModel, text_config
-from hift_ds.memory.gathering import Gathered, Limits, ParameterSize, replay
+from hift_ds.memory.gathering import Gathered, ParameterSize, replay
 from hift_ds.memory.storages import StorageMeter
 from hift_ds.memory.trace import Event
 from hift_ds.rotation.blocks import BlockPlan, plan_blocks
@@ -138,18 +138,12 @@ class Layout:
             for name, p in self.params.items()
         }  # fmt: skip
 
-    @property
-    def limits(self) -> Limits:
-        """DeepSpeed's, for stage 3."""
-        zero = self.config.zero
-        return Limits(zero.prefetch_bucket_size, zero.max_live_parameters, zero.max_reuse_distance)
-
     def gathered(self, events: Sequence[Event]) -> Gathered:
         """What stage 3 gathers during a micro step; nothing at the other stages."""
         alone = self.config.world == 1 and not self.config.offloads_params  # a lone rank's slices are the whole
         if self.config.stage < 3 or alone:
             return Gathered((0,) * len(events), (0,) * len(events), 0)
-        return replay(events, self.sizes, self.persistent, self.limits)
+        return replay(events, self.sizes, self.persistent, self.config.zero)
 
     # State.
 

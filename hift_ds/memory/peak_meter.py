@@ -7,7 +7,7 @@ import socket
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from deepspeed import comm as dist
@@ -20,21 +20,11 @@ from hift_ds.memory.storages import StorageMeter
 _METHODS = dict(zip(("forward", "backward", "step"), PHASES, strict=True))  # the engine's method -> the phase
 
 
-class _Probe(Protocol):
-    """What an allocator, or a count of tensors, can be asked."""
-
-    def restart(self) -> None:
-        """Begins new peaks."""
-
-    def read(self) -> dict[str, int]:
-        """The peaks since `restart`, by the names of a sample's fields."""
-
-    def allocated(self) -> int:
-        """Bytes of tensors now."""
-
-
 class _CudaProbe:
-    """torch's caching allocator. None of it waits for the device: the allocator's books are the host's."""
+    """torch's caching allocator. None of it waits for the device: the allocator's books are the host's.
+
+    Peaks are those since `restart`, by the names of a sample's fields; `allocated` is bytes of tensors now.
+    """
 
     kind = ON_CUDA
 
@@ -53,7 +43,7 @@ class _CudaProbe:
 
 
 class _TensorProbe:
-    """Counts tensors where there is no allocator to ask."""
+    """The same by counting tensors, where there is no allocator to ask."""
 
     kind = ON_CPU
 
@@ -96,7 +86,7 @@ class MemoryMeter:
     def __enter__(self) -> MemoryMeter:
         device = self.engine.device
         if device.type == "cuda":
-            self._probe: Any = _CudaProbe(device)
+            self._probe: _CudaProbe | _TensorProbe = _CudaProbe(device)
         else:
             mode = StorageMeter()
             for tensor in [*_weights(self.engine), *_state(self.engine), *_gradients(self.engine)]:

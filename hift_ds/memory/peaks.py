@@ -13,7 +13,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from hift_ds.memory.figures import MEASURED_ROLES, PHASES
+from hift_ds.memory.figures import MEASURED_ROLES, PHASES, mib
 
 ON_CUDA = "torch's CUDA allocator"
 ON_CPU = "tensors counted on a CPU: not GPU memory"
@@ -146,8 +146,7 @@ class Report:
 
     def write(self, path: Path) -> None:
         """Writes `to_json` to a file; its folder is made."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+        write_json(path, self.to_json())
 
     def _highest(self, record: RankRecord, phase: str) -> Sample | None:
         return max((s for s in record.samples if s.phase == phase), key=lambda s: s.allocated, default=None)
@@ -159,7 +158,17 @@ class Report:
         most, block, index = max(known, key=itemgetter(0))
         name = self.blocks[block] if 0 <= block < len(self.blocks) else "all"
         numbers = (min(known)[0], mean(value for value, *_ in known), most)
-        table.add_row(label, *(f"{n / 2**20:,.1f}" for n in numbers), str(self.ranks[index].rank), name)
+        table.add_row(label, *(mib(n) for n in numbers), str(self.ranks[index].rank), name)
+
+
+def write_json(path: Path | None, content: dict[str, Any]) -> None:
+    """Writes a results file, whose folder is made; `None`: to standard output."""
+    text = json.dumps(content, indent=1)
+    if path is None:
+        print(text)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"{text}\n", encoding="utf-8")
 
 
 def _most(values: Iterable[int | None]) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,6 @@ from hift_ds.memory.gathering import Gathered
 from hift_ds.memory.layout import GradientBytes, Layout
 from hift_ds.memory.request import Request
 from hift_ds.memory.trace import FETCH, GRADIENT, Event, trace_micro_step, uncounted
-from hift_ds.shards import BlockShard
 
 # Between two traced blocks of the same shape the peak is linear in the number of layers above; this share of it may be
 # missing (at stage 3 what is prefetched varies from layer to layer).
@@ -35,6 +35,11 @@ class Planner:
         self._models: dict[tuple, FakeModel] = {}
         self._traces: dict[tuple, list[Event]] = {}
 
+    @classmethod
+    def of(cls, module: Any, frozen: Collection[str] = ()) -> Planner:
+        """The planner of a transformers model that is there; only its class and its config are looked at."""
+        return cls(copy.deepcopy(module.config), type(module), frozen)
+
     def plan(self, request: Request, every_block: bool = False) -> Plan:
         """The forecast.
 
@@ -52,10 +57,9 @@ class Planner:
         )
 
     def plan_of_ends(self, request: Request) -> Plan:
-        """The forecast of the first and the last two blocks alone, which have the highest peaks of most models."""
+        """The forecast of the first and the last two blocks alone, which is quick."""
         layout = self.layout(request)
-        last = len(layout.plan.blocks) - 1
-        return self._plan(request, layout, self._of(request, layout, sorted({0, min(1, last), max(0, last - 1), last})))
+        return self._plan(request, layout, self._of(request, layout, _ends(layout)))
 
     def _of(self, request: Request, layout: Layout, indices: Iterable[int]) -> tuple[Figures, ...]:
         return tuple(self.figures(request, layout, index) for index in indices)
@@ -78,11 +82,11 @@ class Planner:
         """The layout that the request's config makes."""
         return Layout(self._model(request), request.config, self._frozen, request.gpu_memory)
 
-    def peak(self, request: Request, indices: Sequence[int]) -> int:
-        """Highest peak of some blocks; indices that the request's plan does not have count as its last."""
+    def peak(self, request: Request, besides: int = 0) -> int:
+        """Highest peak of the first and the last two blocks, and of block `besides`, if there are as many."""
         layout = self.layout(request)
-        last = len(layout.plan.blocks) - 1
-        return max(self.figures(request, layout, index).peak for index in {min(index, last) for index in indices})
+        indices = {*_ends(layout), min(besides, len(layout.plan.blocks) - 1)}
+        return max(figures.peak for figures in self._of(request, layout, indices))
 
     def figures(self, request: Request, layout: Layout, index: int) -> Figures:
         """Of one block, traced."""
@@ -94,8 +98,8 @@ class Planner:
         order = [name for event in events if event.kind == GRADIENT for name in event.names]
         gradients = layout.gradient_bytes(index, order)
         gathered = layout.gathered(events)
-        update = _update(layout, layout.shards[index], gradients)
-        moments = {update.phase: update}
+        left, made = layout.update_bytes(layout.shards[index], gradients.after)
+        moments = {"update": Moment("update", gradients=left, made=made)}
         for moment in _moments(events, gradients, gathered):
             if moment.phase not in moments or moment.nbytes > moments[moment.phase].nbytes:
                 moments[moment.phase] = moment
@@ -121,6 +125,12 @@ class Planner:
 
     def _key(self, request: Request) -> tuple:
         return request.config.precision, request.attn_implementation, request.checkpointing
+
+
+def _ends(layout: Layout) -> list[int]:
+    """The first and the last two blocks, which have the highest peaks of most models."""
+    last = len(layout.plan.blocks) - 1
+    return sorted({0, min(1, last), max(0, last - 1), last})
 
 
 @dataclass(frozen=True)
@@ -162,11 +172,6 @@ def _moments(events: Sequence[Event], gradients: GradientBytes, gathered: Gather
             yield Moment(phase, gathered.during[index], held, event.current)
         weights = gathered.after[index]
     yield Moment("backward", weights, gradients.finish, events[-1].current)
-
-
-def _update(layout: Layout, shard: BlockShard, gradients: GradientBytes) -> Moment:
-    left, made = layout.update_bytes(shard, gradients.after)
-    return Moment("update", 0, left, 0, made)
 
 
 class _Interpolation:
@@ -240,31 +245,35 @@ def _kind(fqn: str, kinds: Sequence[str]) -> str | None:
     return kinds[int(number[1])] if number and int(number[1]) < len(kinds) else None
 
 
+@dataclass(frozen=True)
 class _Lines:
     """For each phase, the higher of the line through a run's first two blocks and the line through its last two."""
 
-    def __init__(self, first: int, last: int, low: Traced, second: Traced, second_last: Traced, high: Traced) -> None:
-        self._first, self._last = first, last
-        self._low, self._second, self._second_last, self._high = low, second, second_last, high
+    first: int
+    last: int
+    low: Traced
+    second: Traced
+    second_last: Traced
+    high: Traced
 
     def at(self, index: int) -> Traced:
         moments = {
-            phase: max(self._of(phase, index), key=lambda moment: moment.nbytes) for phase in self._low.moments
+            phase: max(self._of(phase, index), key=lambda moment: moment.nbytes) for phase in self.low.moments
         }  # fmt: skip
-        reduced = _along(self._low.reduced, self._second.reduced, index - self._first)
-        return Traced(moments, reduced, _along(self._low.gathered, self._second.gathered, index - self._first))
+        reduced = _along(self.low.reduced, self.second.reduced, index - self.first)
+        return Traced(moments, reduced, _along(self.low.gathered, self.second.gathered, index - self.first))
 
     def crossings(self) -> set[int]:
         """The blocks on both sides of where the two lines of a phase cross, inside the run."""
         found = set()
-        for phase in self._low.moments:
+        for phase in self.low.moments:
             sides = [
-                [moment.nbytes for moment in self._of(phase, index)] for index in range(self._first, self._last + 1)
+                [moment.nbytes for moment in self._of(phase, index)] for index in range(self.first, self.last + 1)
             ]  # fmt: skip
             for place in range(len(sides) - 1):
                 (left, right), (next_left, next_right) = sides[place], sides[place + 1]
                 if (left - right) * (next_left - next_right) < 0 or (left == right) != (next_left == next_right):
-                    found |= {self._first + place, self._first + place + 1}
+                    found |= {self.first + place, self.first + place + 1}
         return found
 
     def _of(self, phase: str, index: int) -> tuple[Moment, Moment]:
@@ -273,8 +282,8 @@ class _Lines:
             keys = ("weights", "gradients", "activations", "made")
             return Moment(phase, *(_along(getattr(a, key), getattr(b, key), count) for key in keys))
 
-        left = along(self._low, self._second, index - self._first)
-        return left, along(self._high, self._second_last, self._last - index)
+        left = along(self.low, self.second, index - self.first)
+        return left, along(self.high, self.second_last, self.last - index)
 
 
 def _along(start: int, step: int, count: int) -> int:

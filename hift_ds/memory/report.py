@@ -1,10 +1,11 @@
-"""A plan as a table, as JSON and as a picture."""
+"""A memory plan as a table, as JSON and as a picture."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -12,7 +13,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from hift_ds.memory.advice import Advice
-from hift_ds.memory.figures import COLOURS, ROLES, Figures, Plan
+from hift_ds.memory.figures import COLOURS, ROLES, Figures, Plan, gib
 from hift_ds.memory.request import RESERVE_BYTES
 
 CARDS = (12, 16, 24, 32, 40, 48, 80, 141)  # GiB of cards that one can rent or buy
@@ -21,7 +22,7 @@ _HEIGHT, _WIDTH, _DPI = 5.0, 10.0, 150
 
 def render(plan: Plan, advice: Advice | None) -> RenderableType:
     """For the terminal."""
-    parts: list[RenderableType] = [_title(plan), "", _blocks_table(plan), "", _compared_table(plan), "", verdict(plan)]
+    parts: list[RenderableType] = [_title(plan), "", _blocks_table(plan), "", _with_traffic(plan), "", verdict(plan)]
     if plan.uncounted:
         parts += ["", _images_line(plan)]
     if advice is not None:
@@ -41,14 +42,14 @@ def to_json(plan: Plan, advice: Advice | None, paper: dict[str, Any]) -> dict[st
             "micro_batch": request.config.micro_batch,
         },
         "config": dict(request.ds_config),
-        "blocks": [_figures(block) for block in plan.blocks],
+        "blocks": [block.to_json() for block in plan.blocks],
         "blocks_that_text_does_not_reach": list(plan.uncounted),
         "worst_block": plan.worst.name,
         "peak": plan.worst.peak,
         "reserve": RESERVE_BYTES,
         "host_per_rank": plan.host,
         "host_per_node": plan.host * request.gpus,
-        "full_fine_tuning": {**_figures(plan.full), "host_per_rank": plan.full_host},
+        "full_fine_tuning": {**plan.full.to_json(), "host_per_rank": plan.full_host},
         "fits": plan.fits,
         "as_the_paper_counts": paper,
     }  # fmt: skip
@@ -72,17 +73,17 @@ def verdict(plan: Plan) -> str:
     """Fits or not, in a sentence."""
     need = plan.worst.peak + RESERVE_BYTES
     limit, host_limit = plan.request.gpu_memory, plan.request.host_memory
-    reserve = f"{_gib(RESERVE_BYTES)} of it is an allowance for CUDA itself and gaps"
+    reserve = f"{gib(RESERVE_BYTES)} GiB of it is an allowance for CUDA itself and gaps"
     if limit is None:
         card = next((size for size in CARDS if need <= size << 30), None)
         smallest = "no single common card holds it" if card is None else f"a card of {card} GiB holds it"
-        sentence = f"needs {_gib(need)} a card ({reserve}): {smallest}"
+        sentence = f"needs {gib(need)} GiB a card ({reserve}): {smallest}"
     else:
         word = "[green]fits[/]" if plan.fits_device else "[red]does not fit[/]"
-        sentence = f"{word}: needs {_gib(need)} of {_gib(limit)} ({reserve})"
+        sentence = f"{word}: needs {gib(need)} GiB of {gib(limit)} GiB ({reserve})"
     if host_limit is not None:
         word = "fits" if plan.fits_host else "[red]does not fit[/]"
-        sentence += f"; host {word}: {_gib(plan.host * plan.request.gpus)} of {_gib(host_limit)} a node"
+        sentence += f"; host {word}: {gib(plan.host * plan.request.gpus)} GiB of {gib(host_limit)} GiB a node"
     return sentence
 
 
@@ -159,7 +160,7 @@ def _blocks_table(plan: Plan) -> Table:
             name += f" to {plan.blocks[last].name.rpartition('.')[2]}"
         if first == worst:
             name = f"> {name}"
-        cells = [_number(getattr(highest, role)) for role in (*ROLES, "peak")]
+        cells = [gib(getattr(highest, role)) for role in (*ROLES, "peak")]
         table.add_row(name, *cells, highest.phase, style="bold" if first == worst else None)
     return table
 
@@ -185,29 +186,34 @@ def _alike(blocks: Sequence[Figures]) -> list[tuple[int, int]]:
     return runs
 
 
-def _compared_table(plan: Plan) -> Table:
-    table = Table(
-        title="The worst block beside full fine-tuning, GiB per rank", box=SIMPLE_HEAD, show_edge=False, pad_edge=False
-    )  # fmt: skip
+def compared_table(plan: Plan, title: str, number: Callable[[float], str]) -> Table:
+    """Bytes of a rank by role: HiFT at the peak of its worst block, beside full fine-tuning.
+
+    Args:
+        number: How bytes are shown.
+    """
+    table = Table(title=title, box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column("")
     table.add_column("HiFT", justify="right")
     table.add_column("full fine-tuning", justify="right")
     worst, full = plan.worst, plan.full
-    saved = 100 * (1 - worst.peak / full.peak)
     for role in ROLES:
-        table.add_row(role, _number(getattr(worst, role)), _number(getattr(full, role)))
+        table.add_row(role, number(getattr(worst, role)), number(getattr(full, role)))
     table.add_section()
-    table.add_row("device, at the peak", f"{_number(worst.peak)} ({-saved:+.0f} %)", _number(full.peak))
-    table.add_row("host, pinned", _number(plan.host), _number(plan.full_host))
-    if plan.request.gpus > 1:
-        gpus = plan.request.gpus
-        table.add_row("host, of a node", _number(plan.host * gpus), _number(plan.full_host * gpus))
+    table.add_row("device, at the peak", f"{number(worst.peak)} ({plan.saved})", number(full.peak))
+    table.add_row("host, pinned", number(plan.host), number(plan.full_host))
+    return table
+
+
+def _with_traffic(plan: Plan) -> Table:
+    table = compared_table(plan, "The worst block beside full fine-tuning, GiB per rank", gib)
+    gpus = plan.request.gpus
+    if gpus > 1:
+        table.add_row("host, of a node", gib(plan.host * gpus), gib(plan.full_host * gpus))
     table.add_section()
-    mean = {key: sum(getattr(b, key) for b in plan.blocks) / len(plan.blocks) for key in ("to_device", "to_host")}
-    mean["network"] = sum(block.network for block in plan.blocks) / len(plan.blocks)
-    table.add_row("bus to the device, a step", _number(mean["to_device"]), _number(full.to_device))
-    table.add_row("bus to the host, a step", _number(mean["to_host"]), _number(full.to_host))
-    table.add_row("collectives, a step", _number(mean["network"]), _number(full.network))
+    for label, key in (("bus to the device", "to_device"), ("bus to the host", "to_host"), ("collectives", "network")):
+        mean = fmean(getattr(block, key) for block in plan.blocks)
+        table.add_row(f"{label}, a step", gib(mean), gib(getattr(plan.full, key)))
     return table
 
 
@@ -218,15 +224,3 @@ def _advice_lines(plan: Plan, advice: Advice) -> list[str]:
     lines += [f"  - {change.what} (costs: {change.cost})" for change in advice.changes]
     lines.append(f"then: {verdict(advice.plan)}")
     return lines
-
-
-def _figures(figures: Figures) -> dict[str, Any]:
-    return {**asdict(figures), "peak": figures.peak}
-
-
-def _number(count: float) -> str:
-    return f"{count / 2**30:,.2f}"
-
-
-def _gib(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB"

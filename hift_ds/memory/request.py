@@ -49,10 +49,25 @@ class Request:
     separate_host: bool | None = None
     optimizer: Any = None
 
+    @classmethod
+    def of(cls, module: Any, ds_config: Mapping[str, Any], seq: int, **others: Any) -> Request:
+        """Of a transformers model that is there, with its attention and its checkpointing."""
+        attention = getattr(module.config, "_attn_implementation", None)
+        checkpointing = bool(getattr(module, "is_gradient_checkpointing", False))
+        return cls(ds_config, seq, attention, checkpointing, **others)
+
     @property
     def world(self) -> int:
         """Ranks of all nodes."""
         return self.gpus * self.nodes
+
+    def card_holds(self, peak: int) -> bool | None:
+        """Whether a peak and `RESERVE_BYTES` are within the card; `None`: its size is not given."""
+        return None if self.gpu_memory is None else peak + RESERVE_BYTES <= self.gpu_memory
+
+    def node_holds(self, host: int) -> bool | None:
+        """Whether a node holds so many bytes for each of its ranks; `None`: its size is not given."""
+        return None if self.host_memory is None else host * self.gpus <= self.host_memory
 
     @cached_property
     def config(self) -> ResolvedConfig:
@@ -80,16 +95,19 @@ class Request:
         return replace(self, ds_config=config)
 
 
-def parse_bytes(text: str) -> int:
+def parse_bytes(text: str, option: str = "") -> int:
     """Bytes of `48GiB`, `48GB`, `512MiB` or a plain number.
+
+    Args:
+        option: That it is the value of, for the error.
 
     Raises:
         ValueError: Anything else.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     if match is None or match[2].lower() not in _UNITS:
-        raise ValueError(f"{text!r}: must be a size such as 48GiB, 24GB or 512MiB")
+        raise ValueError(f"{option} {text!r}: must be a size such as 48GiB, 24GB or 512MiB".lstrip())
     size = int(float(match[1]) * _UNITS[match[2].lower()])
     if size < 1:
-        raise ValueError(f"{text!r}: must be more than nothing")
+        raise ValueError(f"{option} {text!r}: must be more than nothing".lstrip())
     return size

@@ -80,7 +80,8 @@ def trace_micro_step(
             tracer.note(END)
             tracer.forward = False
             if not loss.requires_grad and model.takes_images:
-                tracer.note_uncounted(trained)
+                tracer.events += uncounted(model.module, trained, tracer.meter.current)
+                tracer.note(END)
                 return tracer.events
             if not loss.requires_grad:
                 raise ValueError(f"the loss does not depend on {next(iter(trained), 'any parameter')!r} and its block")
@@ -129,11 +130,6 @@ class _Tracer:
         meter = self.meter
         self.events.append(Event(kind, names, meter.peak, meter.current, self.forward, gradient))
         meter.restart()
-
-    def note_uncounted(self, names: Collection[str]) -> None:
-        """Gradients of parameters that text does not reach."""
-        self.events += uncounted(self.module, names, self.meter.current)
-        self.note(END)
 
     @contextmanager
     def hooked(self, modules: bool) -> Iterator[None]:

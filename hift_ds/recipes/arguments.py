@@ -55,6 +55,16 @@ def add_arguments(parser: argparse.ArgumentParser, default_config: Path) -> None
         group.add_argument(f"--{option}", type=parse, default=argparse.SUPPRESS, help=words, **many)
 
 
+def add_benchmark_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a measurement has beside the options of a training run."""
+    add = parser.add_argument
+    add("--random", action="store_true", help="random weights from the model's config.json, and random tokens")
+    add("--gpu_memory_limit", metavar="SIZE",
+        help="cap the allocator: a bigger card shows what fits on less; 22GiB for a card of 24 GB")  # fmt: skip
+    add("--skip_evaluation", action="store_true", help="no held-out loss before and after")
+    add("--results", metavar="FILE", help="where the result goes (default: a dated file in launch/results)")
+
+
 def _hift_options() -> Iterator[tuple[str, tuple[str, ...], Field]]:
     """Option, place in the section, and declaration of every key."""
     for part in declared(HiFTConfig):
@@ -87,12 +97,7 @@ def build_ds_config(args: argparse.Namespace, max_steps: int | None = None) -> d
         ValueError: No such file, not JSON, a `--hift_...` option without `--hift`, or a `--lr` that would do nothing.
         TypeError: A "hift" section that is not an object.
     """
-    from hift_ds.config.files import load_ds_config
-
-    config = load_ds_config(args.deepspeed_config)
-    if not isinstance(config, dict):
-        raise ValueError(f"--deepspeed_config {args.deepspeed_config!r}: no such file; give a DeepSpeed JSON's path")
-    config = copy.deepcopy(config)
+    config = copy.deepcopy(read_ds_config(args.deepspeed_config))
     section = config.pop("hift", None) or {}
     overrides = {path: vars(args)[option] for option, path, _ in _hift_options() if option in vars(args)}
     if args.hift and not isinstance(section, Mapping):
@@ -113,6 +118,20 @@ def build_ds_config(args: argparse.Namespace, max_steps: int | None = None) -> d
         config["tensorboard"] = {"enabled": True, "output_path": args.output_dir, "job_name": "tensorboard"}
     if max_steps is not None:
         _fit_schedule(config, max_steps)
+    return config
+
+
+def read_ds_config(source: str) -> dict[str, Any]:
+    """The value of `--deepspeed_config`.
+
+    Raises:
+        ValueError: No such file, or not JSON.
+    """
+    from hift_ds.config.files import load_ds_config
+
+    config = load_ds_config(source)
+    if not isinstance(config, dict):
+        raise ValueError(f"--deepspeed_config {source!r}: no such file; name a DeepSpeed JSON")
     return config
 
 
@@ -153,7 +172,6 @@ def _fit_schedule(config: dict[str, Any], max_steps: int) -> None:
 
 def positive(text: str) -> int:
     """An argparse type: an integer, 1 or more."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be 1 or more")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number from 1")
+    return int(text)

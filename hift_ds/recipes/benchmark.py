@@ -19,21 +19,10 @@ from hift_ds.memory.peaks import Report
 from hift_ds.memory.request import parse_bytes
 from hift_ds.recipes import training
 from hift_ds.recipes.display import Display
-from hift_ds.recipes.forecast import forecast
+from hift_ds.recipes.planning import forecast
 from hift_ds.recipes.results import provenance, step_times
-from hift_ds.state.block_state import card_bytes
 
 _LEAST_TIMED = 10  # steps whose time is taken, where nobody says how many to make
-
-
-def add_benchmark_arguments(parser: argparse.ArgumentParser) -> None:
-    """What a measurement has beside the options of a training run."""
-    add = parser.add_argument
-    add("--random", action="store_true", help="random weights from the model's config.json, and random tokens")
-    add("--gpu_memory_limit", metavar="SIZE",
-        help="cap the allocator: a bigger card shows what fits on less; 22GiB for a card of 24 GB")  # fmt: skip
-    add("--skip_evaluation", action="store_true", help="no held-out loss before and after")
-    add("--results", metavar="FILE", help="where the result goes (default: a dated file in launch/results)")
 
 
 def limit_memory(text: str | None) -> int | None:
@@ -44,10 +33,7 @@ def limit_memory(text: str | None) -> int | None:
     """
     if text is None:
         return None
-    try:
-        limit = parse_bytes(text)
-    except ValueError as error:
-        raise ValueError(f"--gpu_memory_limit {error}") from None
+    limit = parse_bytes(text, "--gpu_memory_limit")
     if not torch.cuda.is_available() or get_accelerator().device_name() != "cuda":
         raise ValueError(f"--gpu_memory_limit {text!r}: caps CUDA's allocator, and this run is on a CPU; leave it out")
     total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
@@ -57,8 +43,10 @@ def limit_memory(text: str | None) -> int | None:
     return limit
 
 
-def measure(args: argparse.Namespace, display: Display) -> dict[str, Any]:
+def measure(args: argparse.Namespace, display: Display, limit: int | None) -> dict[str, Any]:
     """Trains `args.max_steps` steps (default: four cycles, or ten steps after two) and says what they took. Collective.
+
+    `limit` is the cap on the card's memory, in bytes.
 
     The first two cycles run inside the meter (at stage 3 DeepSpeed prefetches from the second on). Times are of the
     whole cycles after these, because blocks differ and copies overlap from step to step; fewer steps have no time. Of
@@ -67,7 +55,7 @@ def measure(args: argparse.Namespace, display: Display) -> dict[str, Any]:
     import hift_ds
     from hift_ds.recipes.setup import load_run
 
-    run = _random_run(args) if args.random else load_run(args)
+    run = load_run(args, random=args.random)
     engine, _, _, _ = hift_ds.initialize(model=run.model, model_parameters=run.model.parameters(), config=run.ds_config)
     cycle = max(2, engine.optimizer.rotation.steps_per_cycle) if args.hift else 2
     steps = args.max_steps or cycle * (2 + max(2, math.ceil(_LEAST_TIMED / cycle)))
@@ -77,20 +65,21 @@ def measure(args: argparse.Namespace, display: Display) -> dict[str, Any]:
     )  # fmt: skip
     engine.train()  # from_pretrained leaves a model in evaluation
     evaluates = not (args.random or args.skip_evaluation)
-    held_out = [_held_out(engine, run)] if evaluates else []
-    tokens = _tokens(run, args, engine)
+    held_out = [training.held_out_loss(engine, run.data, run.micro_batch)] if evaluates else []
+    # Of a step, over all ranks; padding included.
+    tokens = run.micro_batch * args.seq_len * engine.gradient_accumulation_steps() * engine.dp_world_size
     with display.progress(steps, 0) as progress:
         with MemoryMeter(engine) as meter:
             losses, _ = _train(engine, stream, min(steps, 2 * cycle), 1, progress, tokens)
         more, seconds = _train(engine, stream, steps - len(losses), cycle, progress, tokens)
     if evaluates:
-        held_out.append(_held_out(engine, run))
+        held_out.append(training.held_out_loss(engine, run.data, run.micro_batch))
     report = meter.gather()
     plan = None
     if dist.get_rank() == 0:
-        card = card_bytes(engine.device)  # or the part of it that --gpu_memory_limit leaves
-        plan = forecast(engine, run.ds_config, args.seq_len, args.gradient_checkpointing, stream.padded, card)
+        plan = forecast(engine, run.ds_config, args.seq_len, stream.padded)
     return _row(args, run, engine, report, plan) | {
+        "gpu_memory_limit": limit,
         "steps": steps,
         **step_times(seconds, cycle, tokens),
         "loss": [round(loss, 5) for loss in losses + more],
@@ -112,7 +101,7 @@ def _train(
     began = time.perf_counter()
     while len(losses) < steps:
         count = min(cycle, steps - len(losses))
-        totals = torch.stack([_step(engine, stream) for _ in range(count)])
+        totals = torch.stack([training.optimizer_step(engine, stream)[0] for _ in range(count)])
         _wait(engine)
         now = time.perf_counter()
         each, began = (now - began) / count, now
@@ -123,19 +112,6 @@ def _train(
             losses.append(total / dist.get_world_size())
             progress.update(losses[-1], engine.get_lr()[0], "", tokens / each)
     return losses, seconds
-
-
-def _step(engine: Any, stream: Iterator[dict[str, torch.Tensor]]) -> torch.Tensor:
-    """One optimizer step; this rank's loss, on the device."""
-    accumulation = engine.gradient_accumulation_steps()
-    total = torch.zeros((), dtype=torch.float64, device=engine.device)
-    for _ in range(accumulation):
-        loss = engine(**next(stream)).loss
-        engine.backward(loss)
-        engine.step()
-        total += loss.detach().double() / accumulation
-        del loss  # with it goes its graph: the forecast has none left over from the step before
-    return total
 
 
 def _wait(engine: Any) -> None:
@@ -165,52 +141,12 @@ class _Watched:
         return batch
 
 
-def _random_run(args: argparse.Namespace) -> Any:
-    from transformers.integrations import HfDeepSpeedConfig
-
-    from hift_ds.config.batch import batch_sizes
-    from hift_ds.config.resolve import DTYPES, precision_of, stage_of
-    from hift_ds.distributed import agree
-    from hift_ds.memory.fake_model import load_config
-    from hift_ds.recipes.arguments import build_ds_config
-    from hift_ds.recipes.models import SAMPLE, fetch_sample, random_model
-    from hift_ds.recipes.setup import Run
-
-    def prepare() -> tuple[dict[str, Any], int, Any]:
-        ds_config = build_ds_config(args, args.max_steps or 100)
-        micro_batch, _ = batch_sizes(ds_config, dist.get_world_size())
-        source = str(fetch_sample()) if args.model_name_or_path == SAMPLE else args.model_name_or_path
-        return ds_config, micro_batch, load_config(source)
-
-    ds_config, micro_batch, config = agree(prepare)
-    kept = HfDeepSpeedConfig(ds_config) if stage_of(ds_config) == 3 else None
-    model = random_model(
-        config, dtype=DTYPES[precision_of(ds_config)], attn_implementation=args.attn_implementation,
-        zero3=kept is not None, device=get_accelerator().current_device_name(), seed=args.seed,
-    )  # fmt: skip
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.config.use_cache = False
-    return Run(model, None, None, ds_config, micro_batch, args.max_steps or 0)
-
-
 def _random_batches(run: Any, args: argparse.Namespace, engine: Any) -> Iterator[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(args.seed * 1000 + dist.get_rank())
     while True:
         ids = torch.randint(0, run.model.config.vocab_size, (run.micro_batch, args.seq_len), generator=generator)
         ids = ids.to(engine.device)
         yield {"input_ids": ids, "labels": ids}
-
-
-def _held_out(engine: Any, run: Any) -> float | None:
-    if not len(run.data.eval):
-        return None
-    return training.held_out_loss(engine, run.data, run.micro_batch, engine.device)
-
-
-def limit_of(args: argparse.Namespace) -> int | None:
-    """The cap on the card's memory, in bytes."""
-    return None if args.gpu_memory_limit is None else parse_bytes(args.gpu_memory_limit)
 
 
 def _row(args: argparse.Namespace, run: Any, engine: Any, report: Report, plan: Plan | str | None) -> dict[str, Any]:
@@ -232,19 +168,13 @@ def _row(args: argparse.Namespace, run: Any, engine: Any, report: Report, plan: 
         "accumulation": engine.gradient_accumulation_steps(),
         "activation_checkpointing": args.gradient_checkpointing,
         "blocks": len(engine.hift.blocks) if args.hift else None,
-        "gpu_memory_limit": limit_of(args),
         "measured": {**asdict(peak), **report.of_allocator(), "how": report.kind},
         "config": {key: value for key, value in run.ds_config.items() if key != "tensorboard"},
         "report": report.to_json(),
     }
     if isinstance(plan, Plan):
         figures = plan.worst if args.hift else plan.full
-        row["forecast"] = {**asdict(figures), "peak": figures.peak}
+        row["forecast"] = figures.to_json()
     else:
         row["forecast"] = plan
     return row
-
-
-def _tokens(run: Any, args: argparse.Namespace, engine: Any) -> int:
-    """Of a step, over all ranks; padding included."""
-    return run.micro_batch * args.seq_len * engine.gradient_accumulation_steps() * engine.dp_world_size

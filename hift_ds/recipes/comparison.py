@@ -7,8 +7,8 @@ import csv
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,17 +101,14 @@ def in_rounds(cells: Sequence[Cell], rounds: int) -> list[tuple[Cell, int]]:
 
 def config_of(cell: Cell, base: dict[str, Any]) -> dict[str, Any]:
     """The DeepSpeed config of a cell: the base with its stage, precision and optimizer."""
-    config = copy.deepcopy(base)
-    for precision in ("bf16", "bfloat16", "fp16"):
-        config.pop(precision, None)
-    if cell.precision != "fp32":
-        config[cell.precision] = {"enabled": True}
-        if cell.precision == "fp16":
-            # From DeepSpeed's 2**16 a small model's first steps, those that are measured, overflow and update nothing.
-            config["fp16"]["initial_scale_power"] = 10
-    from hift_ds.config.resolve import zero_section
+    from hift_ds.config.resolve import set_precision, set_stage
 
-    config["zero_optimization"] = {**zero_section(config), "stage": cell.stage}
+    config = copy.deepcopy(base)
+    set_precision(config, cell.precision)
+    if cell.precision == "fp16":
+        # From DeepSpeed's 2**16 a small model's first steps, those that are measured, overflow and update nothing.
+        config["fp16"]["initial_scale_power"] = 10
+    set_stage(config, cell.stage)
     config["optimizer"] = _optimizer(config.get("optimizer") or {}, cell.optimizer)
     section = dict(config.get("hift") or {})
     for key in ("layers_per_block", "order", "steps_per_block"):
@@ -217,8 +214,3 @@ def _cell(value: Any) -> str:
 
 def _mib(count: int | None) -> float | None:
     return None if count is None else round(count / 2**20, 1)
-
-
-def dimensions() -> Iterable[str]:
-    """Names of the matrix's dimensions."""
-    return [field.name for field in fields(Matrix)]

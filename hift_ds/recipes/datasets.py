@@ -54,10 +54,6 @@ class TokenRows(Dataset):
             "labels": labels.long(),
         }
 
-    @property
-    def num_tokens(self) -> int:
-        return sum(len(input_ids) for input_ids, _ in self._rows)
-
 
 @dataclass(frozen=True)
 class Exchange:
@@ -90,11 +86,6 @@ class TextData:
     eval: TokenRows
     pad_token_id: int
     held_out: Sequence[Exchange] = ()
-
-    @property
-    def num_train_tokens(self) -> int:
-        """Tokens in `train`: prompts included, padding not."""
-        return self.train.num_tokens
 
     def collate(self, rows: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Pad rows on the right to the longest and stack them to [rows, tokens]; padding has mask 0 and no loss."""

@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Column, Table
+from rich.table import Column
 
 from hift_ds.distributed import MPI_VARIABLES
-from hift_ds.memory.figures import Plan
 
 LINE_EVERY_S = 10.0
+Bar = Callable[..., None]  # takes `completed` and `description`
 
 
 class Display:
@@ -31,49 +34,38 @@ class Display:
         """Prints text or rich renderables."""
         self.console.print(*parts, **options)
 
-    def progress(self, total: int, completed: int) -> _Steps:
-        """A bar for the training steps, to be used in a `with`."""
-        return _Steps(self.console, self.active, total, completed)
+    @contextmanager
+    def progress(self, total: int, completed: int) -> Iterator[_Steps]:
+        """A bar for the training steps on a terminal, a line now and then elsewhere."""
+        with self._bar(TimeRemainingColumn(compact=True), total, completed) as bar:
+            yield _Steps(self.console, bar, total, completed)
 
-    def cells(self, total: int) -> _Cells:
-        """A bar for the cells of a comparison, to be used in a `with`."""
-        return _Cells(self.console, total)
+    @contextmanager
+    def cells(self, total: int) -> Iterator[_Cells]:
+        """A line for each cell of a comparison that is done, and a bar on a terminal."""
+        with self._bar(TimeElapsedColumn(), total) as bar:
+            yield _Cells(self.console, bar, total)
 
-
-class _Bar:
-    """A progress bar on a terminal, nothing elsewhere."""
-
-    bar: Progress | None = None
-
-    def _begin(self, console: Console, time_column: Any, total: int, completed: int = 0) -> None:
+    @contextmanager
+    def _bar(self, time_column: Any, total: int, completed: int = 0) -> Iterator[Bar | None]:
+        if not (self.active and self.console.is_terminal):
+            yield None
+            return
         # The text gives way where the terminal is narrow, not the numbers beside it.
         text = TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"))
         columns = (BarColumn(bar_width=12), MofNCompleteColumn(), text, time_column)
-        self.bar = Progress(*columns, console=console, expand=True)
-        self.task = self.bar.add_task("", total=total, completed=completed)
-
-    def __enter__(self) -> Any:
-        if self.bar is not None:
-            self.bar.start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        if self.bar is not None:
-            self.bar.stop()
+        with Progress(*columns, console=self.console, expand=True) as progress:
+            yield partial(progress.update, progress.add_task("", total=total, completed=completed))
 
 
-class _Cells(_Bar):
-    """The cells of a comparison: a bar on a terminal, a line for each that is done."""
-
-    def __init__(self, console: Console, total: int) -> None:
-        self.console, self.total, self.done = console, total, 0
-        if console.is_terminal:
-            self._begin(console, TimeElapsedColumn(), total)
+class _Cells:
+    def __init__(self, console: Console, bar: Bar | None, total: int) -> None:
+        self.console, self.bar, self.total, self.done = console, bar, total, 0
 
     def start(self, name: str) -> None:
         """Shows what runs now."""
         if self.bar is not None:
-            self.bar.update(self.task, description=name)
+            self.bar(description=name)
 
     def finish(self, name: str, status: str, peak_mib: float | None, step_ms: float | None) -> None:
         """Shows one finished cell."""
@@ -83,47 +75,20 @@ class _Cells(_Bar):
             figures += f", {step_ms:,.0f} ms a step"
         self.console.print(f"{self.done}/{self.total} {name}: {figures}", markup=False)
         if self.bar is not None:
-            self.bar.update(self.task, completed=self.done)
+            self.bar(completed=self.done)
 
 
-class _Steps(_Bar):
-    def __init__(self, console: Console, active: bool, total: int, completed: int) -> None:
-        self.console, self.total, self.completed = console, total, completed
+class _Steps:
+    def __init__(self, console: Console, bar: Bar | None, total: int, completed: int) -> None:
+        self.console, self.bar, self.total, self.completed = console, bar, total, completed
         self._last_line = 0.0
-        if active and console.is_terminal:
-            self._begin(console, TimeRemainingColumn(compact=True), total, completed)
 
     def update(self, loss: float, lr: float, block: str, tokens_per_s: float) -> None:
         """Shows one finished step."""
         self.completed += 1
         text = f"loss {loss:.3f} lr {lr:.1e} {tokens_per_s:,.0f} tok/s {block}"
         if self.bar is not None:
-            self.bar.update(self.task, completed=self.completed, description=text)
+            self.bar(completed=self.completed, description=text)
         elif time.monotonic() - self._last_line >= LINE_EVERY_S or self.completed == self.total:
             self._last_line = time.monotonic()
             self.console.print(f"step {self.completed}/{self.total}  {text}")
-
-
-def memory_table(plan: Plan) -> Table:
-    """Bytes per rank by role at the peak of the worst block, HiFT beside full fine-tuning."""
-    worst, full = plan.worst, plan.full
-    table = Table(title="Peak memory of a rank, MiB: forecast for a card", show_edge=False, pad_edge=False)
-    table.add_column("role")
-    for header in ("HiFT", "full fine-tuning"):
-        table.add_column(header, justify="right")
-    for label, role in (("model weights", "weights"), ("gradients", "gradients"), ("masters and moments", "state"),
-                        ("activations", "activations")):  # fmt: skip
-        table.add_row(label, _mib(getattr(worst, role)), _mib(getattr(full, role)))
-    table.add_section()
-    table.add_row("device", f"{_mib(worst.peak)} ({saved(plan)})", _mib(full.peak))
-    table.add_row("host: masters and moments", _mib(plan.host), _mib(plan.full_host))
-    return table
-
-
-def saved(plan: Plan) -> str:
-    """What HiFT's peak is of full fine-tuning's, as `-50 %`."""
-    return f"{100 * (plan.worst.peak / plan.full.peak - 1):+.0f} %"
-
-
-def _mib(count: int) -> str:
-    return f"{count / 2**20:,.1f}"

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hift_ds.memory.model_names import asking_the_hub, local_model
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -143,61 +145,52 @@ def _last_line(text: str) -> str:
 
 
 def load_model(
-    name_or_path: str, *, dtype: torch.dtype, attn_implementation: str | None = None, zero3: bool = False
+    name_or_path: str, *, dtype: torch.dtype, attn_implementation: str | None = None
 ) -> PreTrainedModel:
     """Load a causal language model on the CPU, in `dtype`.
+
+    While the caller keeps a `transformers.integrations.HfDeepSpeedConfig` of a stage-3 config alive, each parameter is
+    partitioned as it is created; collective then: call on every rank.
 
     Args:
         name_or_path: "smollm2-135m" (the sample), a folder, or a hub name; a folder wins over a hub name.
         attn_implementation: None means transformers' choice.
-        zero3: the caller keeps a `transformers.integrations.HfDeepSpeedConfig` of a stage-3 config alive, so that
-            each parameter is partitioned as it is created; collective then: call on every rank.
 
     Raises:
         FileNotFoundError: no such folder, a folder without config.json, or a hub name that cannot be reached.
         ValueError: a dtype that is not fp32, bf16 or fp16.
-        RuntimeError: `zero3` and transformers' own ZeRO-3 state disagree.
     """
     if dtype not in _DTYPES:
         raise ValueError(f"dtype={dtype!r}: a model trains in one of {', '.join(map(str, _DTYPES))}.")
-    source = _resolve(name_or_path)
     from transformers import AutoModelForCausalLM
     from transformers.integrations import is_deepspeed_zero3_enabled
 
-    if zero3 != is_deepspeed_zero3_enabled():
-        raise RuntimeError(
-            f"zero3={zero3!r}, but transformers' ZeRO-3 loading is {'off' if zero3 else 'on'}: keep an "
-            "HfDeepSpeedConfig of the stage-3 config alive around load_model(zero3=True), and only there."
-        )
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    with _reachable(name_or_path), _no_progress_bars():
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
-    if zero3:
+    with _no_progress_bars():
+        model = _pretrained(name_or_path, AutoModelForCausalLM, dtype=dtype, **options)
+    if is_deepspeed_zero3_enabled():
         _restore_computed_buffers(model)
     return model
 
 
 def random_model(
-    config: Any,
-    *,
-    dtype: torch.dtype,
-    attn_implementation: str | None = None,
-    zero3: bool = False,
-    device: str | None = None,
-    seed: int = 0,
+    config: Any, *, dtype: torch.dtype, attn_implementation: str | None, device: str, seed: int
 ) -> PreTrainedModel:
     """A causal language model of a config with random weights, for measurements; made on `device`, which is quick.
 
+    At stage 3 as `load_model`; collective then.
+
     Args:
         config: transformers' config.
-        zero3: As in `load_model`; collective then.
         seed: The same seed gives the same weights, on every rank and with and without ZeRO-3.
     """
     import deepspeed
     from transformers import AutoModelForCausalLM
+    from transformers.integrations import is_deepspeed_zero3_enabled
 
+    zero3 = is_deepspeed_zero3_enabled()
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    with torch.device(device or "cpu"):
+    with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
     if zero3:
         _restore_computed_buffers(model)
@@ -235,11 +228,9 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         FileNotFoundError: as in `load_model`.
         ValueError: the tokenizer has neither a pad nor an eos token.
     """
-    source = _resolve(name_or_path)
     from transformers import AutoTokenizer
 
-    with _reachable(name_or_path):
-        tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = _pretrained(name_or_path, AutoTokenizer)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError(
@@ -250,41 +241,17 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _resolve(name_or_path: str) -> str:
-    if name_or_path == SAMPLE:
-        return str(fetch_sample())
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise FileNotFoundError(
-                f"model={name_or_path!r}: the folder holds no config.json; name a folder that save_pretrained wrote."
-            )
-        return str(path)
-    # A hub name is "name" or "owner/name"; anything else can only be meant as a folder.
-    if path.exists() or path.is_absolute() or name_or_path.startswith(".") or name_or_path.count("/") > 1:
-        raise FileNotFoundError(
-            f"model={name_or_path!r}: no such folder; name one that save_pretrained wrote, {SAMPLE!r} or a hub name."
-        )
-    return name_or_path
+def source_of(name_or_path: str) -> str:
+    """The name that transformers knows a model by: of the sample, its folder."""
+    return str(fetch_sample()) if name_or_path == SAMPLE else name_or_path
 
 
-@contextlib.contextmanager
-def _reachable(name_or_path: str) -> Iterator[None]:
-    """Turn a hub name that cannot be reached into one sentence; errors of a folder pass through."""
-    try:
-        yield
-    except OSError as error:
-        if _is_local(name_or_path):
-            raise
-        raise FileNotFoundError(
-            f"model={name_or_path!r}: no folder of that name here, and the hub did not deliver it "
-            f"({str(error).strip().splitlines()[0]}); without network name a folder that save_pretrained wrote, "
-            f"or {SAMPLE!r}."
-        ) from error
-
-
-def _is_local(name_or_path: str) -> bool:
-    return name_or_path == SAMPLE or Path(name_or_path).expanduser().is_dir()
+def _pretrained(name_or_path: str, auto: Any, **options: Any) -> Any:
+    """What a class of transformers makes of a model's name."""
+    source = source_of(name_or_path)
+    source = str(local_model(source) or source)
+    with asking_the_hub(source, f"a folder that save_pretrained wrote, or {SAMPLE!r}"):
+        return auto.from_pretrained(source, **options)
 
 
 @contextlib.contextmanager

@@ -1,20 +1,23 @@
-"""From the options of `hift-ds plan` to a request."""
+"""Requests of the planner: what the options of `hift-ds plan` ask for, and the very run that a script makes."""
 
 from __future__ import annotations
 
 import argparse
 import copy
+import os
 import sys
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from deepspeed import comm as dist
 
 from hift_ds.config.batch import MICRO, TRAIN
-from hift_ds.config.files import load_ds_config
-from hift_ds.config.resolve import zero_section
+from hift_ds.config.resolve import set_precision, set_stage
+from hift_ds.memory.figures import Plan
+from hift_ds.memory.plan import Planner
 from hift_ds.memory.request import Request, parse_bytes
-from hift_ds.recipes.arguments import override_batch
+from hift_ds.recipes.arguments import override_batch, read_ds_config
 from hift_ds.state.block_state import card_bytes
 
 
@@ -24,28 +27,17 @@ def request_of(args: argparse.Namespace) -> Request:
     Raises:
         ValueError, TypeError: An option, or a key of the config, that cannot be.
     """
-    source = None
-    if args.deepspeed_config is not None:
-        source = load_ds_config(args.deepspeed_config)
-        if not isinstance(source, dict):
-            raise ValueError(f"--deepspeed_config {args.deepspeed_config!r}: no such file; name a DeepSpeed JSON")
+    source = None if args.deepspeed_config is None else read_ds_config(args.deepspeed_config)
     config = complete_config(source, args.precision, args.stage, args.micro_batch, args.gpus * args.nodes)
     if args.layers_per_block is not None:
         config["hift"]["layers_per_block"] = args.layers_per_block
     if args.optimizer is not None:
         config["optimizer"] = {"type": args.optimizer}
-    sizes: dict[str, Any] = {}
-    for name in ("gpu_memory", "host_memory"):
-        text = getattr(args, name)
-        try:
-            sizes[name] = None if text is None else parse_bytes(text)
-        except ValueError as error:
-            raise ValueError(f"--{name} {error}") from None
-    if sizes["gpu_memory"] is None:
-        sizes["gpu_memory"] = _card_here()
+    card = _card_here() if args.gpu_memory is None else parse_bytes(args.gpu_memory, "--gpu_memory")
+    host = None if args.host_memory is None else parse_bytes(args.host_memory, "--host_memory")
     request = Request(
-        config, args.seq, args.attn, args.gradient_checkpointing, args.padded, args.gpus, args.nodes,
-        sizes["gpu_memory"], sizes["host_memory"],
+        config, args.seq_len, args.attn_implementation, args.gradient_checkpointing, args.padded, args.gpus, args.nodes,
+        card, host,
     )  # fmt: skip
     for note in request.config.notes:
         print(f"DeepSpeed config: {note}", file=sys.stderr)
@@ -61,7 +53,9 @@ def _card_here() -> int | None:
 def complete_config(
     ds_config: Mapping[str, Any] | None, precision: str | None, stage: int | None, micro_batch: int | None, world: int
 ) -> dict[str, Any]:
-    """A DeepSpeed config as a plan takes it. Without one: AdamW, bf16, ZeRO-2 (one rank: 0); then HiFT, one row a rank.
+    """A DeepSpeed config as a forecast takes it. Without one: AdamW, bf16, ZeRO-2 (one rank: 0).
+
+    With HiFT on, and one row a rank where nothing is said.
 
     Args:
         precision, stage, micro_batch: Instead of the config's; `None` = as it is.
@@ -71,12 +65,9 @@ def complete_config(
     default = {"optimizer": {"type": "AdamW"}, "bf16": {"enabled": True}, "zero_optimization": stage_by_default}
     config: dict[str, Any] = copy.deepcopy(default if ds_config is None else dict(ds_config))
     if precision is not None:
-        for key in ("bf16", "bfloat16", "fp16"):
-            config.pop(key, None)
-        if precision != "fp32":
-            config[precision] = {"enabled": True}
+        set_precision(config, precision)
     if stage is not None:
-        config["zero_optimization"] = {**zero_section(config), "stage": stage}
+        set_stage(config, stage)
     override_batch(config, micro_batch, None)
     if TRAIN not in config:
         config.setdefault(MICRO, 1)
@@ -84,3 +75,34 @@ def complete_config(
     if section is None or (isinstance(section, Mapping) and section.get("enabled") is False):
         config["hift"] = {**(section or {}), "enabled": True}  # planned as if it were on
     return config
+
+
+def forecast(
+    engine: Any, ds_config: Mapping[str, Any], seq_len: int, padded: bool = True, device_type: str | None = None,
+    ends_alone: bool = False,
+) -> Plan | str:  # fmt: skip
+    """The memory plan of a run, or why there is none. Not collective.
+
+    Args:
+        engine: Of HiFT, or DeepSpeed's own: then with blocks of one layer.
+        ds_config: Its config.
+        seq_len: Tokens of a row.
+        padded: Rows have padding.
+        device_type: Of the forecast; `None` = this run's.
+        ends_alone: Of the first and the last two blocks alone, which is quick.
+    """
+    world, hift = dist.get_world_size(), getattr(engine, "hift_config", None)
+    config = complete_config(ds_config, None, None, None, world)
+    if hift is not None:
+        config["hift"]["layers_per_block"] = hift.layers_per_block or 1
+    nodes = max(1, world // int(os.environ.get("LOCAL_WORLD_SIZE", world)))
+    request = Request.of(
+        engine.module, config, seq_len, padded=padded, gpus=world // nodes, nodes=nodes,
+        gpu_memory=card_bytes(engine.device),  # or the part of it that a limit leaves
+        device_type=device_type or engine.device.type,
+    )  # fmt: skip
+    try:
+        planner = Planner.of(engine.module)
+        return planner.plan_of_ends(request) if ends_alone else planner.plan(request)
+    except (ValueError, TypeError) as error:
+        return str(error)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 import platform
 import subprocess
 from collections.abc import Sequence
@@ -12,6 +11,8 @@ from statistics import fmean
 from typing import Any
 
 import numpy
+
+_DRIVER = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
 
 
 def provenance(device: Any) -> dict[str, Any]:
@@ -23,9 +24,9 @@ def provenance(device: Any) -> dict[str, Any]:
     versions = {"torch": torch, "deepspeed": deepspeed, "transformers": transformers}
     return {
         "date": datetime.date.today().isoformat(),
-        "commit": _commit(),
+        "commit": _said_by("git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type}: {_processor()}",
-        "driver": _driver() if device.type == "cuda" else "",
+        "driver": _said_by(*_DRIVER) if device.type == "cuda" else "",
         "versions": {"python": platform.python_version(), **{k: v.__version__ for k, v in versions.items()}},
     }
 
@@ -57,29 +58,13 @@ def join_rounds(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return first | step_times(seconds, first["cycles"]["steps"], first["cycles"]["tokens_per_step"])
 
 
-def write_results(path: Path, results: dict[str, Any]) -> None:
-    """Writes a results file as JSON; its folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-
-
-def _driver() -> str:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+def _said_by(*command: str) -> str:
+    """The first line that a program prints; `unknown` where it is missing or prints nothing, as git in containers."""
     try:
         found = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError:
         return "unknown"
-    return found.stdout.splitlines()[0].strip() if found.stdout else "unknown"
-
-
-def _commit() -> str:
-    here = Path(__file__).parent
-    command = ["git", "-C", str(here), "rev-parse", "--short", "HEAD"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True)
-    except OSError:  # no git, as in many containers
-        return "unknown"
-    return found.stdout.strip() or "unknown"
+    return found.stdout.partition("\n")[0].strip() or "unknown"
 
 
 def _processor() -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 EPOCHS = 3  # of a run without --max_steps
+RANDOM_STEPS = 100  # of the rate's schedule, for a random model without --max_steps
 FAILED, OUT_OF_MEMORY = 2, 3  # exit codes
 
 
@@ -43,8 +44,11 @@ def prepare_process(verbose: bool) -> None:
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
 
 
-def load_run(args: argparse.Namespace) -> Run:
+def load_run(args: argparse.Namespace, random: bool = False) -> Run:
     """Loads everything; the same on every rank. Collective.
+
+    Args:
+        random: Random weights from the model's config, no tokenizer and no data; `max_steps` as it is asked for, or 0.
 
     Raises:
         ValueError, TypeError, OSError: In one sentence, what is wrong with an argument, the config, the data.
@@ -56,52 +60,65 @@ def load_run(args: argparse.Namespace) -> Run:
     if not args.verbose:
         _quiet()
     # At stage 3 loading a model is collective: a rank that fails before must be heard before.
-    ds_config, tokenizer, data, micro_batch, max_steps = agree(lambda: _load_data(args))
-    agree_on_data = (len(data.train), len(data.eval), micro_batch, max_steps)
-    require_alike("rows of the data set or steps", agree_on_data)  # else some rank would wait for ever at the end
-    if stage_of(ds_config) == 3:  # loading issues collectives: another in the place of one of them would never end
-        model = _load_model(args, ds_config)
+    run, config = agree(lambda: _without_model(args, random))
+    rows = () if random else (len(run.data.train), len(run.data.eval))
+    # Else some rank would wait for ever at the end.
+    require_alike("rows of the data set or steps", (*rows, run.micro_batch, run.max_steps))
+    if stage_of(run.ds_config) == 3:  # loading issues collectives: another in the place of one of them would never end
+        run.model = _load_model(args, run, config)
     else:
-        model = agree(lambda: _load_model(args, ds_config))
-    return Run(model, tokenizer, data, ds_config, micro_batch, max_steps)
+        run.model = agree(lambda: _load_model(args, run, config))
+    return run
 
 
-def _load_data(args: argparse.Namespace) -> tuple[dict[str, Any], Any, Any, int, int]:
+def _without_model(args: argparse.Namespace, random: bool) -> tuple[Run, Any]:
+    """The run but for its model, and the config of a random one."""
     from deepspeed import comm as dist
     from deepspeed.accelerator import get_accelerator
 
     from hift_ds.config.batch import batch_sizes
     from hift_ds.config.resolve import resolve
+    from hift_ds.memory.model_names import load_config
     from hift_ds.recipes.arguments import build_ds_config
     from hift_ds.recipes.datasets import load_text_dataset
-    from hift_ds.recipes.models import load_tokenizer
+    from hift_ds.recipes.models import load_tokenizer, source_of
 
     world = dist.get_world_size()
+    ds_config = build_ds_config(args)
+    resolve(ds_config, world=world, device_type=get_accelerator().device_name())  # a typo is found before the loading
+    micro_batch, accumulation = batch_sizes(ds_config, world)
+    if random:
+        steps = args.max_steps or 0
+        run = Run(None, None, None, build_ds_config(args, steps or RANDOM_STEPS), micro_batch, steps)
+        return run, load_config(source_of(args.model_name_or_path))
     try:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--output_dir {args.output_dir!r}: {error.strerror}; name another folder") from None
-    ds_config = build_ds_config(args)
-    resolve(ds_config, world=world, device_type=get_accelerator().device_name())  # a typo is found before the loading
-    micro_batch, accumulation = batch_sizes(ds_config, world)
     tokenizer = load_tokenizer(args.model_name_or_path)
     data = load_text_dataset(args.dataset, tokenizer, seq_len=args.seq_len, pack=args.pack, seed=args.seed)
-    max_steps = args.max_steps or max(1, EPOCHS * len(data.train) // (micro_batch * accumulation * world))
-    return build_ds_config(args, max_steps), tokenizer, data, micro_batch, max_steps
+    steps = args.max_steps or max(1, EPOCHS * len(data.train) // (micro_batch * accumulation * world))
+    return Run(None, tokenizer, data, build_ds_config(args, steps), micro_batch, steps), None
 
 
-def _load_model(args: argparse.Namespace, ds_config: dict[str, Any]) -> Any:
+def _load_model(args: argparse.Namespace, run: Run, config: Any) -> Any:
+    from deepspeed.accelerator import get_accelerator
     from transformers.integrations import HfDeepSpeedConfig
 
     from hift_ds.config.resolve import DTYPES, precision_of, stage_of
-    from hift_ds.recipes.models import load_model
+    from hift_ds.recipes.models import load_model, random_model
 
-    # While this object lives, from_pretrained partitions each parameter as it is created.
-    kept = HfDeepSpeedConfig(ds_config) if stage_of(ds_config) == 3 else None
-    model = load_model(
-        args.model_name_or_path, dtype=DTYPES[precision_of(ds_config)], attn_implementation=args.attn_implementation,
-        zero3=kept is not None,
-    )  # fmt: skip
+    # While this object lives, transformers partitions each parameter as it is created.
+    kept = HfDeepSpeedConfig(run.ds_config) if stage_of(run.ds_config) == 3 else None
+    options: dict[str, Any] = {
+        "dtype": DTYPES[precision_of(run.ds_config)], "attn_implementation": args.attn_implementation
+    }  # fmt: skip
+    if config is not None:
+        model = random_model(config, device=get_accelerator().current_device_name(), seed=args.seed, **options)
+        model.config.use_cache = False
+    else:
+        model = load_model(args.model_name_or_path, **options)
+    del kept
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.config.use_cache = False
@@ -119,17 +136,36 @@ def _quiet() -> None:
     hf_logging.disable_progress_bar()
 
 
-def exit_code_of(work: Callable[[], Any], verbose: bool) -> int:
-    """Runs a script's work on this rank, and ends its part in the process group. Collective where the work is."""
+def run_script(
+    work: Callable[[argparse.Namespace], Any], description: str | None, default_config: Path, *options: Callable
+) -> int:
+    """Reads the command line of a launch script, runs its work on this rank and ends its part in the process group.
+
+    Returns the exit code. Collective where the work is.
+
+    Args:
+        work: Is given the options.
+        options: What the script has beside the options that all share, each a function of the parser.
+    """
+    prepare_process("--verbose" in sys.argv)
+    from hift_ds.recipes.arguments import add_arguments
+
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_arguments(parser, default_config)
+    for add in options:
+        add(parser)
+    args = parser.parse_args()
     import torch
     from deepspeed import comm as dist
 
     try:
-        work()
+        work(args)
     except torch.OutOfMemoryError as error:
-        return fail(error, verbose, OUT_OF_MEMORY)
+        return fail(error, args.verbose, OUT_OF_MEMORY)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
-        return fail(error, verbose)
+        return fail(error, args.verbose)
     dist.destroy_process_group()  # NCCL warns otherwise
     return 0
 

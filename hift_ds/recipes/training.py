@@ -43,9 +43,30 @@ def batches(
             micro_step += 1
 
 
+def optimizer_step(engine: Any, stream: Iterator[dict[str, torch.Tensor]]) -> torch.Tensor:
+    """One step with all its micro steps: this rank's mean loss and its tokens but for padding, fp64 on the device."""
+    accumulation = engine.gradient_accumulation_steps()
+    sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
+    for _ in range(accumulation):
+        batch = next(stream)
+        loss = engine(**batch).loss
+        engine.backward(loss)
+        engine.step()
+        sums[0] += loss.detach().double() / accumulation
+        sums[1] += batch["attention_mask"].sum() if "attention_mask" in batch else batch["input_ids"].numel()
+        del loss  # with it goes its graph: a forecast has none left over from the step before
+    return sums
+
+
 @torch.no_grad()
-def held_out_loss(engine: Any, data: TextData, micro_batch: int, device: torch.device) -> float:
-    """Mean loss per held-out token that counts. Collective: each rank takes its share; all run as many forwards."""
+def held_out_loss(engine: Any, data: TextData, micro_batch: int) -> float | None:
+    """Mean loss per held-out token that counts; `None` where nothing is held out.
+
+    Collective: each rank takes its share; all run as many forwards.
+    """
+    if not len(data.eval):
+        return None
+    device = engine.device
     rank, world = dist.get_rank(), dist.get_world_size()
     rounds = -(-len(data.eval) // (micro_batch * world))
     sums = torch.zeros(2, dtype=torch.float64, device=device)

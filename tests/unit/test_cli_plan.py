@@ -45,16 +45,16 @@ def plan(*options):
 
 
 def test_a_plan_without_limits_or_that_fits_exits_0(tiny, capsys):
-    assert plan("--model", tiny, "--seq", 8) == 0
+    assert plan("--model", tiny, "--seq_len", 8) == 0
     out, err = capsys.readouterr()
     assert "LlamaForCausalLM" in out and "a card of 12 GiB holds it" in " ".join(out.split())
     assert err == ""
-    assert plan("--model", tiny, "--seq", 8, "--gpu_memory", "24GiB", "--host_memory", "1GiB") == 0
+    assert plan("--model", tiny, "--seq_len", 8, "--gpu_memory", "24GiB", "--host_memory", "1GiB") == 0
     assert "fits: needs 1.00 GiB of 24.00 GiB" in capsys.readouterr().out
 
 
 def test_a_plan_that_does_not_fit_exits_1_and_advises(tiny, capsys):
-    assert plan("--model", tiny, "--seq", 8, "--gpu_memory", "512MiB") == 1
+    assert plan("--model", tiny, "--seq_len", 8, "--gpu_memory", "512MiB") == 1
     out, err = capsys.readouterr()
     assert "does not fit: needs 1.00 GiB of 0.50 GiB" in out
     assert "No change that is known here makes it fit" in out
@@ -62,12 +62,12 @@ def test_a_plan_that_does_not_fit_exits_1_and_advises(tiny, capsys):
 
 
 def test_a_host_too_small_exits_1_with_what_would_fit(tiny, capsys):
-    assert plan("--model", tiny, "--seq", 8, "--gpu_memory", "24GiB", "--host_memory", 50_000) == 1
+    assert plan("--model", tiny, "--seq_len", 8, "--gpu_memory", "24GiB", "--host_memory", 50_000) == 1
     assert '"master": "split16" in hift.state' in capsys.readouterr().out
 
 
 def test_no_command_and_unknown_options_exit_2(capsys):
-    for arguments in ([], ["plan"], ["plan", "--model", "m", "--gpu", "1"], ["plan", "--model", "m", "--seq", "0"]):
+    for arguments in ([], ["plan"], ["plan", "--model", "m", "--gpu", "1"], ["plan", "--model", "m", "--seq_len", "0"]):
         with pytest.raises(SystemExit) as exit:
             cli.main(arguments)
         assert exit.value.code == 2
@@ -123,13 +123,13 @@ def test_a_file_that_is_no_models_config_is_refused(capsys, tmp_path, content):
 )
 def test_a_value_that_a_models_config_cannot_have_is_refused(capsys, tmp_path, value):
     path = written(tmp_path, {"model_type": "llama", "num_hidden_layers": 1, **value})
-    message = error_of(capsys, "--model", path, "--seq", 8)
+    message = error_of(capsys, "--model", path, "--seq_len", 8)
     assert path in message and next(iter(value)).replace("_", " ") in message.replace("_", " ")
 
 
 def test_rows_longer_than_the_models_positions_are_refused(tiny, capsys):
-    message = error_of(capsys, "--model", tiny, "--seq", 65)
-    assert message == "--seq 65: the model has 64 positions; use a shorter sequence"
+    message = error_of(capsys, "--model", tiny, "--seq_len", 65)
+    assert message == "--seq_len 65: the model has 64 positions; use a shorter sequence"
 
 
 def test_a_model_of_images_is_refused(capsys, tmp_path):
@@ -137,14 +137,15 @@ def test_a_model_of_images_is_refused(capsys, tmp_path):
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=4,
         architectures=["ViTForImageClassification"],
     )  # fmt: skip
-    message = error_of(capsys, "--model", written(tmp_path, config.to_dict()), "--seq", 8)
+    message = error_of(capsys, "--model", written(tmp_path, config.to_dict()), "--seq_len", 8)
     assert "ViTForImageClassification" in message and "only models of text" in message
 
 
 def test_checkpointing_that_the_model_lacks_is_refused(capsys, tmp_path):
     config = hf.OpenAIGPTConfig(n_embd=16, n_layer=1, n_head=2, architectures=["OpenAIGPTLMHeadModel"])
     path = written(tmp_path, config.to_dict())
-    message = error_of(capsys, "--model", path, "--attn", "eager", "--gradient_checkpointing", "--seq", 8)
+    options = ("--attn_implementation", "eager", "--gradient_checkpointing", "--seq_len", 8)
+    message = error_of(capsys, "--model", path, *options)
     assert message == "--gradient_checkpointing: OpenAIGPTLMHeadModel has none; leave the option out"
 
 
@@ -153,7 +154,7 @@ def test_experts_in_fp32_are_planned_or_refused_in_a_sentence_that_helps(capsys,
         vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1,
     )  # fmt: skip
-    code = plan("--model", written(tmp_path, config.to_dict()), "--seq", 8, "--precision", "fp32")
+    code = plan("--model", written(tmp_path, config.to_dict()), "--seq_len", 8, "--precision", "fp32")
     err = capsys.readouterr().err
     assert code == 0 or "--precision" in err or "precision" in err
 
@@ -179,7 +180,7 @@ def test_contradictory_batch_sizes_are_refused(tiny, capsys, tmp_path):
     ],
 )
 def test_what_a_run_would_refuse_is_refused(tiny, capsys, tmp_path, config, words):
-    message = error_of(capsys, "--model", tiny, "--seq", 8, "--deepspeed_config", written(tmp_path, config))
+    message = error_of(capsys, "--model", tiny, "--seq_len", 8, "--deepspeed_config", written(tmp_path, config))
     assert all(word in message for word in words), message
 
 
@@ -198,7 +199,7 @@ def test_a_missing_deepspeed_config_is_refused(tiny, capsys):
 
 
 def test_json_to_stdout_is_nothing_but_json(tiny, capsys):
-    assert plan("--model", tiny, "--seq", 8, "--gpu_memory", "512MiB", "--json") == 1
+    assert plan("--model", tiny, "--seq_len", 8, "--gpu_memory", "512MiB", "--json") == 1
     out, err = capsys.readouterr()
     found = json.loads(out)
     assert err == ""
@@ -214,14 +215,14 @@ def test_json_to_stdout_is_nothing_but_json(tiny, capsys):
 
 def test_json_and_picture_go_into_files_beside_the_table(tiny, capsys, tmp_path):
     found, picture = tmp_path / "plan.json", tmp_path / "plan.png"
-    assert plan("--model", tiny, "--seq", 8, "--json", found, "--plot", picture) == 0
+    assert plan("--model", tiny, "--seq_len", 8, "--json", found, "--plot", picture) == 0
     assert "peak" in capsys.readouterr().out
     assert json.loads(found.read_text())["request"]["seq"] == 8
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_table_of_the_command_fits_80_columns_where_output_is_no_terminal(tiny, capsys):
-    plan("--model", tiny, "--seq", 8)
+    plan("--model", tiny, "--seq_len", 8)
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
 
 
@@ -275,12 +276,22 @@ def test_options_go_before_the_config(request_for, tmp_path):
     assert plain.ds_config[ACCUMULATION] == 3 and plain.ds_config["optimizer"]["type"] == "SGD"
     told = request_for(
         "--deepspeed_config", path, "--precision", "fp16", "--stage", 3, "--micro_batch", 2, "--layers_per_block", 5,
-        "--attn", "eager", "--gradient_checkpointing", "--padded", "--gpu_memory", "24GB", "--host_memory", "1TiB",
+        "--attn_implementation", "eager", "--gradient_checkpointing", "--padded", "--gpu_memory", "24GB",
+        "--host_memory", "1TiB",
     )  # fmt: skip
     assert facts(told.config) == ("fp16", 2, 3, 5)
     assert told.config.hift.order == "top2down"
     assert (told.attn_implementation, told.checkpointing, told.padded) == ("eager", True, True)
     assert (told.gpu_memory, told.host_memory) == (24 * 10**9, 1 << 40)
+
+
+def test_earlier_names_of_options_are_understood_and_not_shown(request_for, capsys):
+    request = request_for("--seq", 16, "--attn", "eager", "--activation_checkpointing")
+    assert (request.seq, request.attn_implementation, request.checkpointing) == (16, "eager", True)
+    with pytest.raises(SystemExit):
+        cli.main(["plan", "--help"])
+    shown = capsys.readouterr().out.split()
+    assert "--seq_len" in shown and not {"--seq", "--attn", "--activation_checkpointing"} & set(shown)
 
 
 def test_a_config_without_precision_is_fp32(request_for, tmp_path):
@@ -367,7 +378,7 @@ def test_large_models_are_planned_in_a_minute_and_4_gib_of_memory(tmp_path, name
     llama = dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64)
     config = hf.MixtralConfig() if name == "mixtral" else hf.LlamaConfig(**llama, num_key_value_heads=8)
     config.save_pretrained(tmp_path)
-    options = ["--seq", "1024", "--stage", "3", "--gpus", "8", "--gpu_memory", "80GiB", "--json"]
+    options = ["--seq_len", "1024", "--stage", "3", "--gpus", "8", "--gpu_memory", "80GiB", "--json"]
     measured, found = measured_plan(tmp_path, options)
     assert measured["code"] == 0 and measured["peak"] < 4 << 30 and measured["seconds"] < 60, measured
     assert found["parameters"] == {"70b": 68_976_648_192, "mixtral": 46_702_792_704}[name]
@@ -377,7 +388,7 @@ def test_large_models_are_planned_in_a_minute_and_4_gib_of_memory(tmp_path, name
 @pytest.mark.parametrize("stage", ["0", "3"])
 def test_the_worst_block_of_7b_is_that_of_tracing_every_block_and_its_peak_alike(tmp_path, stage):
     hf.LlamaConfig(num_key_value_heads=32).save_pretrained(tmp_path)
-    options = ["--seq", "1024", "--stage", stage, "--gpus", "4", "--json"]
+    options = ["--seq_len", "1024", "--stage", stage, "--gpus", "4", "--json"]
     _, found = measured_plan(tmp_path, options)
     _, every = measured_plan(tmp_path, [*options, "--every_block"])
     assert found["worst_block"] == every["worst_block"] and found["peak"] == every["peak"]
@@ -399,7 +410,7 @@ def measured_plan(folder, options):
 @pytest.mark.slow
 def test_a_7b_model_is_planned_in_a_minute_and_4_gib_of_memory(tmp_path):
     hf.LlamaConfig().save_pretrained(tmp_path)
-    options = ["--seq", "512", "--micro_batch", "1", "--stage", "0", "--gpu_memory", "24GiB", "--json"]
+    options = ["--seq_len", "512", "--micro_batch", "1", "--stage", "0", "--gpu_memory", "24GiB", "--json"]
     measured, found = measured_plan(tmp_path, options)
     assert measured["code"] == 0 and measured["peak"] < 4 << 30 and measured["seconds"] < 60, measured
     assert found["parameters"] == 6_738_415_616
@@ -411,7 +422,7 @@ def test_a_7b_model_is_planned_in_a_minute_and_4_gib_of_memory(tmp_path):
 def test_tracing_every_block_says_the_same_of_a_small_model(tiny, capsys):
     found = []
     for more in ((), ("--every_block",)):
-        assert plan("--model", tiny, "--seq", 8, "--json", *more) == 0
+        assert plan("--model", tiny, "--seq_len", 8, "--json", *more) == 0
         found.append(json.loads(capsys.readouterr().out))
     assert found[0] == found[1]
 
@@ -420,7 +431,7 @@ def test_null_layers_per_block_are_chosen_for_the_card_given(tiny, capsys, tmp_p
     path = written(tmp_path, {**OPTIMIZER, MICRO: 1, "hift": {"enabled": True, "layers_per_block": None}})
     message = error_of(capsys, "--model", tiny, "--deepspeed_config", path)
     assert message == "hift.layers_per_block=null: the choice needs the size of a card; add --gpu_memory"
-    options = ("--model", tiny, "--deepspeed_config", path, "--seq", 8, "--gpu_memory", "2GiB", "--json")
+    options = ("--model", tiny, "--deepspeed_config", path, "--seq_len", 8, "--gpu_memory", "2GiB", "--json")
     assert plan(*options) == 0
     shown = capsys.readouterr()
     found = json.loads(shown.out)

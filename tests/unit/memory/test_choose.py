@@ -1,6 +1,7 @@
 """The largest number of layers that fits, against a brute force over all numbers."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,7 +59,7 @@ def forecasts():
 @pytest.fixture
 def planned(forecasts, monkeypatch):
     """Every call plans with the traces that are there already."""
-    monkeypatch.setattr(choose, "Planner", lambda *_: forecasts.planner)
+    monkeypatch.setattr(choose, "Planner", SimpleNamespace(of=lambda *_: forecasts.planner))
     return forecasts
 
 

@@ -3,16 +3,28 @@
 Each parameter is written as its elements; a whole one takes 2 bytes an element, padded 2 x (elements + 1).
 """
 
+from types import SimpleNamespace
+
 import pytest
 
-from hift_ds.memory.gathering import Limits, ParameterSize, replay
+from hift_ds.memory.gathering import ParameterSize, replay
 from hift_ds.memory.trace import FETCH, GRADIENT, RELEASE, Event
 
 A, B, C, D, E = "a", "b", "c", "d", "e"
 NUMEL = {A: 10, B: 20, C: 30, D: 40, E: 5}
 SIZES = {name: ParameterSize(numel, 2 * numel, 2 * (numel + 1)) for name, numel in NUMEL.items()}
 MANY = 10**9
-NO_PREFETCH = Limits(prefetch_bucket_size=0, max_live_parameters=MANY, max_reuse_distance=0)
+
+
+def limits(prefetch_bucket_size, max_live_parameters, max_reuse_distance):
+    """What DeepSpeed's own object for "zero_optimization" is asked for."""
+    return SimpleNamespace(
+        prefetch_bucket_size=prefetch_bucket_size, max_live_parameters=max_live_parameters,
+        max_reuse_distance=max_reuse_distance,
+    )  # fmt: skip
+
+
+NO_PREFETCH = limits(0, MANY, 0)
 
 
 def fetch(*names):
@@ -83,7 +95,7 @@ def test_persistent_parameters_are_neither_sent_nor_counted():
 
 @pytest.mark.parametrize(("distance", "kept"), [(0, False), (1, False), (20, False), (21, True), (MANY, True)])
 def test_a_parameter_is_kept_if_it_is_used_again_within_the_reuse_distance(distance, kept):
-    found = run(steps(A, B, A), Limits(0, MANY, distance))  # between the uses of A: B's 20 elements
+    found = run(steps(A, B, A), limits(0, MANY, distance))  # between the uses of A: B's 20 elements
     assert found.after[1] == (whole(A) if kept else 0)
     assert found.after[2] == whole(B) + (whole(A) if kept else 0)
     assert found.sent == padded(A, B) + (0 if kept else padded(A))
@@ -91,13 +103,13 @@ def test_a_parameter_is_kept_if_it_is_used_again_within_the_reuse_distance(dista
 
 
 def test_reuse_in_the_very_next_use_is_seen_at_any_distance():
-    found = run(steps(A, A), Limits(0, MANY, 1))
+    found = run(steps(A, A), limits(0, MANY, 1))
     assert found.after == (whole(A), whole(A), whole(A), 0)
     assert found.sent == padded(A)
 
 
 def test_each_parameter_of_a_module_is_kept_or_released_by_itself():
-    found = run(steps((A, B), C, A), Limits(0, MANY, 31))
+    found = run(steps((A, B), C, A), limits(0, MANY, 31))
     assert found.after == (whole(A, B), whole(A), whole(A, C), whole(A), whole(A), 0)
     assert found.sent == padded(A, B, C)
 
@@ -106,7 +118,7 @@ def test_each_parameter_of_a_module_is_kept_or_released_by_itself():
 
 
 def test_the_next_parameter_is_fetched_ahead():
-    found = run(steps(A, B), Limits(1, MANY, 0))
+    found = run(steps(A, B), limits(1, MANY, 0))
     assert found.during == (whole(A, B), whole(B), whole(B), 0)
     assert found.after == (whole(A, B), whole(B), whole(B), 0)
     assert found.sent == padded(A, B), "what was fetched ahead is not sent again"
@@ -114,26 +126,26 @@ def test_the_next_parameter_is_fetched_ahead():
 
 @pytest.mark.parametrize(("bucket", "ahead"), [(0, ()), (20, (B,)), (21, (B, C)), (50, (B, C)), (51, (B, C, D))])
 def test_a_prefetch_ends_with_the_parameter_that_fills_the_bucket(bucket, ahead):
-    found = run(steps(A, B, C, D), Limits(bucket, MANY, 0))
+    found = run(steps(A, B, C, D), limits(bucket, MANY, 0))
     in_flight = padded(*ahead) if len(ahead) > 1 else whole(*ahead)  # several: one padded buffer
     assert found.after[0] == whole(A) + in_flight
 
 
 @pytest.mark.parametrize(("live", "ahead"), [(10, ()), (11, (B,)), (30, (B,)), (31, (B, C))])
 def test_no_more_is_fetched_ahead_than_may_be_live(live, ahead):
-    found = run(steps(A, B, C, D), Limits(MANY, live, 0))
+    found = run(steps(A, B, C, D), limits(MANY, live, 0))
     in_flight = padded(*ahead) if len(ahead) > 1 else whole(*ahead)
     assert found.after[0] == whole(A) + in_flight
 
 
 def test_prefetch_passes_over_what_is_there_and_what_is_persistent():
-    found = run(steps(A, A, C, B), Limits(1, MANY, MANY), always={C})
+    found = run(steps(A, A, C, B), limits(1, MANY, MANY), always={C})
     assert found.after[0] == whole(A, B), "A is there and C stays, so B is the next"
     assert found.sent == padded(A, B)
 
 
 def test_what_was_fetched_ahead_for_a_later_use_is_not_released_by_an_earlier_one():
-    found = run(steps(A, B, A), Limits(21, MANY, 0))
+    found = run(steps(A, B, A), limits(21, MANY, 0))
     # Fetching A takes B and (as the queue's third) A ahead, which is there: its release must keep it for that.
     assert found.after[1] == whole(A, B)
     assert found.sent == padded(A, B)
@@ -144,7 +156,7 @@ def test_what_was_fetched_ahead_for_a_later_use_is_not_released_by_an_earlier_on
 
 
 def test_a_prefetched_bucket_is_copied_by_the_first_waiter_and_freed_by_the_last():
-    found = run(steps(A, B, C), Limits(21, MANY, 0))
+    found = run(steps(A, B, C), limits(21, MANY, 0))
     ahead = padded(B, C)
     assert found.after == (
         whole(A) + ahead,  # in flight: the buffer alone
@@ -159,13 +171,13 @@ def test_a_prefetched_bucket_is_copied_by_the_first_waiter_and_freed_by_the_last
 
 
 def test_a_bucket_is_freed_at_once_when_one_module_waits_for_all_of_it():
-    found = run(steps(A, (B, C)), Limits(21, MANY, 0))
+    found = run(steps(A, (B, C)), limits(21, MANY, 0))
     assert found.after == (whole(A) + padded(B, C), padded(B, C), whole(B, C), 0)
     assert found.during[2] == whole(B, C) + padded(B, C)
 
 
 def test_two_buckets_can_be_there_together():
-    found = run(steps(A, B, C, E, D), Limits(21, MANY, 0))
+    found = run(steps(A, B, C, E, D), limits(21, MANY, 0))
     assert found.after[0] == whole(A) + padded(B, C)
     assert found.after[2] == whole(B, C) + padded(B, C) + padded(E, D), "one half read, one in flight"
     assert found.sent == padded(A, B, C, D, E)

@@ -12,7 +12,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hift_ds.config.resolve import resolve
-from hift_ds.memory.gathering import Limits, ParameterSize
+from hift_ds.memory.gathering import ParameterSize
 from hift_ds.memory.layout import GradientBytes, Layout
 from hift_ds.state import block_state as state
 
@@ -236,7 +236,8 @@ def test_sizes_for_stage_3_have_every_ranks_slice_padded():
 
 def test_limits_are_the_configs():
     zero = {"stage3_prefetch_bucket_size": 11, "stage3_max_live_parameters": 12, "stage3_max_reuse_distance": 13}
-    assert layout_of(3, 4, zero=zero).limits == Limits(11, 12, 13)
+    found = layout_of(3, 4, zero=zero).config.zero
+    assert (found.prefetch_bucket_size, found.max_live_parameters, found.max_reuse_distance) == (11, 12, 13)
 
 
 # Update.

@@ -373,12 +373,14 @@ def test_a_second_plan_traces_nothing_again(planned, monkeypatch):
         planner.plan(request_of(0, seq=17))
 
 
-def test_peak_is_the_highest_of_the_blocks_asked_for(planned):
+def test_peak_is_the_highest_of_the_ends_and_of_the_block_asked_for(planned):
     planner, request, plan = planned
     peaks = [block.peak for block in plan.blocks]
-    assert planner.peak(request, [1]) == peaks[1]
-    assert planner.peak(request, range(len(peaks))) == max(peaks)
-    assert planner.peak(request, [99]) == peaks[-1], "one that is not there is the last"
+    ends = max(peaks[:2] + peaks[-2:])
+    assert planner.peak(request) == ends
+    for index, peak in enumerate(peaks):
+        assert planner.peak(request, index) == max(ends, peak)
+    assert planner.peak(request, 99) == ends, "one that is not there is the last"
 
 
 def test_frozen_parameters_are_in_no_block(planned):

@@ -11,7 +11,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from hift_ds.memory import fake_model, trace
-from hift_ds.memory.fake_model import FakeModel, load_config
+from hift_ds.memory.fake_model import FakeModel
+from hift_ds.memory.model_names import load_config
 from hift_ds.memory.trace import END, FETCH, GRADIENT, RELEASE, Event, trace_micro_step
 from hift_ds.rotation.blocks import plan_blocks
 from hift_ds.zero.activations import use_non_reentrant_checkpointing
@@ -319,7 +320,7 @@ def test_rows_longer_than_the_positions_are_refused(family, positions):
     model = FakeModel(CONFIGS[family](), torch.float32)
     with model.mode:
         model.batch(1, positions)
-        with pytest.raises(ValueError, match=rf"--seq {positions + 1}: the model has {positions} positions"):
+        with pytest.raises(ValueError, match=rf"--seq_len {positions + 1}: the model has {positions} positions"):
             model.batch(1, positions + 1)
 
 
@@ -371,7 +372,7 @@ def test_missing_sources_are_errors_that_say_what_to_name(tmp_path):
             load_config(source)
     with pytest.raises(FileNotFoundError, match=r"the folder holds no config\.json"):
         load_config(str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="the hub did not deliver its config"):
+    with pytest.raises(FileNotFoundError, match="the hub did not deliver it"):
         load_config("nobody/nothing")
 
 

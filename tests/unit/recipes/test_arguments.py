@@ -217,8 +217,8 @@ def test_tensorboard_writes_below_output_dir(config_of):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--max_steps", "0"], "argument --max_steps: 0: must be 1 or more"),
-        (["--save_every", "-1"], "argument --save_every: -1: must be 1 or more"),
+        (["--max_steps", "0"], "argument --max_steps: '0': must be a whole number from 1"),
+        (["--save_every", "-1"], "argument --save_every: '-1': must be a whole number from 1"),
         (["--hift_order", "up"], "argument --hift_order: hift.order='up': must be one of"),
         (["--hift_oder", "random"], "unrecognized arguments: --hift_oder"),
     ],

@@ -1,5 +1,6 @@
 """What the benchmark scripts measure: whole cycles, without holding up what overlaps; the forecast of the very run."""
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -43,7 +44,8 @@ def train(monkeypatch):
     progress = SimpleNamespace(update=lambda *values: shown.append(values))
 
     def run(steps, cycle):
-        found = benchmark._train(engine, iter(lambda: {}, None), steps, cycle, progress, 6)
+        stream = itertools.repeat({"input_ids": torch.zeros(1, 6)})
+        found = benchmark._train(engine, stream, steps, cycle, progress, 6)
         return *found, waits, shown
 
     return run

@@ -111,8 +111,14 @@ def test_fewer_rows_than_one_batch_over_the_ranks_are_refused_with_the_numbers(a
 # held_out_loss
 
 
+def test_without_held_out_rows_there_is_no_held_out_loss():
+    assert training.held_out_loss(CountingEngine(), data_of(3), 1) is None
+
+
 class CountingEngine:
     """Its loss is the mean, over the tokens that count, of the token's number: known by hand for every batch."""
+
+    device = CPU
 
     def __init__(self) -> None:
         self.forwards, self.modes = 0, []
@@ -141,11 +147,11 @@ def test_held_out_loss_is_the_mean_per_token_however_the_rows_are_shared(as_rank
     for rank in range(world):
         engine = CountingEngine()
         as_rank(rank, world, reduce=lambda tensor: sums.append(tensor.clone()))
-        training.held_out_loss(engine, data, micro_batch, CPU)
+        training.held_out_loss(engine, data, micro_batch)
         forwards.append(engine.forwards)
         assert engine.modes[-1] == "train"
     as_rank(0, world, reduce=lambda tensor: tensor.copy_(torch.stack(sums).sum(0)))
-    loss = training.held_out_loss(CountingEngine(), data, micro_batch, CPU)
+    loss = training.held_out_loss(CountingEngine(), data, micro_batch)
     assert loss == pytest.approx(counted.mean().item(), rel=1e-6)
     assert len(set(forwards)) == 1  # at stage 3 a rank with one forward less would leave the others waiting
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hift_ds.recipes import forecast as module
+from hift_ds.recipes import planning as module
 
 
 def forecast_of(state, monkeypatch):
@@ -14,10 +14,10 @@ def forecast_of(state, monkeypatch):
                          num_attention_heads=4)  # fmt: skip
     monkeypatch.setattr(module, "dist", SimpleNamespace(get_world_size=lambda: 1))
     ds_config = {"train_batch_size": 1, "optimizer": {"type": "AdamW"}, "bf16": {"enabled": True}}
-    ds_config["hift"] = {"state": state}
+    ds_config["hift"] = {"enabled": True, "state": state}
     hift = SimpleNamespace(layers_per_block=1)
     engine = SimpleNamespace(device=torch.device("cpu"), hift_config=hift, module=LlamaForCausalLM(config))
-    plan = module.forecast(engine, ds_config, 8, checkpointing=False, padded=False)
+    plan = module.forecast(engine, ds_config, 8, padded=False)
     assert not isinstance(plan, str), plan
     return plan.worst
 
