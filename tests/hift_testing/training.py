@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hift_ds
@@ -95,3 +98,17 @@ def largest_difference(left: dict[str, torch.Tensor], right: dict[str, torch.Ten
     """Largest absolute difference over all parameters."""
     assert left.keys() == right.keys()
     return max((left[name].float() - right[name].float()).abs().max().item() for name in left)
+
+
+@contextmanager
+def fp16_allowed() -> Iterator[None]:
+    """DeepSpeed refuses fp16 on a CPU without fp16 instructions; torch computes there all the same, only slowly."""
+    accelerator = get_accelerator()
+    if accelerator.is_fp16_supported():
+        yield
+        return
+    accelerator.is_fp16_supported = lambda: True
+    try:
+        yield
+    finally:
+        del accelerator.is_fp16_supported

@@ -3,7 +3,8 @@
 import math
 
 import pytest
-from hift_testing import parity_cases, tolerances
+from hift_testing import tolerances
+from hift_testing.parity import parity
 from hift_testing.selection import diagonal
 
 pytestmark = pytest.mark.multi_rank
@@ -11,13 +12,13 @@ pytestmark = pytest.mark.multi_rank
 # family -> blocks. Tied or not, with experts, encoder-decoder, a classifier head, pixels.
 FAMILIES = {"gpt2": 4, "opt": 4, "mixtral": 5, "t5": 7, "bert": 5, "vit": 5}
 LAYER_NORM = ("gpt2", "opt", "vit")  # see tolerances.STAGE3
-MOE_LEAF = {"zero_optimization": {"leaf_module": {"classes": ["hift_testing.parity_cases.Experts"]}}}
+MOE_LEAF = {"zero_optimization": {"leaf_module": {"classes": ["hift_testing.parity.Experts"]}}}
 EXPERT_BLOCKS = {"blocks": [["embed", "head"], ["widen", "narrow"], ["experts.0"], ["experts.1", "experts.2"]]}
 
 
 def agree(pool, stage, hift, blocks, exact, **kwargs):
     tolerance = tolerances.EXACT if exact else tolerances.STAGE3
-    for facts in pool.run(parity_cases.parity, stage, "fp32", hift, 1, 0.0, 1, timeout_s=40, **kwargs):
+    for facts in pool.run(parity, stage, "fp32", hift, 1, 0.0, 1, timeout_s=40, **kwargs):
         assert all(math.isfinite(loss) for loss in facts["losses"]), facts
         assert facts["weights"] <= tolerance.bound, (facts, tolerance.reason)
         assert facts["moved"] > 1e-4, facts

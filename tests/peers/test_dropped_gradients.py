@@ -2,26 +2,126 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import deepspeed
 import pytest
-from hift_testing import peer_cases_dropped as cases
-from hift_testing.peer_cases import BOUNDS, ONE_BLOCK, faults, on
+import torch
+from deepspeed import comm as dist
+from hift_testing.contestants import (
+    BOUNDS,
+    ONE_BLOCK,
+    Stack,
+    TorchHiFT,
+    adamw,
+    apart,
+    beside_oracle,
+    blocks_of,
+    config_of,
+    data,
+    faults,
+    hift_engine,
+    loss_of,
+    on,
+    plain_engine,
+    train_step,
+    unmoved,
+)
+from hift_testing.disturbed import Fused, OutOfMemory
+from hift_testing.messages import error_of
+from hift_testing.training import whole_weights
+
+import hift_ds
 
 pytestmark = pytest.mark.multi_rank
 
 STAGES = (0, 1, 2, 3)
 
 
-@pytest.fixture(params=("one_rank", "two_ranks"))
-def ranks(request):
-    """Both pools in turn."""
-    return request.getfixturevalue(request.param)
+class Contestant:
+    """An engine and the object whose `zero_grad` a script calls."""
+
+    def __init__(self, engine: Any, zero: Callable[[], None]) -> None:
+        self.engine, self.zero_grad, self.module = engine, zero, engine.module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.engine, name)
+
+    def __call__(self, *args: Any) -> Any:
+        return self.engine(*args)
+
+
+def _bad(engine: Any, step: int) -> None:
+    engine.backward(1e3 * loss_of(engine(data(step, 7))))
+
+
+def bad_batch_first(engine: Any, step: int) -> None:
+    """A bad batch is noticed after backward and before step."""
+    _bad(engine, step)
+    engine.zero_grad()
+    train_step(engine, step)
+
+
+def bad_batch_in_the_window(engine: Any, step: int) -> None:
+    """The bad batch comes after a good one, which goes with it; the window then starts anew."""
+    engine.backward(loss_of(engine(data(step, 8))))
+    _bad(engine, step)
+    engine.zero_grad()
+    train_step(engine, step)
+
+
+def bad_micro_step(engine: Any, step: int) -> None:
+    """With accumulation: a whole micro step, its `step` and all, is dropped; the rest of the window counts."""
+    for micro in range(engine.gradient_accumulation_steps()):
+        engine.backward(loss_of(engine(data(step, micro))))
+        if micro == 0 and engine.gradient_accumulation_steps() > 1:
+            engine.step()
+            engine.zero_grad()
+        else:
+            engine.step()
+
+
+def before_each_window(engine: Any, step: int) -> None:
+    """As in every torch tutorial."""
+    engine.zero_grad()
+    train_step(engine, step)
+
+
+def after_each_step(engine: Any, step: int) -> None:
+    """Between backward of a window's last micro step and its end nothing is dropped by a call after `step`."""
+    train_step(engine, step)
+    engine.zero_grad()
+
+
+SCRIPTS = {
+    script.__name__: script
+    for script in (bad_batch_first, bad_batch_in_the_window, bad_micro_step, before_each_window, after_each_step)
+}
+
+
+def dropped(name: str, by: str, stage: int, dtype: str = "fp32", gas: int = 1) -> dict[str, Any]:
+    """A script with `zero_grad` of the `engine`, the `module`, the returned `optimizer` or the caller's (`client`)."""
+    found = {}
+    for way, hift in (("rotating", {}), ("one block", ONE_BLOCK), ("plain", None)):
+        module = Stack()
+        client = adamw(module.parameters())
+        config = config_of(stage, dtype, hift, gas)
+        config.pop("optimizer", None)
+        initialize = deepspeed.initialize if hift is None else hift_ds.initialize
+        engine, optimizer, _, _ = initialize(model=module, config=config, optimizer=client)
+        zero = {"engine": engine, "optimizer": optimizer, "client": client, "module": module}[by].zero_grad
+        blocks = [[fqn for fqn, _ in module.named_parameters()]] if hift is None else blocks_of(engine)
+        oracle = TorchHiFT(Stack(), blocks, dtype, gas)
+        found[way] = beside_oracle(SCRIPTS[name], Contestant(engine, zero), oracle, 2 * len(blocks) + 1)
+    return found
 
 
 @pytest.mark.parametrize("by", ("engine", "optimizer", "client", "module"))
 @pytest.mark.parametrize("gas", (1, 2))
 @pytest.mark.parametrize("stage", STAGES)
 def test_zero_grad_drops_what_was_computed(ranks, stage, gas, by):
-    for found in on(ranks, cases.dropped, "bad_batch_first", by, stage, gas=gas):
+    for found in on(ranks, dropped, "bad_batch_first", by, stage, gas=gas):
         assert not faults(found)
 
 
@@ -29,9 +129,9 @@ def test_zero_grad_drops_what_was_computed(ranks, stage, gas, by):
 @pytest.mark.parametrize("by", ("engine", "optimizer", "client"))
 @pytest.mark.parametrize("gas", (1, 2))
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("name", [name for name in cases.SCRIPTS if name != "bad_batch_first"])
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "bad_batch_first"])
 def test_zero_grad_drops_what_was_computed_and_nothing_else(ranks, name, stage, gas, by):
-    for found in on(ranks, cases.dropped, name, by, stage, gas=gas):
+    for found in on(ranks, dropped, name, by, stage, gas=gas):
         assert not faults(found)
 
 
@@ -39,42 +139,124 @@ def test_zero_grad_drops_what_was_computed_and_nothing_else(ranks, name, stage, 
 @pytest.mark.parametrize("gas", (1, 2))
 @pytest.mark.parametrize("stage", STAGES)
 def test_zero_grad_drops_what_was_computed_in_bf16(ranks, stage, gas):
-    for found in on(ranks, cases.dropped, "bad_batch_first", "engine", stage, "bf16", gas):
+    for found in on(ranks, dropped, "bad_batch_first", "engine", stage, "bf16", gas):
         assert not faults(found, "bf16")
+
+
+def failing_backwards(stage: int, where: int, hift: dict[str, Any], gas: int = 1, torch_style: bool = False) -> Any:
+    """Each window's backward fails once on every rank, is caught, `zero_grad`, and the window comes again."""
+    engine = hift_engine(Fused(where), stage, "fp32", hift, gas)
+    oracle = TorchHiFT(Fused(where), blocks_of(engine), "fp32", gas)
+    switch = engine.module.switch
+    raised = []
+
+    def script(contestant: Any, step: int) -> None:
+        if contestant is engine:
+            switch[0] = True
+            loss = 1e3 * loss_of(engine(data(step, 7)))
+            raised.append(error_of(loss.backward if torch_style else lambda: engine.backward(loss)))
+            switch[0] = False
+            engine.zero_grad()
+        train_step(contestant, step)
+
+    found = beside_oracle(script, engine, oracle, 2 * len(oracle.blocks) + 1)
+    # With the active block above the fuse, backward never comes to it.
+    found["raised"] = sorted(set(raised))
+    return found
 
 
 @pytest.mark.parametrize("hift", ({}, ONE_BLOCK), ids=("rotating", "one block"))
 @pytest.mark.parametrize("gas", (1, 2))
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_backward_that_failed_leaves_nothing_behind(ranks, stage, gas, hift):
-    for found in on(ranks, cases.failing_backwards, stage, 1, hift, gas):
+    for found in on(ranks, failing_backwards, stage, 1, hift, gas):
         assert any("out of memory" in error for error in found["raised"]), "the case must fail as planned"
         assert not found["error"], found["error"]
         assert found["distance"] <= BOUNDS["fp32"]
 
 
+def failing_second_micro_step(stage: int, zeroes: bool) -> dict[str, Any]:
+    """With accumulation, a backward fails where half of a window is there; the oracle never sees that window."""
+    module = Fused(2)
+    engine = hift_engine(module, stage, "fp32", {}, 2)
+    oracle = TorchHiFT(Fused(2), blocks_of(engine), "fp32", 2)
+    raised = []
+
+    def script(contestant: Any, step: int) -> None:
+        if contestant is engine and engine.hift.active_block < 3:  # the head's backward would not come so far
+            engine.backward(1e3 * loss_of(engine(data(step, 7))))
+            engine.step()
+            module.switch[0] = True
+            raised.append(error_of(lambda: engine.backward(loss_of(engine(data(step, 8))))))
+            module.switch[0] = False
+            if zeroes:
+                engine.zero_grad()
+        train_step(contestant, step)
+
+    found = beside_oracle(script, engine, oracle, 2 * len(engine.hift.blocks) + 1)
+    return {**found, "raised": raised}
+
+
 @pytest.mark.parametrize("zeroes", (False, True), ids=("goes on", "zero_grad"))
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_backward_that_failed_ends_its_window_and_the_next_one_is_whole(ranks, stage, zeroes):
-    for found in on(ranks, cases.failing_second_micro_step, stage, zeroes):
+    for found in on(ranks, failing_second_micro_step, stage, zeroes):
         assert all("out of memory" in error for error in found["raised"]), "the case must fail as planned"
         assert not found["error"], found["error"]
         assert found["distance"] <= BOUNDS["fp32"]
 
 
+def one_rank_fails(stage: int, zeroes: bool) -> dict[str, Any]:
+    """The backward of one micro step fails on rank 0 alone, which steps all the same: its part is missing, no more."""
+    module = Fused(2)
+    engine = hift_engine(module, stage, "fp32", ONE_BLOCK, 3)
+    start, raised = whole_weights(engine), ""
+    for step in range(3):
+        for micro in range(3):
+            module.switch[0] = fails = (dist.get_rank(), step, micro) == (0, 1, 1)
+            error = error_of(lambda s=step, m=micro: engine.backward(loss_of(engine(data(s, m)))))
+            raised = raised or error
+            if fails and zeroes:
+                engine.zero_grad()
+            engine.step()
+    weights = whole_weights(engine)
+    sums = {name: float(weight.double().sum()) for name, weight in weights.items()}
+    return {"raised": raised, "sums": sums, "steps": engine.global_steps, "unmoved": unmoved(weights, start)}
+
+
 @pytest.mark.parametrize("zeroes", (False, True), ids=("goes on", "zero_grad"))
 @pytest.mark.parametrize("stage", (0, 1))
 def test_a_rank_whose_backward_failed_and_that_steps_stays_in_step_with_the_others(two_ranks, stage, zeroes):
-    first, second = on(two_ranks, cases.one_rank_fails, stage, zeroes)
+    first, second = on(two_ranks, one_rank_fails, stage, zeroes)
     assert "out of memory" in first.pop("raised") and not second.pop("raised")
     assert first == second
     assert (first["steps"], first["unmoved"]) == (3, [])
 
 
+def step_after_a_failed_backward(stage: int, torch_style: bool) -> dict[str, Any]:
+    """The backward fails half way, is caught, and the user steps all the same; then trains on."""
+    module = Fused(1)
+    engine = hift_engine(module, stage, "fp32", ONE_BLOCK)
+    start = whole_weights(engine)
+    module.switch[0] = True
+    loss = loss_of(engine(data(0)))
+    raised = error_of(loss.backward if torch_style else lambda: engine.backward(loss))
+    module.switch[0] = False
+    error, unchanged = error_of(engine.step), len(unmoved(whole_weights(engine), start)) == len(start)
+    twin = hift_engine(Fused(1), stage, "fp32", ONE_BLOCK)
+    for step in (1, 2):
+        train_step(engine, step)
+        train_step(twin, step)
+    return {
+        "raised": raised, "error": error, "unchanged": unchanged,
+        "distance": apart(engine, twin, start),
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("torch_style", (False, True), ids=("engine.backward", "loss.backward"))
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_step_after_a_backward_that_failed_is_an_error_and_no_half_update(ranks, stage, torch_style):
-    for found in on(ranks, cases.step_after_a_failed_backward, stage, torch_style):
+    for found in on(ranks, step_after_a_failed_backward, stage, torch_style):
         assert "out of memory" in found["raised"]
         assert found["error"].startswith("RuntimeError: the last backward ended with an error")
         assert found["unchanged"]
@@ -85,27 +267,134 @@ def test_a_step_after_a_backward_that_failed_is_an_error_and_no_half_update(rank
 @pytest.mark.parametrize("where", (0, 2))
 @pytest.mark.parametrize("stage", (1, 2, 3))
 def test_a_torch_style_backward_that_failed_leaves_nothing_behind(ranks, stage, where):
-    for found in on(ranks, cases.failing_backwards, stage, where, {}, torch_style=True):
+    for found in on(ranks, failing_backwards, stage, where, {}, torch_style=True):
         assert any("out of memory" in error for error in found["raised"]), "the case must fail as planned"
         assert not found["error"], found["error"]
         assert found["distance"] <= BOUNDS["fp32"]
 
 
+def _fgsm(torch_style: bool) -> Callable[[Any, int], None]:
+    def script(engine: Any, step: int) -> None:
+        for micro in range(engine.gradient_accumulation_steps()):
+            x = data(step, micro).requires_grad_()
+            loss = loss_of(engine(x))
+            if torch_style and not isinstance(engine, TorchHiFT):
+                loss.backward()
+            else:
+                engine.backward(loss)
+            attacked = (x + 0.1 * x.grad.sign()).detach()
+            if micro == 0:
+                engine.zero_grad()
+            engine.backward(loss_of(engine(attacked)))
+            engine.step()
+
+    return script
+
+
+def fgsm(stage: int, torch_style: bool) -> dict[str, Any]:
+    """Adversarial training: a backward for the input's gradient alone, then the real one."""
+    found = {}
+    for way, hift in (("rotating", {}), ("one block", ONE_BLOCK)):
+        engine = hift_engine(Stack(), stage, "fp32", hift)
+        found[way] = beside_oracle(
+            _fgsm(torch_style), engine, TorchHiFT(Stack(), blocks_of(engine)), 2 * len(engine.hift.blocks) + 1
+        )
+    oracle = TorchHiFT(Stack(), [[name for name, _ in Stack().named_parameters()]])
+    found["plain"] = beside_oracle(_fgsm(torch_style), plain_engine(Stack(), stage), oracle, 3)
+    return found
+
+
 @pytest.mark.parametrize("torch_style", (False, True), ids=("engine.backward", "loss.backward"))
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_backward_for_the_inputs_is_not_in_the_update(ranks, stage, torch_style):
-    for found in on(ranks, cases.fgsm, stage, torch_style):
+    for found in on(ranks, fgsm, stage, torch_style):
         assert not faults(found)
+
+
+def _gan_step(generator: Any, discriminator: Any, step: int, toggle: bool, zero: bool) -> None:
+    fake = generator(data(step, 1))
+    if toggle:
+        flags = [param.requires_grad for param in discriminator.module.parameters()]
+        discriminator.module.requires_grad_(False)
+    generator.backward(loss_of(discriminator(fake)))
+    generator.step()
+    if toggle:
+        for param, flag in zip(discriminator.module.parameters(), flags, strict=True):
+            param.requires_grad_(flag)
+    if zero:
+        discriminator.zero_grad()
+    fake = generator(data(step, 2)).detach()
+    discriminator.backward(loss_of(discriminator(data(step, 3))) + loss_of(-discriminator(fake)))
+    discriminator.step()
+
+
+def gan(stage: int, toggle: bool, zero: bool, hift: dict[str, Any] | None) -> dict[str, Any]:
+    """Two engines; the generator's loss goes backward through the discriminator.
+
+    Args:
+        toggle: The discriminator's parameters ask for no gradients during the generator's step, as many GANs do it.
+        zero: The discriminator's gradients of the generator's step are dropped by `zero_grad`.
+        hift: The section of both; None is plain DeepSpeed.
+    """
+    make = plain_engine if hift is None else lambda module, stage: hift_engine(module, stage, "fp32", hift)
+    engines = [make(Stack(seed), stage) for seed in (1, 2)]
+    every = [[name for name, _ in Stack().named_parameters()]]
+    oracles = [TorchHiFT(Stack(seed), every if hift is None else blocks_of(engines[0])) for seed in (1, 2)]
+    starts = [whole_weights(oracle) for oracle in oracles]
+    steps = 2 * len(oracles[0].blocks)
+    error = error_of(lambda: [_gan_step(*engines, step, toggle, zero) for step in range(steps)])
+    for step in range(steps):
+        _gan_step(*oracles, step, False, True)
+    found: dict[str, Any] = {"error": error}
+    for name, engine, oracle, start in zip(("generator", "discriminator"), engines, oracles, starts, strict=True):
+        found[name] = apart(engine, oracle, start)
+        found[f"unmoved {name}"] = unmoved(whole_weights(engine), start)
+    return found
 
 
 @pytest.mark.parametrize("toggle", (False, True), ids=("left on", "switched off"))
 @pytest.mark.parametrize("hift", ({}, ONE_BLOCK), ids=("rotating", "one block"))
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_gan_of_two_engines_trains_both_as_the_oracle(ranks, stage, hift, toggle):
-    for found in on(ranks, cases.gan, stage, toggle, True, hift):
+    for found in on(ranks, gan, stage, toggle, True, hift):
         assert not found["error"], found["error"]
         assert found["generator"] <= BOUNDS["fp32"], found
         assert found["discriminator"] <= BOUNDS["fp32"], found
+
+
+def out_of_memory_in_step(stage: int, dtype: str, hift: dict[str, Any], most: int = 40) -> dict[str, Any]:
+    """A step fails at each of its tensors in turn, is caught, and the batch comes again.
+
+    Returns:
+        `refused`: in how many of the runs the next forward said that the update had ended half way; `right`: in how
+        many training went on as the oracle's; `wrong`: the others, by the tensor.
+    """
+    found: dict[str, Any] = {"refused": 0, "right": 0, "wrong": {}}
+    for nth in range(1, most):
+        engine = hift_engine(Stack(), stage, dtype, hift)
+        oracle = TorchHiFT(Stack(), blocks_of(engine), dtype)
+        start = whole_weights(oracle)
+        for contestant in (engine, oracle):
+            for step in range(4):
+                train_step(contestant, step)
+        engine.backward(loss_of(engine(data(4))))
+        with OutOfMemory(nth) as memory:
+            error = error_of(engine.step)
+        if memory.left > 0:
+            break
+        assert error.startswith("OutOfMemoryError"), error
+        engine.zero_grad()
+        again = error_of(lambda e=engine: [train_step(e, step) for step in range(4, 8)])
+        for step in range(4, 8):
+            train_step(oracle, step)
+        far = 0.0 if again else apart(engine, oracle, start)
+        if "ended with an error half way" in again:
+            found["refused"] += 1
+        elif again or far > BOUNDS[dtype]:
+            found["wrong"][nth] = again or far
+        else:
+            found["right"] += 1
+    return found
 
 
 @pytest.mark.parametrize(
@@ -115,18 +404,72 @@ def test_a_gan_of_two_engines_trains_both_as_the_oracle(ranks, stage, hift, togg
 )
 @pytest.mark.parametrize("stage", (0, 2, 3))
 def test_a_step_out_of_memory_has_changed_nothing_or_says_that_it_has(ranks, stage, dtype, hift):
-    for found in on(ranks, cases.out_of_memory_in_step, stage, dtype, hift):
+    for found in on(ranks, out_of_memory_in_step, stage, dtype, hift):
         assert not found["wrong"], found
         assert found["right"] >= 2, found
 
 
+def torn_and_loaded(folder: str) -> dict[str, Any]:
+    """Stage 2: the new weights cannot be gathered, masters and moments have moved; a load goes on from the save."""
+    engine = hift_engine(Stack(), 2, "bf16")
+    oracle = TorchHiFT(Stack(), blocks_of(engine), "bf16")
+    start = whole_weights(oracle)
+    for contestant in (engine, oracle):
+        for step in range(4):
+            train_step(contestant, step)
+    engine.save_checkpoint(folder)
+    nth = 0
+    while not any(state.torn for state in engine.optimizer.states):
+        nth += 1
+        engine.backward(loss_of(engine(data(4))))
+        with OutOfMemory(nth):
+            assert error_of(engine.step).startswith("OutOfMemoryError")
+        engine.zero_grad()
+    refused = [error_of(lambda: train_step(engine, 4)), error_of(lambda: engine.save_checkpoint(folder))]
+    engine.load_checkpoint(folder)
+    for contestant in (engine, oracle):
+        for step in range(4, 8):
+            train_step(contestant, step)
+    return {"refused": refused, "distance": apart(engine, oracle, start)}
+
+
 def test_a_load_mends_what_an_update_that_ended_half_way_has_left(two_ranks, tmp_path):
-    for found in on(two_ranks, cases.torn_and_loaded, str(tmp_path)):
+    for found in on(two_ranks, torn_and_loaded, str(tmp_path)):
         assert all("ended with an error half way" in error for error in found["refused"]), found
         assert found["distance"] <= BOUNDS["bf16"]
+
+
+def _held(engine: Any) -> dict[str, torch.Tensor]:
+    """Copies of this rank's weights, masters, moments and counts."""
+    optimizer = engine.optimizer
+    held = {name: getattr(p, "ds_tensor", p).detach().clone() for name, p in engine.module.named_parameters()}
+    for index, state in enumerate([*optimizer.states, *([optimizer.always] if optimizer.always else [])]):
+        held |= {f"{index} {name}": tensor.clone() for name, tensor in state.tensors.items()}
+        held[f"{index} step"] = torch.tensor(state.step)
+    return held
+
+
+def changed_by_a_failed_step(stage: int, dtype: str, hift: dict[str, Any], most: int = 40) -> dict[int, list[str]]:
+    """What a step has changed that failed at its nth tensor, where the engine does not say so; by that tensor."""
+    found: dict[int, list[str]] = {}
+    for nth in range(1, most):
+        engine = hift_engine(Stack(), stage, dtype, hift)
+        for step in range(4):
+            train_step(engine, step)
+        engine.backward(loss_of(engine(data(4))))
+        before = _held(engine)
+        with OutOfMemory(nth) as memory:
+            error = error_of(engine.step)
+        if memory.left > 0:
+            assert not error, error
+            break
+        after = _held(engine)
+        if not error_of(lambda e=engine: e(data(5))):
+            found[nth] = [name for name in before if not torch.equal(before[name], after[name])]
+    return {nth: names for nth, names in found.items() if names}
 
 
 @pytest.mark.parametrize("hift", ({}, {"always_active": ["head"]}), ids=("", "always active"))
 @pytest.mark.parametrize(("stage", "dtype"), ((0, "bf16"), (2, "fp32"), (3, "bf16")))
 def test_a_failed_step_after_which_training_goes_on_has_changed_no_bit(ranks, stage, dtype, hift):
-    assert not any(on(ranks, cases.changed_by_a_failed_step, stage, dtype, hift))
+    assert not any(on(ranks, changed_by_a_failed_step, stage, dtype, hift))

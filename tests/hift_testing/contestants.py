@@ -1,4 +1,4 @@
-"""What the peers' cases share: a user's small models, three contestants with one interface, and how far they are apart.
+"""What the peers' tests share: a user's small models, three contestants with one interface, how far they are apart.
 
 A script trains through `hift_ds.initialize`, through plain `deepspeed.initialize` and through `TorchHiFT`, one
 torch.optim.AdamW a block in plain torch. Nothing of hift_ds but its public names is used.
@@ -6,16 +6,14 @@ torch.optim.AdamW a block in plain torch. Nothing of hift_ds but its public name
 
 from __future__ import annotations
 
-import copy
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed import comm as dist
+from hift_testing.messages import error_of, is_clear
 from hift_testing.ranks import RankPool
 from hift_testing.training import DEVICE, DTYPES, cast_parameters, ds_config, whole_weights
 from torch import nn
@@ -182,18 +180,6 @@ def blocks_of(engine: Any) -> list[list[str]]:
     return [list(engine.hift.blocks[index].fqns) for index in engine.hift.order]
 
 
-def weights_of(contestant: Any) -> dict[str, torch.Tensor]:
-    """Copies of whole weights. Collective at stage 3."""
-    return whole_weights(contestant)
-
-
-class Holder:
-    """Lets `whole_weights` read a bare module."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
-
 def distance(weights: dict[str, Any], right: dict[str, Any], start: dict[str, Any]) -> float:
     """How far the worst parameter is from where it should be, as a share of how far it should have gone."""
     assert weights.keys() == right.keys()
@@ -207,6 +193,17 @@ def distance(weights: dict[str, Any], right: dict[str, Any], start: dict[str, An
     return worst if worst == worst else float("inf")
 
 
+def apart(contestant: Any, right: Any, start: dict[str, Any]) -> float:
+    """`distance` of two contestants. Collective."""
+    return distance(whole_weights(contestant), whole_weights(right), start)
+
+
+def assert_near(contestant: Any, right: Any, start: dict[str, Any], dtype: str = "fp32") -> None:
+    """A contestant is where the right one is, but for rounding. Collective."""
+    found = apart(contestant, right, start)
+    assert found <= BOUNDS[dtype], f"distance {found}"
+
+
 def unmoved(weights: dict[str, Any], start: dict[str, Any]) -> list[str]:
     """Parameters that training has not changed."""
     return [name for name in weights if torch.equal(weights[name], start[name])]
@@ -216,15 +213,6 @@ def on(pool: RankPool, case: Callable[..., Any], *args: Any, **kwargs: Any) -> l
     """`pool.run` that takes a silence of HANG_S for a hang; the start of the ranks does not count."""
     pool.run(dist.get_rank)
     return pool.run(case, *args, timeout_s=HANG_S, **kwargs)
-
-
-def error_of(action: Callable[[], Any]) -> str:
-    """`Type: message` of what `action` raises, or nothing."""
-    try:
-        action()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
 
 
 Script = Callable[[Any, int], Any]
@@ -237,22 +225,21 @@ def train_step(engine: Any, step: int) -> None:
         engine.step()
 
 
-def run(script: Script, contestant: Any, steps: int, start: int = 0) -> None:
+def run(script: Script, steps: int, *contestants: Any, start: int = 0) -> None:
     """`steps` windows of a script."""
-    for step in range(start, start + steps):
-        script(contestant, step)
+    for contestant in contestants:
+        for step in range(start, start + steps):
+            script(contestant, step)
 
 
-def beside_oracle(
-    script: Script, engine: Any, oracle: TorchHiFT, steps: int, first: int = 0
-) -> dict[str, Any]:
+def beside_oracle(script: Script, engine: Any, oracle: TorchHiFT, steps: int) -> dict[str, Any]:
     """Both run the script; `error` of the engine, or its `distance` from the oracle. Collective."""
-    start = weights_of(oracle)
-    same = all(torch.equal(a, start[name]) for name, a in weights_of(engine).items())
+    start = whole_weights(oracle)
+    same = all(torch.equal(a, start[name]) for name, a in whole_weights(engine).items())
     assert same, "both must start alike"
-    error = error_of(lambda: run(script, engine, steps, first))
-    run(script, oracle, steps, first)
-    weights, right = weights_of(engine), weights_of(oracle)
+    error = error_of(lambda: run(script, steps, engine))
+    run(script, steps, oracle)
+    weights, right = whole_weights(engine), whole_weights(oracle)
     assert not unmoved(right, start), "the oracle must train everything"
     return {"error": error, "distance": distance(weights, right, start), "unmoved": unmoved(weights, start)}
 
@@ -273,15 +260,6 @@ def three_ways(
     return found
 
 
-# What python and torch raise where nobody thought of the case.
-ACCIDENTS = ("AttributeError", "KeyError", "IndexError", "TypeError", "UnboundLocalError", "StopIteration")
-
-
-def is_clear(error: str) -> bool:
-    """A sentence, of a type that is meant for users."""
-    return not error.startswith(ACCIDENTS) and len(error.split()) > 8
-
-
 def faults(found: dict[str, Any], dtype: str = "fp32", refusable: bool = False) -> list[str]:
     """What is wrong with HiFT's two runs of `three_ways`; with `refusable` a clear error is as good as being right."""
     wrong = []
@@ -294,45 +272,9 @@ def faults(found: dict[str, Any], dtype: str = "fp32", refusable: bool = False) 
     return wrong
 
 
-class Messages(logging.Handler):
-    """Warnings inside `with`, whether they come through `logging` or `warnings`."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.messages: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.messages.append(record.getMessage())
-
-
-@contextmanager
-def messages() -> Iterator[list[str]]:
-    """What a user would read at level WARNING and above, from hift_ds or DeepSpeed."""
-    handler, loggers = Messages(), [logging.getLogger("hift_ds"), logging.getLogger("DeepSpeed")]
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for logger in loggers:
-            logger.addHandler(handler)
-        try:
-            yield handler.messages
-        finally:
-            for logger in loggers:
-                logger.removeHandler(handler)
-            handler.messages.extend(str(warning.message) for warning in caught)
-
-
-def fresh_copy(weights: dict[str, torch.Tensor], build: Callable[[], nn.Module] = Stack) -> nn.Module:
-    """A module that no engine has seen, with these weights."""
-    module = build()
-    with torch.no_grad():
-        for name, param in module.named_parameters():
-            param.data = weights[name].clone()
-    return module
-
-
 def originals(module: nn.Module) -> dict[str, Any]:
     """What an engine may change on a module beside the weights."""
-    return copy.copy({
+    return {
         "requires_grad": {name: param.requires_grad for name, param in module.named_parameters()},
         "hooks": {
             f"{name}.{kind}": len(hooks)
@@ -349,4 +291,4 @@ def originals(module: nn.Module) -> dict[str, Any]:
         "attributes": {name: sorted(vars(param)) for name, param in module.named_parameters() if vars(param)},
         "gradients": [name for name, param in module.named_parameters() if param.grad is not None],
         "forward": "forward" in vars(module),
-    })  # fmt: skip
+    }  # fmt: skip
