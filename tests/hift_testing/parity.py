@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -11,8 +12,11 @@ from typing import Any, NamedTuple
 import deepspeed
 import torch
 from deepspeed import comm as dist
+from hift_testing import tolerances
+from hift_testing.ranks import RankPool
 from hift_testing.reference import LionByHand, ReferenceHiFT
 from hift_testing.tiny_models import tiny_model
+from hift_testing.tolerances import Tolerance
 from hift_testing.training import (
     ADAMW,
     DEVICE,
@@ -137,6 +141,30 @@ def parity(
         "blocks": len(view.blocks),
         "losses": losses,
     }
+
+
+def agree(
+    pool: RankPool,
+    stage: int,
+    dtype: str,
+    hift: dict[str, Any],
+    *args: Any,
+    blocks: int = 2,
+    weights: Tolerance | None = None,
+    share: Tolerance | None = None,
+    moved: float = 1e-4,
+    **kwargs: Any,
+) -> None:
+    """`parity` on every rank; `weights` and `share` are tolerances, by default the strictest of weights."""
+    if weights is None:
+        weights = tolerances.STAGE3 if stage == 3 and dtype == "fp32" else tolerances.EXACT
+    for facts in pool.run(parity, stage, dtype, hift, *args, **kwargs):
+        name, tolerance = ("weights", weights) if share is None else ("share", share)
+        assert facts[name] <= tolerance.bound, (facts, tolerance.reason)
+        assert facts["norm"] <= tolerances.NORM.bound, (facts, tolerances.NORM.reason)
+        assert all(math.isfinite(loss) for loss in facts["losses"]), facts
+        assert facts["moved"] > moved, facts
+        assert facts["blocks"] == blocks, facts
 
 
 class Trained(NamedTuple):

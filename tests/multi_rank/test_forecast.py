@@ -262,7 +262,7 @@ def chosen_blocks(memory: list[int], optimizer: str | None) -> tuple[int, int]:
         engine.backward(engine(input_ids=ids, labels=ids).loss)
         engine.step()
     resolved = {**config, "gradient_accumulation_steps": 1, "optimizer": {"type": optimizer or "AdamW"}}
-    alone = choose.choose_layers_per_block(model, resolved, dist.get_world_size(), min(memory), apart=False)
+    alone = choose.choose_layers_per_block(model, resolved, dist.get_world_size(), min(memory), "cpu")
     layers = engine.hift_config.layers_per_block
     assert layers == alone.layers_per_block
     return layers, len(engine.hift.blocks)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from deepspeed import comm as dist
 from hift_testing import tolerances
-from hift_testing.parity import parity, share_that_differs
+from hift_testing.parity import agree, share_that_differs
 from hift_testing.selection import diagonal, slow
 from hift_testing.training import ds_config, engine_of, run_steps, whole_weights
 
@@ -17,20 +17,6 @@ DTYPES = ("fp32", "bf16")
 # One stage with optimizer state on each rank and whole weights, and the one that shards weights, too.
 SHARDED = (slow(0), 1, slow(2), 3)
 SMALL_BUCKETS = {"reduce_bucket_size": 1000, "allgather_bucket_size": 1000}  # about 12 buckets for each layer
-
-
-def agree(pool, stage, dtype, hift, *args, blocks=2, weights=None, share=None, **kwargs):
-    """Runs a case and checks it on every rank; `weights` and `share` are tolerances, by default the strictest."""
-    if weights is None:
-        weights = tolerances.STAGE3 if stage == 3 and dtype == "fp32" else tolerances.EXACT
-    for facts in pool.run(parity, stage, dtype, hift, *args, **kwargs):
-        if share is None:
-            assert facts["weights"] <= weights.bound, (facts, weights.reason)
-        else:
-            assert facts["share"] <= share.bound, (facts, share.reason)
-        assert facts["norm"] <= tolerances.NORM.bound, (facts, tolerances.NORM.reason)
-        assert facts["moved"] > 1e-4, facts
-        assert facts["blocks"] == blocks, facts
 
 
 def combinations():

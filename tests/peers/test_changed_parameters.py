@@ -23,6 +23,7 @@ from hift_testing.contestants import (
     loss_of,
     on,
     originals,
+    pair,
     run,
     train_step,
     unmoved,
@@ -179,9 +180,8 @@ def test_a_changed_module_is_neither_saved_nor_loaded_into(ranks, name, stage, t
 
 def new_memory(stage: int) -> None:
     """Weights in other memory, of the same values: training goes on as if nothing were, or one clear error."""
-    module = Stack()
-    engine = hift_engine(module, stage)
-    oracle = TorchHiFT(Stack(), blocks_of(engine))
+    engine, oracle = pair(Stack, stage)
+    module = engine.module
     run(train_step, 2, engine, oracle)
     start = whole_weights(oracle)
     module.head.weight.data = module.head.weight.data.clone()  # as `module.to(...)` leaves it
@@ -190,7 +190,7 @@ def new_memory(stage: int) -> None:
         assert is_clear(error) and "head.weight" in error, error
     else:
         run(train_step, 4, oracle, start=2)
-        assert_near(engine, oracle, start)
+        assert_near(engine, oracle, start=start)
 
 
 @pytest.mark.parametrize("stage", WHOLE)
@@ -214,10 +214,9 @@ def write(module: nn.Module, oracle: TorchHiFT, names: list[str], step: int) -> 
 
 def writes(stage: int, dtype: str, one_block: bool) -> None:
     """In-place writes under no_grad between steps (a projection, an EMA swapped in, a re-initialised layer)."""
-    module = Stack()
-    engine = hift_engine(module, stage, dtype, ONE_BLOCK if one_block else {})
-    oracle = TorchHiFT(Stack(), blocks_of(engine), dtype)
-    start, params = whole_weights(oracle), dict(module.named_parameters())
+    engine, oracle = pair(Stack, stage, dtype, ONE_BLOCK if one_block else {})
+    module = engine.module
+    params = dict(module.named_parameters())
     names = ["head.weight", "layers.0.linear.weight", "layers.1.linear.bias"]
     for step in range(2 * len(oracle.blocks) + 1):
         if step in (1, 3, 4):
@@ -227,7 +226,7 @@ def writes(stage: int, dtype: str, one_block: bool) -> None:
                 assert torch.equal(deepspeed.utils.safe_get_full_fp32_param(params[name]), oracle.masters[name]), name
         train_step(engine, step)
         train_step(oracle, step)
-    assert_near(engine, oracle, start, dtype)
+    assert_near(engine, oracle, dtype)
 
 
 @pytest.mark.parametrize("one_block", (False, True), ids=("rotating", "one block"))
@@ -377,16 +376,14 @@ class Sometimes(nn.Module):
 
 def sometimes(stage: int) -> None:
     """Gradients in every other turn are enough."""
-    engine = hift_engine(Sometimes(), stage)
-    oracle = TorchHiFT(Sometimes(), blocks_of(engine))
-    start = whole_weights(oracle)
+    engine, oracle = pair(Sometimes, stage)
 
     def script(contestant: Any, step: int) -> None:
         contestant.backward(loss_of(contestant(data(step), with_b=step // 2 % 2 == 1)))
         contestant.step()
 
     run(script, 10, engine, oracle)
-    assert_near(engine, oracle, start)
+    assert_near(engine, oracle)
 
 
 @pytest.mark.parametrize("stage", STAGES)

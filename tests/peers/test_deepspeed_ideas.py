@@ -15,13 +15,12 @@ from deepspeed.utils import (
 from hift_testing.contestants import (
     HYPER,
     Stack,
-    TorchHiFT,
     assert_near,
-    blocks_of,
     data,
     hift_engine,
     loss_of,
     on,
+    pair,
     plain_engine,
     run,
     train_step,
@@ -37,8 +36,7 @@ STAGES = (0, 1, 2, 3)
 
 def full_parameters(stage: int, dtype: str) -> None:
     """Masters and moments of all parameters, read and written through deepspeed.utils, beside the oracle's."""
-    engine = hift_engine(Stack(), stage, dtype)
-    oracle = TorchHiFT(Stack(), blocks_of(engine), dtype)
+    engine, oracle = pair(Stack, stage, dtype)
     run(train_step, 4, engine, oracle)
     named = dict(engine.module.named_parameters())
     start = whole_weights(oracle)
@@ -58,7 +56,7 @@ def full_parameters(stage: int, dtype: str) -> None:
         owner[name].state[oracle.masters[name]]["exp_avg"].fill_(0.02)
     # DeepSpeed writes the master; the model's weight follows at the next update of its parameter.
     run(train_step, 6, engine, oracle, start=4)
-    assert_near(engine, oracle, start, dtype)
+    assert_near(engine, oracle, dtype, start=start)
 
 
 @pytest.mark.parametrize("dtype", ("fp32", "bf16"))
@@ -130,9 +128,7 @@ def loss_in(output: Any) -> torch.Tensor:
 
 def outputs(stage: int, kind: str, torch_style: bool) -> None:
     """A forward that returns a container."""
-    engine = hift_engine(Outputs(kind), stage)
-    oracle = TorchHiFT(Outputs(kind), blocks_of(engine))
-    start = whole_weights(oracle)
+    engine, oracle = pair(lambda: Outputs(kind), stage)
     for step in range(5):
         loss = loss_in(engine(data(step)))
         if torch_style:
@@ -142,7 +138,7 @@ def outputs(stage: int, kind: str, torch_style: bool) -> None:
         engine.step()
         oracle.backward(loss_in(oracle(data(step))))
         oracle.step()
-    assert_near(engine, oracle, start)
+    assert_near(engine, oracle)
 
 
 @pytest.mark.parametrize("torch_style", (False, True), ids=("engine.backward", "loss.backward"))
@@ -154,15 +150,13 @@ def test_a_loss_in_any_container_trains(two_ranks, stage, kind, torch_style):
 
 def scaled_loss(stage: int) -> None:
     """`engine.backward(loss, scale_wrt_gas=False)`, as callers do who divide by themselves."""
-    engine = hift_engine(Stack(), stage, gas=2)
-    oracle = TorchHiFT(Stack(), blocks_of(engine), gas=2)
-    start = whole_weights(oracle)
+    engine, oracle = pair(Stack, stage, gas=2)
     for step in range(4):
         for micro in range(2):
             engine.backward(loss_of(engine(data(step, micro))) / 2, scale_wrt_gas=False)
             engine.step()
         train_step(oracle, step)
-    assert_near(engine, oracle, start)
+    assert_near(engine, oracle)
 
 
 @pytest.mark.parametrize("stage", STAGES)

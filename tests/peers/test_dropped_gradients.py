@@ -24,6 +24,7 @@ from hift_testing.contestants import (
     hift_engine,
     loss_of,
     on,
+    pair,
     run,
     train_step,
     unmoved,
@@ -143,8 +144,7 @@ def test_zero_grad_drops_what_was_computed_in_bf16(ranks, stage, gas):
 
 def failing_backwards(stage: int, where: int, hift: dict[str, Any], gas: int = 1, torch_style: bool = False) -> None:
     """Each window's backward fails once on every rank, is caught, `zero_grad`, and the window comes again."""
-    engine = hift_engine(Fused(where), stage, "fp32", hift, gas)
-    oracle = TorchHiFT(Fused(where), blocks_of(engine), "fp32", gas)
+    engine, oracle = pair(lambda: Fused(where), stage, "fp32", hift, gas)
     switch = engine.module.switch
     raised = []
 
@@ -171,9 +171,8 @@ def test_a_backward_that_failed_leaves_nothing_behind(ranks, stage, gas, hift):
 
 def failing_second_micro_step(stage: int, zeroes: bool) -> None:
     """With accumulation, a backward fails where half of a window is there; the oracle never sees that window."""
-    module = Fused(2)
-    engine = hift_engine(module, stage, "fp32", {}, 2)
-    oracle = TorchHiFT(Fused(2), blocks_of(engine), "fp32", 2)
+    engine, oracle = pair(lambda: Fused(2), stage, "fp32", {}, 2)
+    module = engine.module
     raised = []
 
     def script(contestant: Any, step: int) -> None:
@@ -235,7 +234,7 @@ def step_after_a_failed_backward(stage: int, torch_style: bool) -> None:
     assert len(unmoved(whole_weights(engine), start)) == len(start)
     twin = hift_engine(Fused(1), stage, "fp32", ONE_BLOCK)
     run(train_step, 2, engine, twin, start=1)
-    assert_near(engine, twin, start)
+    assert_near(engine, twin, start=start)
 
 
 @pytest.mark.parametrize("torch_style", (False, True), ids=("engine.backward", "loss.backward"))
@@ -307,12 +306,11 @@ def gan(stage: int, toggle: bool, hift: dict[str, Any]) -> None:
     """
     engines = [hift_engine(Stack(seed), stage, "fp32", hift) for seed in (1, 2)]
     oracles = [TorchHiFT(Stack(seed), blocks_of(engines[0])) for seed in (1, 2)]
-    starts = [whole_weights(oracle) for oracle in oracles]
     for step in range(2 * len(oracles[0].blocks)):
         gan_step(*engines, step, toggle)
         gan_step(*oracles, step, False)
-    for engine, oracle, start in zip(engines, oracles, starts, strict=True):
-        assert_near(engine, oracle, start)
+    for engine, oracle in zip(engines, oracles, strict=True):
+        assert_near(engine, oracle)
 
 
 @pytest.mark.parametrize("toggle", (False, True), ids=("left on", "switched off"))
@@ -330,9 +328,7 @@ def out_of_memory_in_step(stage: int, dtype: str, hift: dict[str, Any]) -> None:
     oracle's, or the next forward says that the update had ended half way."""
     right = 0
     for nth in range(1, MOST):
-        engine = hift_engine(Stack(), stage, dtype, hift)
-        oracle = TorchHiFT(Stack(), blocks_of(engine), dtype)
-        start = whole_weights(oracle)
+        engine, oracle = pair(Stack, stage, dtype, hift)
         run(train_step, 4, engine, oracle)
         engine.backward(loss_of(engine(data(4))))
         with OutOfMemory(nth) as memory:
@@ -345,7 +341,7 @@ def out_of_memory_in_step(stage: int, dtype: str, hift: dict[str, Any]) -> None:
         if "ended with an error half way" not in again:
             assert not again, nth
             run(train_step, 4, oracle, start=4)
-            assert_near(engine, oracle, start, dtype)
+            assert_near(engine, oracle, dtype)
             right += 1
     assert right >= 2
 
@@ -362,9 +358,7 @@ def test_a_step_out_of_memory_has_changed_nothing_or_says_that_it_has(ranks, sta
 
 def torn_and_loaded(folder: str) -> None:
     """Stage 2: the new weights cannot be gathered, masters and moments have moved; a load goes on from the save."""
-    engine = hift_engine(Stack(), 2, "bf16")
-    oracle = TorchHiFT(Stack(), blocks_of(engine), "bf16")
-    start = whole_weights(oracle)
+    engine, oracle = pair(Stack, 2, "bf16")
     run(train_step, 4, engine, oracle)
     engine.save_checkpoint(folder)
     nth = 0
@@ -378,7 +372,7 @@ def torn_and_loaded(folder: str) -> None:
         assert "ended with an error half way" in error_of(ask)
     engine.load_checkpoint(folder)
     run(train_step, 4, engine, oracle, start=4)
-    assert_near(engine, oracle, start, "bf16")
+    assert_near(engine, oracle, "bf16")
 
 
 def test_a_load_mends_what_an_update_that_ended_half_way_has_left(two_ranks, tmp_path):

@@ -114,13 +114,12 @@ def projecting_hook(stage: int) -> None:
     client.register_step_post_hook(lambda *_: clamp(module))
     engine = engine_with(module, stage, optimizer=client)
     oracle = TorchHiFT(Stack(), blocks_of(engine))
-    start = whole_weights(oracle)
     for step in range(6):
         train_step(engine, step)
         train_step(oracle, step)
         for name, param in oracle.named.items():
             oracle.write(name, param.detach().clamp(-0.2, 0.2))
-    assert_near(engine, oracle, start)
+    assert_near(engine, oracle)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -247,14 +246,13 @@ def maximized(stage: int, late: bool) -> None:
     def script() -> None:
         engine = engine_with(module, stage, optimizer=client)
         oracle = TorchHiFT(Stack(), blocks_of(engine), maximize=not late)
-        start = whole_weights(oracle)
         run(train_step, 3, engine, oracle)
         if late:
             for holder in (engine.optimizer, *oracle.rules):
                 for group in holder.param_groups:
                     group["maximize"] = True
         run(train_step, 3, engine, oracle, start=3)
-        assert_near(engine, oracle, start)
+        assert_near(engine, oracle)
 
     error = error_of(script)
     assert not error or (is_clear(error) and "maximize" in error), error
@@ -333,9 +331,9 @@ def handed_over(stage: int, dtype: str, clip: float) -> None:
     for how in ("config and callable", "callables", "objects", "object and callable"):
         one, many = make(ONE_BLOCK, how), make({}, how)
         run(train_step, 5, one, many)
-        assert_near(one, plain, start, dtype)
+        assert_near(one, plain, dtype, start=start)
         rotating = rotating or many
-        assert_near(many, rotating, start, dtype)
+        assert_near(many, rotating, dtype, start=start)
 
 
 @pytest.mark.parametrize("clip", (0.0, 0.05, 1e6))

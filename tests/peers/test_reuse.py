@@ -134,7 +134,7 @@ def old_engine_leaves_the_new_one_alone(stage: int, dtype: str) -> None:
         refuses(old.step)
         train_step(new, step)
         train_step(other, step)
-    assert_near(new, other, start, dtype)
+    assert_near(new, other, dtype, start=start)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -221,7 +221,7 @@ def deep_copy(stage: int, dtype: str, destroy: bool) -> None:
     assert distance(got, right, weights) <= BOUNDS[dtype]
     if not destroy:
         run(train_step, CYCLE, engine, oracle, start=2)
-        assert_near(engine, oracle, weights, dtype)
+        assert_near(engine, oracle, dtype, start=weights)
 
 
 @pytest.mark.parametrize("destroy", (False, True), ids=("living", "destroyed"))
@@ -281,7 +281,7 @@ def refused_beside_a_living_engine(stage: int, dtype: str) -> None:
         assert error_of(lambda n=name: hift_ds.initialize(model=module, config=bad_config(n, stage, dtype))), name
         train_step(engine, step)
         train_step(other, step)
-        assert_near(engine, other, start, dtype)
+        assert_near(engine, other, dtype, start=start)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -358,9 +358,9 @@ def two_engines_in_turn(stage: int, dtype: str, other: str) -> None:
             oracle.backward(loss_of(oracle(data(step, 7))))
             oracle.step()
     assert not unmoved(whole_weights(second), start_of_second)
-    assert_near(first, alone, start, dtype)
+    assert_near(first, alone, dtype, start=start)
     if oracle is not None:
-        assert_near(second, oracle, start_of_second, dtype)
+        assert_near(second, oracle, dtype)
 
 
 @pytest.mark.parametrize("other", ("hift", "plain"))
@@ -410,7 +410,7 @@ def refused_within_a_window(stage: int, folder: str) -> None:
             engine.step()
             other.step()
     assert not any(param.requires_grad for param in module.layers[0].parameters())
-    assert_near(engine, other, start)
+    assert_near(engine, other, start=start)
     module.requires_grad_(True)
     engine.save_checkpoint(folder)
     dist.barrier()

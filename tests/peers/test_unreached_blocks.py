@@ -9,18 +9,18 @@ import pytest
 import torch
 from deepspeed import comm as dist
 from hift_testing.contestants import (
-    BOUNDS,
     Layer,
     Stack,
     TorchHiFT,
     adamw,
+    assert_beside_oracle,
     assert_near,
-    beside_oracle,
     blocks_of,
     data,
     hift_engine,
     loss_of,
     on,
+    pair,
     run,
     unmoved,
 )
@@ -138,7 +138,7 @@ def skipped_turns(name: str, stage: int, dtype: str = "fp32", gas: int = 1) -> N
     model, hift, _ = MODELS[name]
     engine = hift_engine(model(), stage, dtype, {"no_gradient": "skip", **hift}, gas)
     oracle = TorchHiFT(model(), blocks_of(engine), dtype, gas, skip=True)
-    start, script = whole_weights(oracle), script_of(name)
+    script = script_of(name)
     cycles = 3
     steps = cycles * len(oracle.blocks)
     with messages() as read:
@@ -148,11 +148,11 @@ def skipped_turns(name: str, stage: int, dtype: str = "fp32", gas: int = 1) -> N
     missed = {blocks[order[turn]].name: oracle.skipped.count(turn) for turn in oracle.skipped}
     assert missed, "the case must miss a block"
     assert all(name in summary and str(count) in summary for name, count in missed.items()), summary
-    assert_near(engine, oracle, start, dtype)
+    assert_near(engine, oracle, dtype)
     assert (engine.global_steps, engine.hift.active_block) == (steps, order[steps % len(blocks)])
     assert engine.hift.cycle == steps // len(blocks)
     unreached = [fqn for block in blocks for fqn in block.fqns if missed.get(block.name) == cycles]
-    assert set(unreached) <= set(unmoved(whole_weights(engine), start))
+    assert set(unreached) <= set(unmoved(whole_weights(engine), oracle.start))
     warnings = [text for text in read if "gradient" in text and any(name in text for name in missed)]
     assert len(warnings) <= cycles, warnings
     assert warnings or dist.get_rank() > 0, "rank 0 is told"
@@ -206,9 +206,8 @@ def windows_after_a_refused_turn(stage: int, gas: int, clear: bool, at_micro: st
         clear: Call `zero_grad` after the error.
         at_micro: Which micro steps of the window miss the block: `all` (then it raises), or `first` (then it trains).
     """
-    engine = hift_engine(LayerDrop(), stage, "fp32", {}, gas)
-    oracle = TorchHiFT(LayerDrop(), blocks_of(engine), "fp32", gas)
-    start, raised = whole_weights(oracle), []
+    engine, oracle = pair(LayerDrop, stage, "fp32", {}, gas)
+    raised = []
     everything = (0, 1, 2)
 
     def window(contestant: Any, step: int, kept: Callable[[int], tuple[int, ...]]) -> None:
@@ -231,7 +230,7 @@ def windows_after_a_refused_turn(stage: int, gas: int, clear: bool, at_micro: st
             window(oracle, step, kept)
     assert all(raised) and len(raised) == (6 if at_micro == "all" else 0), raised
     assert engine.global_steps == 8
-    assert_near(engine, oracle, start)
+    assert_near(engine, oracle)
 
 
 @pytest.mark.parametrize("clear", (False, True), ids=("go on", "zero_grad first"))
@@ -307,9 +306,7 @@ def one_rank_misses(stage: int, torch_style: bool, gas: int, shared_way: bool) -
                 contestant.backward(loss)
             contestant.step()
 
-    found = beside_oracle(script, engine, oracle, 7)
-    assert not found["error"], found["error"]
-    assert found["distance"] <= BOUNDS["fp32"]
+    assert_beside_oracle(script, engine, oracle, steps=7)
 
 
 @pytest.mark.parametrize("shared_way", (False, True), ids=("nothing to train", "something to train"))

@@ -13,12 +13,11 @@ from hift_testing.contestants import (
     Stack,
     TorchHiFT,
     beside_oracle,
-    blocks_of,
     data,
     faults,
-    hift_engine,
     loss_of,
     on,
+    pair,
     plain_engine,
     train_step,
 )
@@ -214,8 +213,7 @@ def three_ways(name: str, stage: int, dtype: str, gas: int, **keys: Any) -> dict
     """One script by HiFT with a block a layer and with one block of all, and by plain DeepSpeed, beside the oracle."""
     found, script = {}, SCRIPTS[name]
     for way, hift in (("rotating", {}), ("one block", ONE_BLOCK)):
-        engine = hift_engine(Stack(), stage, dtype, hift, gas, **keys)
-        oracle = TorchHiFT(Stack(), blocks_of(engine), dtype, gas)
+        engine, oracle = pair(Stack, stage, dtype, hift, gas, **keys)
         found[way] = beside_oracle(script, engine, oracle, 2 * len(oracle.blocks) + 1)
     module = Stack()
     engine = plain_engine(module, stage, dtype, gas, **keys)

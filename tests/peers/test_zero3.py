@@ -21,6 +21,7 @@ from hift_testing.contestants import (
     hift_engine,
     loss_of,
     on,
+    pair,
     plain_engine,
     run,
     train_step,
@@ -72,7 +73,6 @@ def unwrapped(dtype: str, how: str, where: str, plain: bool = False) -> None:
     engine = plain_engine(Stack(), 3, dtype, gas) if plain else hift_engine(Stack(), 3, dtype, gas=gas)
     every = [[name for name, _ in engine.module.named_parameters()]]
     oracle = TorchHiFT(Stack(), every if plain else blocks_of(engine), dtype, gas)
-    start = whole_weights(oracle)
     make = {"deepspeed": unwrap_model_for_generation, "trl": by_trl}[how]
 
     def visit(step: int) -> None:
@@ -89,7 +89,7 @@ def unwrapped(dtype: str, how: str, where: str, plain: bool = False) -> None:
             for contestant in (engine, oracle):
                 contestant.backward(loss_of(contestant(data(step, micro))))
                 contestant.step()
-    assert_near(engine, oracle, start, dtype)
+    assert_near(engine, oracle, dtype)
 
 
 @pytest.mark.parametrize("dtype", ("fp32", "bf16"))
@@ -133,9 +133,7 @@ def test_consolidated_weights_hold_every_trained_parameter_whichever_block_is_ac
 
 def inference_of_a_stack(stage: int, dtype: str) -> None:
     """Forwards under inference mode, also the first one of all, and two in a row."""
-    engine = hift_engine(Stack(), stage, dtype)
-    oracle = TorchHiFT(Stack(), blocks_of(engine), dtype)
-    start = whole_weights(oracle)
+    engine, oracle = pair(Stack, stage, dtype)
     for step in range(2 * len(oracle.blocks) + 1):
         for _ in range(2):
             with torch.inference_mode():
@@ -144,7 +142,7 @@ def inference_of_a_stack(stage: int, dtype: str) -> None:
                 assert difference(output, oracle(data(step))) <= FORWARD[dtype]
         train_step(engine, step)
         train_step(oracle, step)
-    assert_near(engine, oracle, start, dtype)
+    assert_near(engine, oracle, dtype)
 
 
 @pytest.mark.parametrize("dtype", ("fp32", "bf16"))
@@ -188,9 +186,8 @@ def test_generation_under_inference_mode_changes_nothing(two_ranks, stage, famil
 
 def emptied(dtype: str) -> None:
     """`engine.empty_partition_cache()` releases what is gathered, and training goes on."""
-    engine = hift_engine(Stack(width=32), 3, dtype, zero_optimization={"stage3_param_persistence_threshold": 0})
-    oracle = TorchHiFT(Stack(width=32), blocks_of(engine), dtype)
-    start = whole_weights(oracle)
+    none_persist = {"stage3_param_persistence_threshold": 0}
+    engine, oracle = pair(lambda: Stack(width=32), 3, dtype, zero_optimization=none_persist)
     for step in range(2 * len(oracle.blocks) + 1):
         for contestant in (engine, oracle):
             contestant.backward(loss_of(contestant(data(step, width=32))))
@@ -199,7 +196,7 @@ def emptied(dtype: str) -> None:
             engine(data(step, width=32))
         engine.empty_partition_cache()
         assert sum(param.numel() for param in engine.module.parameters()) == 0
-    assert_near(engine, oracle, start, dtype)
+    assert_near(engine, oracle, dtype)
 
 
 @pytest.mark.parametrize("dtype", ("fp32", "bf16"))
@@ -218,11 +215,9 @@ class Shared(Stack):
 
 
 def called_twice(stage: int, dtype: str) -> None:
-    engine = hift_engine(Shared(), stage, dtype)
-    oracle = TorchHiFT(Shared(), blocks_of(engine), dtype)
-    start = whole_weights(oracle)
+    engine, oracle = pair(Shared, stage, dtype)
     run(train_step, 7, engine, oracle)
-    assert_near(engine, oracle, start, dtype)
+    assert_near(engine, oracle, dtype)
 
 
 @pytest.mark.parametrize("stage", (0, 1, 2, 3))
