@@ -205,20 +205,25 @@ def distance(weights: dict[str, Any], right: dict[str, Any], start: dict[str, An
     return worst if worst == worst else float("inf")
 
 
-def apart(contestant: Any, right: Any, start: dict[str, Any]) -> float:
-    """`distance` of two contestants. Collective."""
-    return distance(whole_weights(contestant), whole_weights(right), start)
-
-
 def assert_near(contestant: Any, right: Any, dtype: str = "fp32", start: dict[str, Any] | None = None) -> None:
     """A contestant is where the right one is, but for rounding; `start`: where the oracle began. Collective."""
-    found = apart(contestant, right, right.start if start is None else start)
+    found = distance(whole_weights(contestant), whole_weights(right), right.start if start is None else start)
     assert found <= BOUNDS[dtype], f"distance {found}"
 
 
 def unmoved(weights: dict[str, Any], start: dict[str, Any]) -> list[str]:
     """Parameters that training has not changed."""
     return [name for name in weights if torch.equal(weights[name], start[name])]
+
+
+def moved(weights: dict[str, Any], start: dict[str, Any]) -> list[str]:
+    """Parameters that have changed."""
+    return [name for name in weights if not torch.equal(weights[name], start[name])]
+
+
+def shards_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of what this rank keeps of each parameter between steps."""
+    return {name: getattr(p, "ds_tensor", p).detach().clone() for name, p in module.named_parameters()}
 
 
 def on(pool: RankPool, case: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
@@ -247,7 +252,7 @@ def run(script: Script, steps: int, *contestants: Any, start: int = 0) -> None:
 def beside_oracle(script: Script, engine: Any, oracle: TorchHiFT, steps: int) -> dict[str, Any]:
     """Both run the script; `error` of the engine, or its `distance` from the oracle. Collective."""
     start = oracle.start
-    assert len(unmoved(whole_weights(engine), start)) == len(start), "both must start alike"
+    assert not moved(whole_weights(engine), start), "both must start alike"
     error = error_of(lambda: run(script, steps, engine))
     run(script, steps, oracle)
     weights, right = whole_weights(engine), whole_weights(oracle)

@@ -72,7 +72,7 @@ def engine_of(config: dict[str, Any], model: torch.nn.Module | None = None, **kw
     return hift_ds.initialize(model=small_llama() if model is None else model, config=config, **kwargs)[0]
 
 
-def run_steps(engine: Any, steps: int, start: int = 0, after_step: Any = None) -> list[float]:
+def run_steps(engine: Any, steps: int, start: int = 0) -> list[float]:
     """Optimizer steps with `batch_of`; returns this rank's loss of each micro step."""
     rank, losses = dist.get_rank(), []
     for step in range(start, start + steps):
@@ -81,8 +81,6 @@ def run_steps(engine: Any, steps: int, start: int = 0, after_step: Any = None) -
             engine.backward(loss)
             engine.step()
             losses.append(loss.item())
-        if after_step is not None:
-            after_step(step)
     return losses
 
 

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import pytest
 import torch
 from deepspeed import comm as dist
+from hift_testing.contestants import plain_engine
 from hift_testing.disturbed import Reentrant
 from hift_testing.fingerprints import all_by_block, changed, weights_by_block, weights_by_name
 from hift_testing.messages import error_of, logged
@@ -36,13 +36,6 @@ def edit_manifest(folder: Path, tag: str, **changes: Any) -> None:
     dist.barrier()
 
 
-def without_hift() -> Any:
-    """DeepSpeed without HiFT; a client optimizer, because AdamW from the config would compile an operator."""
-    config, model = ds_config(1, "bf16", zero_allow_untested_optimizer=True), small_llama(1)
-    del config["optimizer"]
-    return deepspeed.initialize(model=model, config=config, optimizer=torch.optim.AdamW(model.parameters()))[0]
-
-
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:1000])
 
@@ -57,7 +50,7 @@ def refusals(folder: str) -> None:
     sharded = seeded_engine(3, "bf16", {}, seed=0)
     for tag in ("sharded", "sharded ranks"):
         sharded.save_checkpoint(root, tag=tag, save_latest=False)
-    plain = without_hift()
+    plain = plain_engine(small_llama(1), 1, "bf16")
     plain.save_checkpoint(root, tag="plain", save_latest=False)
     for tag in ("ranks", "sharded ranks"):
         edit_manifest(root, tag, identity={"number of data-parallel ranks": 4})

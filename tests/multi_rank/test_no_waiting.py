@@ -1,5 +1,6 @@
 """A fused step leaves norm, clipping and the checks on the device: the host hears of them one step later."""
 
+import copy
 import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -49,15 +50,11 @@ def waits() -> Iterator[list[tuple[str, torch.Tensor | None, str]]]:
         yield found
 
 
-def waits_of_steps(
-    stage: int, dtype: str, hift: dict[str, Any], rule: dict[str, Any] | None = None
-) -> tuple[list[str], int]:
+def waits_of_steps(stage: int, dtype: str, hift: dict[str, Any], rule: str = "adamw") -> tuple[list[str], int]:
     """Two rotations of three blocks: where the steps waited, but for the reading of what the step before has left on
     the host; and how often that was read."""
-    config = ds_config(stage, dtype, {"layers_per_block": 2, **hift}, gradient_clipping=0.5)
-    if rule:
-        config["optimizer"] = rule
-    engine = engine_of(config)
+    section = {"layers_per_block": 2, **hift}
+    engine = engine_of(ds_config(stage, dtype, section, gradient_clipping=0.5, optimizer=copy.deepcopy(RULES[rule][0])))
     found: list[str] = []
     read = 0
     for step in range(STEPS):
@@ -82,7 +79,7 @@ def waits_of_steps(
     ],
 )  # fmt: skip
 def test_a_fused_step_never_waits_for_the_device(two_ranks, stage, dtype, hift, rule):
-    for result in two_ranks.run(waits_of_steps, stage, dtype, {**FUSED, **hift}, RULES[rule][0]):
+    for result in two_ranks.run(waits_of_steps, stage, dtype, {**FUSED, **hift}, rule):
         assert result == ([], STEPS - 1)
 
 

@@ -21,10 +21,12 @@ from hift_testing.contestants import (
     data,
     hift_engine,
     loss_of,
+    moved,
     on,
     originals,
     pair,
     run,
+    shards_of,
     train_step,
     unmoved,
 )
@@ -102,11 +104,6 @@ def train(engine: Any, model: str, step: int) -> None:
     engine.step()
 
 
-def shard(param: torch.Tensor) -> torch.Tensor:
-    """What this rank keeps of a parameter between steps."""
-    return getattr(param, "ds_tensor", param).detach()
-
-
 def refused_by_name(error: str, words: str) -> None:
     assert error.startswith("RuntimeError") and re.search(words, error) and is_clear(error), error
 
@@ -119,11 +116,10 @@ def changed_module(name: str, stage: int) -> str:
     for step in range(2):
         train(engine, model, step)
     change(module)
-    start = {key: shard(tensor).clone() for key, tensor in module.named_parameters()}
+    start = shards_of(module)
     error = error_of(lambda: train(engine, model, 2))
     refused_by_name(error, words)
-    left = dict(module.named_parameters())
-    assert [key for key in start if not torch.equal(start[key], shard(left[key]))] == []
+    assert moved(shards_of(module), start) == []
     engine.destroy()
     assert not originals(module)["hooks"]
     return error
@@ -158,12 +154,11 @@ def changed_between_checkpoints(name: str, stage: int, folder: str) -> None:
     train(engine, model, 0)
     engine.save_checkpoint(folder, "good")
     change(engine.module)
-    weights = {key: shard(param).clone() for key, param in engine.module.named_parameters()}
+    start = shards_of(engine.module)
     refused_by_name(error_of(lambda: engine.save_checkpoint(folder, "bad")), words)
     refused_by_name(error_of(lambda: engine.load_checkpoint(folder, "good")), words)
     refused_by_name(error_of(engine.optimizer.state_dict), words)
-    left = dict(engine.module.named_parameters())
-    assert [key for key in weights if not torch.equal(weights[key], shard(left[key]))] == []
+    assert moved(shards_of(engine.module), start) == []
     engine.destroy()
     assert not Path(folder, "bad").exists()
 
@@ -173,9 +168,6 @@ def changed_between_checkpoints(name: str, stage: int, folder: str) -> None:
 def test_a_changed_module_is_neither_saved_nor_loaded_into(ranks, name, stage, tmp_path):
     """Its weights and the masters beside them would not belong together, and the next turn would bring the old back."""
     on(ranks, changed_between_checkpoints, name, stage, str(tmp_path))
-
-
-
 
 
 def new_memory(stage: int) -> None:

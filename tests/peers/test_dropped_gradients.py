@@ -23,9 +23,11 @@ from hift_testing.contestants import (
     faults,
     hift_engine,
     loss_of,
+    moved,
     on,
     pair,
     run,
+    shards_of,
     train_step,
     unmoved,
 )
@@ -231,7 +233,7 @@ def step_after_a_failed_backward(stage: int, torch_style: bool) -> None:
     assert "out of memory" in error_of(loss.backward if torch_style else lambda: engine.backward(loss))
     module.switch[0] = False
     assert error_of(engine.step).startswith("RuntimeError: the last backward ended with an error")
-    assert len(unmoved(whole_weights(engine), start)) == len(start)
+    assert moved(whole_weights(engine), start) == []
     twin = hift_engine(Fused(1), stage, "fp32", ONE_BLOCK)
     run(train_step, 2, engine, twin, start=1)
     assert_near(engine, twin, start=start)
@@ -382,7 +384,7 @@ def test_a_load_mends_what_an_update_that_ended_half_way_has_left(two_ranks, tmp
 def held(engine: Any) -> dict[str, torch.Tensor]:
     """Copies of this rank's weights, masters, moments and counts."""
     optimizer = engine.optimizer
-    held = {name: getattr(p, "ds_tensor", p).detach().clone() for name, p in engine.module.named_parameters()}
+    held = shards_of(engine.module)
     for index, state in enumerate([*optimizer.states, *([optimizer.always] if optimizer.always else [])]):
         held |= {f"{index} {name}": tensor.clone() for name, tensor in state.tensors.items()}
         held[f"{index} step"] = torch.tensor(state.step)
@@ -403,7 +405,7 @@ def changed_by_a_failed_step(stage: int, dtype: str, hift: dict[str, Any]) -> No
             break
         after = held(engine)
         if not error_of(lambda e=engine: e(data(5))):
-            assert [name for name in before if not torch.equal(before[name], after[name])] == [], nth
+            assert moved(after, before) == [], nth
 
 
 @pytest.mark.parametrize("hift", ({}, {"always_active": ["head"]}), ids=("", "always active"))

@@ -24,10 +24,10 @@ from hift_testing.contestants import (
     config_of,
     data,
     loss_of,
+    moved,
     on,
     run,
     train_step,
-    unmoved,
 )
 from hift_testing.messages import error_of, is_clear, messages
 from hift_testing.training import largest_difference, whole_weights
@@ -140,7 +140,7 @@ def changed_groups(stage: int, how: str) -> None:
         client.param_groups[0]["params"].extend(head)
     error = error_of(lambda: train_step(engine, 2))
     assert re.match(r"RuntimeError: param group [01] was added or has other parameters", error), error
-    assert len(unmoved(whole_weights(engine), start)) == len(start)
+    assert moved(whole_weights(engine), start) == []
     if how == "group":
         del client.param_groups[1]
     else:
@@ -220,7 +220,7 @@ def changed_rule(stage: int, rule: str, key: str, value: Any) -> str:
     groups[0][key] = value
     error = error_of(lambda: run(train_step, 1, engine, start=2))
     assert error.startswith(("RuntimeError", "ValueError")) and key in error and is_clear(error), error
-    assert len(unmoved(whole_weights(engine), start)) == len(start)
+    assert moved(whole_weights(engine), start) == []
     if old is None:
         del groups[0][key]
     else:

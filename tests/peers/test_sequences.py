@@ -14,7 +14,7 @@ import deepspeed
 import pytest
 import torch
 from deepspeed import comm as dist
-from hift_testing.contestants import TorchHiFT, adamw, apart, blocks_of, config_of, data, loss_of
+from hift_testing.contestants import TorchHiFT, adamw, blocks_of, config_of, data, distance, loss_of
 from hift_testing.disturbed import Fused, OutOfMemory
 from hift_testing.messages import error_of, is_clear
 from hift_testing.training import DEVICE, whole_weights
@@ -300,7 +300,7 @@ class Pair:
             self.gathers = gathers and self.oracle.begins
         if error or not self.gathers:
             return error
-        far = apart(self.engine, self.oracle, self.oracle.start)
+        far = distance(whole_weights(self.engine), whole_weights(self.oracle), self.oracle.start)
         return f"distance {far}" if far > BOUNDS[self.setting.dtype] else ""
 
 

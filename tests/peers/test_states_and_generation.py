@@ -12,7 +12,7 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.zero import unwrap_model_for_generation
 from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
-from hift_testing.contestants import Stack, hift_engine, on, plain_engine
+from hift_testing.contestants import Stack, hift_engine, moved, on, plain_engine, shards_of
 from hift_testing.device_meter import separate_host
 from hift_testing.messages import error_of, messages
 from hift_testing.selection import slow
@@ -92,10 +92,6 @@ def test_states_that_went_to_the_host_and_back_train_bitwise_as_if_they_had_stay
     on(two_ranks, offloading, stage, "bf16", hift)
 
 
-def held_by(engine: Any) -> list[torch.Tensor]:
-    return [getattr(param, "ds_tensor", param).detach() for param in engine.module.parameters()]
-
-
 def while_offloaded(stage: int, folder: str) -> None:
     """What is asked of an engine whose states are off-loaded; then whether it still trains as one that never was."""
     engines = [engine_of(ds_config(stage, "bf16", RESIDENT)) for _ in range(2)]
@@ -109,7 +105,7 @@ def while_offloaded(stage: int, folder: str) -> None:
     engine.save_checkpoint(folder, tag="good")
     dist.barrier()
     manifest = Path(folder, "good", "hift.json").read_text()
-    kept = [held.clone() for held in held_by(engine)]
+    kept = shards_of(engine.module)
     for each in engines:
         each.backward(each(**batch_of(2, 0, dist.get_rank())).loss)
     engine.offload_states(include=[OffloadStateTypeEnum.optim_states])
@@ -129,7 +125,7 @@ def while_offloaded(stage: int, folder: str) -> None:
     for name, ask in asked.items():
         sentence = "RuntimeError: states are offloaded (engine.offload_states): call engine.reload_states() first"
         assert error_of(ask) == sentence, name
-    assert all(map(torch.equal, held_by(engine), kept))
+    assert moved(shards_of(engine.module), kept) == []
     assert first.master.untyped_storage().nbytes() == first.slots["exp_avg"].untyped_storage().nbytes() == 0
     engine.reload_states()
     for each in engines:

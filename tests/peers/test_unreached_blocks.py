@@ -19,6 +19,7 @@ from hift_testing.contestants import (
     data,
     hift_engine,
     loss_of,
+    moved,
     on,
     pair,
     run,
@@ -189,7 +190,7 @@ def refused_turn(name: str, stage: int) -> str:
             break
     assert error.startswith("RuntimeError") and is_clear(error), error
     assert active in error and "no_gradient" in error, error
-    assert len(unmoved(whole_weights(engine), before)) == len(before)
+    assert moved(whole_weights(engine), before) == []
     return error
 
 
