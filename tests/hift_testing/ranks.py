@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import pickle
 import socket
 import traceback
 from collections.abc import Callable
@@ -108,10 +109,11 @@ def _serve(rank: int, world: int, port: int, pipe: Any) -> None:
     install_importhook(get_config())  # an assertion of a test file that fails here shows its values, as pytest's do
     while True:
         try:
-            case, args, kwargs = pipe.recv()
+            call = pipe.recv_bytes()
         except EOFError:
             return
         try:
+            case, args, kwargs = pickle.loads(call)  # which imports the test's file
             pipe.send((True, case(*args, **kwargs)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
