@@ -1,4 +1,7 @@
-"""Device bytes counted tensor by tensor on a machine without a device: what is not declared host memory is on it."""
+"""A machine without a device: host and device told apart, and the device's bytes counted tensor by tensor.
+
+What is not declared host memory is on the device.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,18 @@ from unittest import mock
 import torch
 from torch.utils._pytree import tree_iter
 
+from hift_ds.engine import HiFTEngine
 from hift_ds.memory.storages import StorageMeter
+from hift_ds.state import block_state
 from hift_ds.state.host_memory import HostMemory
+
+
+@contextmanager
+def separate_host(separate: bool = True, tile: int = block_state.TILE_MULTIPLE) -> Iterator[None]:
+    """Host and device as separate memories although both are the CPU; `tile`: elements of the ring's smallest."""
+    smallest = mock.patch.object(block_state, "TILE_MULTIPLE", tile)
+    with mock.patch.object(HiFTEngine, "separate_host", separate), smallest:
+        yield
 
 
 class DeviceMeter(StorageMeter):

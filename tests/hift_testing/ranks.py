@@ -1,24 +1,33 @@
-"""Ranks that stay up: each start of a rank costs seconds, so a module's cases share one pool."""
+"""Ranks that stay up: each start of a rank costs seconds, so a module's cases share one pool.
+
+A case is a function of a test file, which asserts on its rank: ranks import the file by its module's name (pytest's
+importlib mode names it by its path from the repository, which is on sys.path).
+"""
 
 from __future__ import annotations
 
 import gc
 import multiprocessing
 import os
+import pickle
 import socket
 import traceback
 from collections.abc import Callable
+from multiprocessing import connection
 from typing import Any
 
-START_TIMEOUT_S = 120
+from _pytest.assertion import install_importhook
+from _pytest.config import get_config
+
 CASE_TIMEOUT_S = 120
+AFTER_A_FAILURE_S = 10  # for the others, which may wait in a collective for the rank that has failed
 # What every rank imports, 8 s of a CPU: once, in the process that ranks are forked from.
-PRELOADED = ["deepspeed", "transformers.models.llama.modeling_llama"]
+PRELOADED = ["deepspeed", "pytest", "transformers.models.llama.modeling_llama"]
 ON_CUDA = os.environ.get("HIFT_TEST_DEVICE") == "cuda"  # which no process may have begun to use before it is forked
 
 
 class RankError(RuntimeError):
-    """A case failed on at least one rank; the message holds each rank's traceback."""
+    """A case failed on at least one rank; the message holds tracebacks, the first failure's first."""
 
 
 class RankPool:
@@ -34,26 +43,34 @@ class RankPool:
         Raises:
             RankError: The case raised, or did not end in time; the pool is then replaced at the next call.
         """
+        __tracebackhide__ = True  # what has failed is in the message
         if not self._members:
             self._start()
         for _, pipe in self._members:
             pipe.send((case, args, kwargs))
-        results, errors = [], []
-        for rank, (process, pipe) in enumerate(self._members):
-            if not pipe.poll(timeout_s):
-                errors.append(f"rank {rank}: no answer within {timeout_s} s (alive: {process.is_alive()})")
-                continue
-            try:
-                ok, value = pipe.recv()
-            except EOFError:
-                ok, value = False, "the process ended"
-            results.append(value)
-            if not ok:
-                errors.append(f"rank {rank}:\n{value}")
+        results: dict[int, Any] = {}
+        errors: list[str] = []
+        waiting = {pipe: rank for rank, (_, pipe) in enumerate(self._members)}
+        while waiting:
+            patience_s = AFTER_A_FAILURE_S if errors else timeout_s
+            ready = connection.wait(waiting, patience_s)
+            if not ready:
+                for rank in waiting.values():
+                    alive = self._members[rank][0].is_alive()
+                    errors.append(f"rank {rank}: no answer within {patience_s} s (alive: {alive})")
+                break
+            for pipe in ready:
+                rank = waiting.pop(pipe)
+                try:
+                    ok, results[rank] = pipe.recv()
+                except EOFError:
+                    ok, results[rank] = False, "the process ended"
+                if not ok:
+                    errors.append(f"rank {rank}:\n{results[rank]}")
         if errors:
             self.close()
             raise RankError("\n".join(errors))
-        return results
+        return [results[rank] for rank in range(self.world)]
 
     def close(self) -> None:
         """Ends the processes of this pool."""
@@ -89,12 +106,14 @@ def _serve(rank: int, world: int, port: int, pipe: Any) -> None:
     import hift_ds
 
     hift_ds.init_distributed()
+    install_importhook(get_config())  # an assertion of a test file that fails here shows its values, as pytest's do
     while True:
         try:
-            case, args, kwargs = pipe.recv()
+            call = pipe.recv_bytes()
         except EOFError:
             return
         try:
+            case, args, kwargs = pickle.loads(call)  # which imports the test's file
             pipe.send((True, case(*args, **kwargs)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))

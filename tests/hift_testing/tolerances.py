@@ -1,7 +1,7 @@
 """The one table of tolerances: how far two runs may be apart, and why that far.
 
 Differences are absolute and of weights (unless the name says otherwise), after at most two rotations at the rates of
-`parity_cases.RULES`, on a CPU. "Measured" is the largest that the suite met when the bound was written.
+`parity.RULES`, on a CPU. "Measured" is the largest that the suite met when the bound was written.
 """
 
 from __future__ import annotations

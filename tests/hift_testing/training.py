@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hift_ds
@@ -69,7 +72,7 @@ def engine_of(config: dict[str, Any], model: torch.nn.Module | None = None, **kw
     return hift_ds.initialize(model=small_llama() if model is None else model, config=config, **kwargs)[0]
 
 
-def run_steps(engine: Any, steps: int, start: int = 0, after_step: Any = None) -> list[float]:
+def run_steps(engine: Any, steps: int, start: int = 0) -> list[float]:
     """Optimizer steps with `batch_of`; returns this rank's loss of each micro step."""
     rank, losses = dist.get_rank(), []
     for step in range(start, start + steps):
@@ -78,8 +81,6 @@ def run_steps(engine: Any, steps: int, start: int = 0, after_step: Any = None) -
             engine.backward(loss)
             engine.step()
             losses.append(loss.item())
-        if after_step is not None:
-            after_step(step)
     return losses
 
 
@@ -95,3 +96,17 @@ def largest_difference(left: dict[str, torch.Tensor], right: dict[str, torch.Ten
     """Largest absolute difference over all parameters."""
     assert left.keys() == right.keys()
     return max((left[name].float() - right[name].float()).abs().max().item() for name in left)
+
+
+@contextmanager
+def fp16_allowed() -> Iterator[None]:
+    """DeepSpeed refuses fp16 on a CPU without fp16 instructions; torch computes there all the same, only slowly."""
+    accelerator = get_accelerator()
+    if accelerator.is_fp16_supported():
+        yield
+        return
+    accelerator.is_fp16_supported = lambda: True
+    try:
+        yield
+    finally:
+        del accelerator.is_fp16_supported

@@ -2,50 +2,106 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import pytest
-from hift_testing import invariant_cases as cases
+import torch
+from deepspeed import comm as dist
+from hift_testing.disturbed import branch_steps, ranks_disagree
+from hift_testing.fingerprints import changed, digest_of, state_by_block, weights_by_block
+from hift_testing.messages import error_of
 from hift_testing.selection import diagonal, slow
+from hift_testing.training import batch_of, ds_config, engine_of, run_steps, small_llama
 
 pytestmark = pytest.mark.multi_rank
 
 EVERYTHING = {"frozen": ["layers.1.mlp"], "always_active": ["layers.0.mlp.down_proj"]}
+CYCLES = 2
 
 
-def assert_rotation_is_kept(results: list[dict], always: bool = False, steps_per_block: int = 1) -> None:
-    """Every property of a step, from what `cases.watch` noted on each rank."""
-    for result in results:
-        order, blocks = result["order"], result["blocks"]
-        every_step = ["always"] if always else []
-        for step, facts in enumerate(result["record"]):
-            turn = step // steps_per_block
-            active = str(order[turn % blocks])
-            assert facts["faults"] == []
-            assert str(facts["active"]) == active
-            assert facts["weights"] == [active, *every_step]
-            assert facts["state"] == [active, *every_step]
-            assert facts["cycle"] == (step + 1) // (blocks * steps_per_block)
-        assert [facts["digest"] for facts in result["record"]] == [facts["digest"] for facts in results[0]["record"]]
-        per_block = len(result["record"]) // blocks
-        assert result["record"][-1]["steps"] == [per_block] * blocks
-        per_cycle = blocks * steps_per_block
-        for start in range(0, len(result["record"]), per_cycle):
-            visited = [facts["active"] for facts in result["record"][start : start + per_cycle : steps_per_block]]
-            assert sorted(visited) == list(range(blocks))
+def watch(
+    stage: int,
+    dtype: str,
+    hift: dict[str, Any],
+    accumulation: int = 1,
+    user_frozen: str = "",
+    evaluate: bool = False,
+) -> tuple[list[str], list[str], int]:
+    """Trains, and holds at every step that the active block has changed, and nothing else.
+
+    Args:
+        user_frozen: Regex of parameters with requires_grad=False before `initialize`.
+        evaluate: Run forwards without gradient between micro steps and between steps.
+
+    Returns:
+        A fingerprint of the weights after each step, the frozen parameters, and the number of blocks.
+    """
+    model = small_llama()
+    for name, param in model.named_parameters():
+        if user_frozen and re.search(user_frozen, name):
+            param.requires_grad_(False)
+    engine = engine_of(ds_config(stage, dtype, hift, gradient_accumulation_steps=accumulation), model)
+    named, rank, plan = dict(engine.module.named_parameters()), dist.get_rank(), engine.block_plan
+    order, blocks, per_turn = engine.hift.order, len(engine.hift.blocks), hift.get("steps_per_block", 1)
+    assert sorted(order) == list(range(blocks))
+    digests, weights, state = [], weights_by_block(engine), state_by_block(engine)
+
+    def gradients() -> set[str]:
+        return {name for name, param in named.items() if param.grad is not None}
+
+    for step in range(CYCLES * blocks * per_turn):
+        active = order[step // per_turn % blocks]
+        assert engine.hift.active_block == active
+        trains = {*engine.hift.blocks[active].fqns, *plan.always_active}
+        for micro in range(accumulation):
+            assert {name for name, param in named.items() if param.requires_grad} == trains
+            loss = engine(**batch_of(step, micro, rank)).loss
+            if evaluate:
+                evaluation(engine)
+            engine.backward(loss)
+            assert gradients() <= trains
+            assert engine.hift.active_block == active, f"rotated in micro step {micro}"
+            engine.step()
+            if micro + 1 < accumulation:
+                assert changed(weights, weights_by_block(engine)) == [], f"changed in micro step {micro}"
+        if evaluate:
+            evaluation(engine)
+        assert not gradients()
+        after, state_after = weights_by_block(engine), state_by_block(engine)
+        moved = [str(active), *(["always"] if plan.always_active else [])]
+        # frozen parameters are listed by name: none is among what has changed
+        assert changed(weights, after) == changed(state, state_after) == moved
+        assert engine.hift.cycle == (step + 1) // (blocks * per_turn)
+        weights, state = after, state_after
+        digests.append(digest_of(weights))
+    assert [block.step for block in engine.optimizer.states] == [CYCLES * per_turn] * blocks
+    return digests, list(plan.frozen), blocks
+
+
+def evaluation(engine: Any) -> None:
+    """A forward in eval mode without gradient, as a validation loop does it."""
+    engine.eval()
+    with torch.no_grad():
+        engine(**batch_of(99, 0, dist.get_rank()))
+    engine.train()
+
+
+def alike(results: list[Any]) -> Any:
+    """What all ranks have found."""
+    assert all(result == results[0] for result in results)
+    return results[0]
 
 
 @pytest.mark.parametrize(("stage", "dtype"), diagonal(range(4), ("fp32", "bf16")))
 def test_only_the_active_block_and_its_state_change_at_a_step(two_ranks, stage, dtype):
-    assert_rotation_is_kept(two_ranks.run(cases.watch, stage, dtype, {}))
+    alike(two_ranks.run(watch, stage, dtype, {}))
 
 
 @pytest.mark.parametrize("stage", (slow(0), 1, slow(2), 3))
 def test_frozen_never_move_and_always_active_move_at_every_step(two_ranks, stage):
-    results = two_ranks.run(
-        cases.watch, stage, "bf16", {**EVERYTHING, "order": "random"}, user_frozen="layers.2.self_attn.q_proj"
-    )
-    # `weights` lists frozen parameters by name: that none is in it is part of the rotation's property
-    assert_rotation_is_kept(results, always=True)
-    frozen = [name for name in results[0]["names"] if "." in name]
+    hift = {**EVERYTHING, "order": "random"}
+    _, frozen, _ = alike(two_ranks.run(watch, stage, "bf16", hift, user_frozen="layers.2.self_attn.q_proj"))
     assert len(frozen) == 4
     assert "model.layers.2.self_attn.q_proj.weight" in frozen
 
@@ -53,58 +109,65 @@ def test_frozen_never_move_and_always_active_move_at_every_step(two_ranks, stage
 @pytest.mark.parametrize(("stage", "dtype"), [slow(0, "fp32"), (1, "bf16"), slow(2, "bf16"), (3, "fp32")])
 def test_accumulation_never_rotates_inside_a_window(two_ranks, stage, dtype):
     hift = {"order": "top2down", "steps_per_block": 2, "layers_per_block": 4}
-    results = two_ranks.run(cases.watch, stage, dtype, hift, accumulation=3)
-    assert results[0]["blocks"] == 2
-    assert_rotation_is_kept(results, steps_per_block=2)
+    _, _, blocks = alike(two_ranks.run(watch, stage, dtype, hift, accumulation=3))
+    assert blocks == 2
 
 
 # At stage 3 `make test` has the peers' forwards and generation under inference mode (tests/peers/test_zero3.py).
 @pytest.mark.parametrize("stage", (slow(0), 1, slow(2), slow(3)))
 def test_forwards_without_gradient_change_nothing(two_ranks, stage):
-    plain = two_ranks.run(cases.watch, stage, "fp32", {"layers_per_block": 2}, accumulation=2)
-    evaluated = two_ranks.run(cases.watch, stage, "fp32", {"layers_per_block": 2}, accumulation=2, evaluate=True)
-    assert_rotation_is_kept(evaluated)
-    assert [facts["digest"] for facts in evaluated[0]["record"]] == [facts["digest"] for facts in plain[0]["record"]]
+    plain = alike(two_ranks.run(watch, stage, "fp32", {"layers_per_block": 2}, accumulation=2))
+    assert alike(two_ranks.run(watch, stage, "fp32", {"layers_per_block": 2}, accumulation=2, evaluate=True)) == plain
 
 
 @pytest.mark.parametrize("stage", range(4))
 def test_ranks_that_disagree_on_the_active_block_raise_everywhere(two_ranks, stage):
-    for rank, result in enumerate(two_ranks.run(cases.ranks_disagree, stage)):
-        assert result["error"].startswith("RuntimeError: ranks disagree on the active block"), rank
-        assert result["changed"] == []
+    two_ranks.run(ranks_disagree, stage)
+
+
+def other_seed_on_one_rank() -> None:
+    """A config that differs between ranks."""
+    error = error_of(lambda: engine_of(ds_config(1, "fp32", {"order": "random", "seed": dist.get_rank()})))
+    assert error.startswith("RuntimeError: hift section or model: ranks 0 and 1 differ")
 
 
 def test_ranks_with_different_configs_are_refused_everywhere(two_ranks):
-    for error in two_ranks.run(cases.other_seed_on_one_rank):
-        assert error.startswith("RuntimeError: hift section or model: ranks 0 and 1 differ")
+    two_ranks.run(other_seed_on_one_rank)
 
 
 @pytest.mark.parametrize("stage", range(4))
 def test_a_block_without_any_gradient_raises_everywhere_and_is_named(two_ranks, stage):
-    for result in two_ranks.run(cases.branch_steps, stage, branches=(2, 2), steps=2):
+    for result in two_ranks.run(branch_steps, stage, branches=(2, 2), steps=2):
         assert result["error"].startswith("RuntimeError: block 1 (^layers.1) received no gradient on any rank")
         assert result["changed"] == ["0"]
 
 
 @pytest.mark.parametrize("stage", range(3))  # ZeRO-3 itself hangs where ranks run different modules
 def test_a_block_that_one_rank_does_not_reach_is_trained_all_the_same(two_ranks, stage):
-    results = two_ranks.run(cases.branch_steps, stage, branches=(1, 2), steps=3)
+    results = two_ranks.run(branch_steps, stage, branches=(1, 2), steps=3)
     for result in results:
         assert result["error"] == ""
         assert result["changed"] == ["0", "1", "2"]
         assert result["digest"] == results[0]["digest"]
 
 
+def window() -> None:
+    """`engine.hift` at the start and after one cycle and a step."""
+    engine = engine_of(ds_config(2, "bf16", {"order": "top2down", "layers_per_block": 4}))
+    view, numel = engine.hift, {name: param.numel() for name, param in engine.module.named_parameters()}
+    assert (view.active_block, view.cycle, view.order) == (1, 0, [1, 0])
+    run_steps(engine, len(view.blocks) + 1)
+    assert (view.active_block, view.cycle) == (0, 1)
+    assert [block.numel for block in view.blocks] == [sum(numel[fqn] for fqn in block.fqns) for block in view.blocks]
+    whole = sum(block.numel for block in view.blocks)
+    assert whole == sum(numel.values())
+    # bf16, two ranks: 12 bytes of master and moments for half of each parameter; padding adds a little
+    assert 1.0 <= view.host_bytes / (12 * whole / 2) < 1.05
+    lines, first = view.summary().splitlines(), view.blocks[0]
+    assert max(map(len, lines)) <= 80
+    assert any("> 0" in line and first.name[:20] in line and f"{first.numel:,}" in line for line in lines)
+    assert engine.get_lr() == [1e-3]
+
+
 def test_the_window_shows_blocks_order_position_and_a_table(two_ranks):
-    for view in two_ranks.run(cases.window, {"order": "top2down", "layers_per_block": 4}):
-        names, fqns, numels = zip(*view["blocks"], strict=True)
-        assert view["start"] == {"active": 1, "cycle": 0, "order": [1, 0]}
-        assert (view["active"], view["cycle"]) == (0, 1)
-        assert numels == tuple(sum(view["numel"][fqn] for fqn in block) for block in fqns)
-        assert sum(numels) == sum(view["numel"].values())
-        # bf16, two ranks: 12 bytes of master and moments for half of each parameter; padding adds a little
-        assert 1.0 <= view["host_bytes"] / (12 * sum(numels) / 2) < 1.05
-        lines = view["summary"].splitlines()
-        assert max(map(len, lines)) <= 80
-        assert any("> 0" in line and names[0][:20] in line and f"{numels[0]:,}" in line for line in lines)
-        assert view["lr"] == [1e-3]
+    two_ranks.run(window)

@@ -19,11 +19,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from hift_testing import launching_cases
+from deepspeed import comm as dist
 from hift_testing.selection import slow
 
 import hift_ds
 from hift_ds.recipes.arguments import add_arguments
+from hift_ds.recipes.setup import load_run
 from launch.train import train
 
 pytestmark = pytest.mark.multi_rank
@@ -440,9 +441,18 @@ def arguments(folder, *options):
     return parser.parse_args([*COMMON, *HIFT, *of_folder, *options])
 
 
+def loads(args: argparse.Namespace, datasets: list[str]) -> str:
+    """How loading a run ends where each rank is given a data set of its own. Collective."""
+    args.dataset = datasets[dist.get_rank()]
+    try:
+        return f"{len(load_run(args).data.train)} rows"
+    except (RuntimeError, FileNotFoundError) as error:
+        return str(error)
+
+
 def test_a_rank_without_its_data_is_heard_of_on_all_ranks_before_a_collective_load(two_ranks, folder):
     args = arguments(folder, "--deepspeed_config", str(folder / "zero3.json"))
-    first, second = two_ranks.run(launching_cases.loads, args, [str(folder / "data.jsonl"), "nothing.jsonl"])
+    first, second = two_ranks.run(loads, args, [str(folder / "data.jsonl"), "nothing.jsonl"])
     sentence = "dataset='nothing.jsonl': no such file or folder"
     assert first.startswith(f"rank 1 failed: FileNotFoundError: {sentence}")
     assert second.startswith(sentence)
@@ -454,8 +464,8 @@ def test_ranks_with_other_numbers_of_rows_are_refused_before_they_wait_for_each_
     short.write_text("\n".join((folder / "data.jsonl").read_text().splitlines()[:40]))
     whole = str(folder / "data.jsonl")
     sentence = "rows of the data set or steps: ranks 0 and 1 differ; every rank must be given the same"
-    assert two_ranks.run(launching_cases.loads, args, [whole, str(short)]) == [sentence] * 2
-    assert two_ranks.run(launching_cases.loads, args, [whole, whole]) == ["46 rows"] * 2
+    assert two_ranks.run(loads, args, [whole, str(short)]) == [sentence] * 2
+    assert two_ranks.run(loads, args, [whole, whole]) == ["46 rows"] * 2
 
 
 @pytest.mark.slow

@@ -4,32 +4,28 @@ Rules are held bitwise alone (tests/unit/rules); Adafactor alone communicates, s
 """
 
 import pytest
-from hift_testing import parity_cases, tolerances
+from hift_testing import tolerances
+from hift_testing.parity import RULES, agree
 from hift_testing.selection import diagonal, slow
 
 pytestmark = pytest.mark.multi_rank
 
 STAGES = (0, 2, 3)
-RULES = tuple(parity_cases.RULES)
+PAIR = {"layers_per_block": 3}
 ELEMENTWISE = tuple(rule for rule in RULES if rule != "adafactor")
 # DeepSpeed's Lion classes compile an operator when they are made, and torch.optim has none.
 CLIENTS = tuple(rule for rule in RULES if rule != "lion")
 
 
-def agree(pool, stage, rule, client):
+def tolerance_of(rule, stage):
     if rule == "adafactor":
-        tolerance = tolerances.ADAFACTOR
-    else:
-        tolerance = tolerances.STAGE3 if stage == 3 else tolerances.EXACT
-    for facts in pool.run(parity_cases.parity, stage, "fp32", {"layers_per_block": 3}, rule=rule, client=client):
-        assert facts["weights"] <= tolerance.bound, (facts, tolerance.reason)
-        assert facts["moved"] > 1e-3, facts
-        assert facts["blocks"] == 2, facts
+        return tolerances.ADAFACTOR
+    return tolerances.STAGE3 if stage == 3 else tolerances.EXACT
 
 
 @pytest.mark.parametrize(("rule", "stage"), [*diagonal(ELEMENTWISE, STAGES), *(("adafactor", s) for s in STAGES)])
 def test_a_rule_from_the_config_equals_torch_per_block(two_ranks, stage, rule):
-    agree(two_ranks, stage, rule, client=False)
+    agree(two_ranks, stage, "fp32", PAIR, weights=tolerance_of(rule, stage), moved=1e-3, rule=rule)
 
 
 @pytest.mark.parametrize(
@@ -40,11 +36,9 @@ def test_a_rule_from_the_config_equals_torch_per_block(two_ranks, stage, rule):
     ],
 )  # fmt: skip
 def test_a_client_optimizer_equals_torch_per_block(two_ranks, stage, rule):
-    agree(two_ranks, stage, rule, client=True)
+    agree(two_ranks, stage, "fp32", PAIR, weights=tolerance_of(rule, stage), moved=1e-3, rule=rule, client=True)
 
 
 @pytest.mark.parametrize("rule", ("adafactor", "lion"))
 def test_a_rule_that_is_not_elementwise_in_bf16_keeps_fp32_masters(two_ranks, rule):
-    for facts in two_ranks.run(parity_cases.parity, 2, "bf16", {"layers_per_block": 3}, rule=rule):
-        assert facts["share"] <= tolerances.CLIPPED_BF16_SHARE.bound, facts
-        assert facts["moved"] > 1e-3, facts
+    agree(two_ranks, 2, "bf16", PAIR, share=tolerances.CLIPPED_BF16_SHARE, moved=1e-3, rule=rule)

@@ -7,6 +7,12 @@ from pathlib import Path
 import pytest
 
 
+@pytest.fixture(params=("one_rank", "two_ranks"))
+def ranks(request):
+    """Both pools in turn."""
+    return request.getfixturevalue(request.param)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     by_test = defaultdict(list)

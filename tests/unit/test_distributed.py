@@ -5,7 +5,8 @@ import json
 import os
 
 import pytest
-from hift_testing import launching_cases
+from deepspeed import comm as dist
+from hift_testing.messages import error_of
 
 from hift_ds import distributed as launching
 from hift_ds.config.files import load_ds_config
@@ -177,15 +178,27 @@ def test_a_second_call_does_nothing(environment, monkeypatch):
     assert environment == []
 
 
+def agree_on(failing: tuple[int, ...]) -> int | str:
+    """This rank's number through `agree`, or what it raised where a rank is in `failing`. Collective."""
+
+    def work() -> int:
+        if dist.get_rank() in failing:
+            raise ValueError(f"rank {dist.get_rank()} has a bad file")
+        return dist.get_rank()
+
+    found = []
+    return error_of(lambda: found.append(agree(work))) or found[0]
+
+
 @pytest.mark.multi_rank
 def test_agree_gives_each_rank_its_own_result(two_ranks):
-    assert two_ranks.run(launching_cases.agree_on, ()) == [0, 1]
+    assert two_ranks.run(agree_on, ()) == [0, 1]
 
 
 @pytest.mark.multi_rank
 @pytest.mark.parametrize("failing", [(0,), (1,), (0, 1)])
 def test_an_error_on_one_rank_is_raised_on_all(two_ranks, failing):
-    reports = two_ranks.run(launching_cases.agree_on, failing)
+    reports = two_ranks.run(agree_on, failing)
     for rank, report in enumerate(reports):
         if rank in failing:
             assert report == f"ValueError: rank {rank} has a bad file"

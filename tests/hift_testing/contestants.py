@@ -1,4 +1,4 @@
-"""What the peers' cases share: a user's small models, three contestants with one interface, and how far they are apart.
+"""What the peers' tests share: a user's small models, three contestants with one interface, how far they are apart.
 
 A script trains through `hift_ds.initialize`, through plain `deepspeed.initialize` and through `TorchHiFT`, one
 torch.optim.AdamW a block in plain torch. Nothing of hift_ds but its public names is used.
@@ -6,16 +6,14 @@ torch.optim.AdamW a block in plain torch. Nothing of hift_ds but its public name
 
 from __future__ import annotations
 
-import copy
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed import comm as dist
+from hift_testing.messages import error_of, is_clear
 from hift_testing.ranks import RankPool
 from hift_testing.training import DEVICE, DTYPES, cast_parameters, ds_config, whole_weights
 from torch import nn
@@ -104,6 +102,9 @@ class TorchHiFT:
     Args:
         blocks: Lists of parameter names in visiting order.
         skip: A block that no rank's gradient reaches is passed over (`no_gradient: skip`), else that is an error.
+
+    Attributes:
+        start: Copies of the weights before any step.
     """
 
     def __init__(
@@ -116,6 +117,7 @@ class TorchHiFT:
         self.blocks = [list(block) for block in blocks]
         self.masters = {name: p.detach().float().clone() for name, p in self.named.items()}
         self.rules = [adamw([self.masters[name] for name in block], **changes) for block in self.blocks]
+        self.start = whole_weights(self)
         self._activate()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -182,16 +184,12 @@ def blocks_of(engine: Any) -> list[list[str]]:
     return [list(engine.hift.blocks[index].fqns) for index in engine.hift.order]
 
 
-def weights_of(contestant: Any) -> dict[str, torch.Tensor]:
-    """Copies of whole weights. Collective at stage 3."""
-    return whole_weights(contestant)
-
-
-class Holder:
-    """Lets `whole_weights` read a bare module."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+def pair(
+    build: Callable[[], nn.Module], stage: int, dtype: str = "fp32", hift: Any = None, gas: int = 1, **keys: Any
+) -> tuple[Any, TorchHiFT]:
+    """`hift_engine`, and its oracle on an equal module."""
+    engine = hift_engine(build(), stage, dtype, hift, gas, **keys)
+    return engine, TorchHiFT(build(), blocks_of(engine), dtype, gas)
 
 
 def distance(weights: dict[str, Any], right: dict[str, Any], start: dict[str, Any]) -> float:
@@ -207,24 +205,31 @@ def distance(weights: dict[str, Any], right: dict[str, Any], start: dict[str, An
     return worst if worst == worst else float("inf")
 
 
+def assert_near(contestant: Any, right: Any, dtype: str = "fp32", start: dict[str, Any] | None = None) -> None:
+    """A contestant is where the right one is, but for rounding; `start`: where the oracle began. Collective."""
+    found = distance(whole_weights(contestant), whole_weights(right), right.start if start is None else start)
+    assert found <= BOUNDS[dtype], f"distance {found}"
+
+
 def unmoved(weights: dict[str, Any], start: dict[str, Any]) -> list[str]:
     """Parameters that training has not changed."""
     return [name for name in weights if torch.equal(weights[name], start[name])]
+
+
+def moved(weights: dict[str, Any], start: dict[str, Any]) -> list[str]:
+    """Parameters that have changed."""
+    return [name for name in weights if not torch.equal(weights[name], start[name])]
+
+
+def shards_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of what this rank keeps of each parameter between steps."""
+    return {name: getattr(p, "ds_tensor", p).detach().clone() for name, p in module.named_parameters()}
 
 
 def on(pool: RankPool, case: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
     """`pool.run` that takes a silence of HANG_S for a hang; the start of the ranks does not count."""
     pool.run(dist.get_rank)
     return pool.run(case, *args, timeout_s=HANG_S, **kwargs)
-
-
-def error_of(action: Callable[[], Any]) -> str:
-    """`Type: message` of what `action` raises, or nothing."""
-    try:
-        action()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
 
 
 Script = Callable[[Any, int], Any]
@@ -237,53 +242,34 @@ def train_step(engine: Any, step: int) -> None:
         engine.step()
 
 
-def run(script: Script, contestant: Any, steps: int, start: int = 0) -> None:
+def run(script: Script, steps: int, *contestants: Any, start: int = 0) -> None:
     """`steps` windows of a script."""
-    for step in range(start, start + steps):
-        script(contestant, step)
+    for contestant in contestants:
+        for step in range(start, start + steps):
+            script(contestant, step)
 
 
-def beside_oracle(
-    script: Script, engine: Any, oracle: TorchHiFT, steps: int, first: int = 0
-) -> dict[str, Any]:
+def beside_oracle(script: Script, engine: Any, oracle: TorchHiFT, steps: int) -> dict[str, Any]:
     """Both run the script; `error` of the engine, or its `distance` from the oracle. Collective."""
-    start = weights_of(oracle)
-    same = all(torch.equal(a, start[name]) for name, a in weights_of(engine).items())
-    assert same, "both must start alike"
-    error = error_of(lambda: run(script, engine, steps, first))
-    run(script, oracle, steps, first)
-    weights, right = weights_of(engine), weights_of(oracle)
+    start = oracle.start
+    assert not moved(whole_weights(engine), start), "both must start alike"
+    error = error_of(lambda: run(script, steps, engine))
+    run(script, steps, oracle)
+    weights, right = whole_weights(engine), whole_weights(oracle)
     assert not unmoved(right, start), "the oracle must train everything"
     return {"error": error, "distance": distance(weights, right, start), "unmoved": unmoved(weights, start)}
 
 
-def three_ways(
-    script: Script, stage: int, dtype: str = "fp32", gas: int = 1, build: Callable[[], nn.Module] = Stack, **keys: Any
-) -> dict[str, Any]:
-    """One script by HiFT with a block a layer and with one block of all, and by plain DeepSpeed, beside the oracle."""
-    found = {}
-    for name, hift in (("rotating", {}), ("one block", ONE_BLOCK)):
-        engine = hift_engine(build(), stage, dtype, hift, gas, **keys)
-        oracle = TorchHiFT(build(), blocks_of(engine), dtype, gas)
-        found[name] = beside_oracle(script, engine, oracle, 2 * len(oracle.blocks) + 1)
-    module = build()
-    engine = plain_engine(module, stage, dtype, gas, **keys)
-    oracle = TorchHiFT(build(), [[name for name, _ in module.named_parameters()]], dtype, gas)
-    found["plain"] = beside_oracle(script, engine, oracle, 3)
-    return found
-
-
-# What python and torch raise where nobody thought of the case.
-ACCIDENTS = ("AttributeError", "KeyError", "IndexError", "TypeError", "UnboundLocalError", "StopIteration")
-
-
-def is_clear(error: str) -> bool:
-    """A sentence, of a type that is meant for users."""
-    return not error.startswith(ACCIDENTS) and len(error.split()) > 8
+def assert_beside_oracle(script: Script, engine: Any, oracle: TorchHiFT, steps: int | None = None) -> None:
+    """A script trains an engine as the oracle, by default in two cycles and a step. Collective."""
+    found = beside_oracle(script, engine, oracle, steps or 2 * len(oracle.blocks) + 1)
+    assert not found["error"], found["error"]
+    assert found["distance"] <= BOUNDS["fp32"], found
 
 
 def faults(found: dict[str, Any], dtype: str = "fp32", refusable: bool = False) -> list[str]:
-    """What is wrong with HiFT's two runs of `three_ways`; with `refusable` a clear error is as good as being right."""
+    """What is wrong with HiFT's runs, rotating and with one block, beside the oracle; with `refusable` a clear error is
+    as good as being right."""
     wrong = []
     for name in ("rotating", "one block"):
         error, far = found[name]["error"], found[name]["distance"]
@@ -294,45 +280,9 @@ def faults(found: dict[str, Any], dtype: str = "fp32", refusable: bool = False) 
     return wrong
 
 
-class Messages(logging.Handler):
-    """Warnings inside `with`, whether they come through `logging` or `warnings`."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.messages: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.messages.append(record.getMessage())
-
-
-@contextmanager
-def messages() -> Iterator[list[str]]:
-    """What a user would read at level WARNING and above, from hift_ds or DeepSpeed."""
-    handler, loggers = Messages(), [logging.getLogger("hift_ds"), logging.getLogger("DeepSpeed")]
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for logger in loggers:
-            logger.addHandler(handler)
-        try:
-            yield handler.messages
-        finally:
-            for logger in loggers:
-                logger.removeHandler(handler)
-            handler.messages.extend(str(warning.message) for warning in caught)
-
-
-def fresh_copy(weights: dict[str, torch.Tensor], build: Callable[[], nn.Module] = Stack) -> nn.Module:
-    """A module that no engine has seen, with these weights."""
-    module = build()
-    with torch.no_grad():
-        for name, param in module.named_parameters():
-            param.data = weights[name].clone()
-    return module
-
-
 def originals(module: nn.Module) -> dict[str, Any]:
     """What an engine may change on a module beside the weights."""
-    return copy.copy({
+    return {
         "requires_grad": {name: param.requires_grad for name, param in module.named_parameters()},
         "hooks": {
             f"{name}.{kind}": len(hooks)
@@ -349,4 +299,4 @@ def originals(module: nn.Module) -> dict[str, Any]:
         "attributes": {name: sorted(vars(param)) for name, param in module.named_parameters() if vars(param)},
         "gradients": [name for name, param in module.named_parameters() if param.grad is not None],
         "forward": "forward" in vars(module),
-    })  # fmt: skip
+    }  # fmt: skip

@@ -1,8 +1,9 @@
-"""Cases that run on ranks: HiFT on ZeRO against `ReferenceHiFT`."""
+"""HiFT on ZeRO beside `ReferenceHiFT`, on ranks: `parity`, of which several files of tests take their combinations."""
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -11,8 +12,11 @@ from typing import Any, NamedTuple
 import deepspeed
 import torch
 from deepspeed import comm as dist
+from hift_testing import tolerances
+from hift_testing.ranks import RankPool
 from hift_testing.reference import LionByHand, ReferenceHiFT
 from hift_testing.tiny_models import tiny_model
+from hift_testing.tolerances import Tolerance
 from hift_testing.training import (
     ADAMW,
     DEVICE,
@@ -96,7 +100,7 @@ def parity(
     module = _build_under_zero_init(family, config) if zero_init else build(family)
     arguments: dict[str, Any] = {}
     if client:
-        arguments["optimizer"] = _torch_optimizer(optimizer_class, list(module.named_parameters()), hyper, groups)
+        arguments["optimizer"] = torch_optimizer(optimizer_class, list(module.named_parameters()), hyper, groups)
     elif groups:
         arguments["model_parameters"] = decay_groups(list(module.named_parameters()))
     engine = engine_of(config, module, **arguments)
@@ -128,7 +132,7 @@ def parity(
     weights = whole_weights(engine)
     return {
         "weights": largest_difference(weights, right.end),
-        "share": _share_that_differs(weights, right.end),
+        "share": share_that_differs(weights, right.end),
         "norm": max(abs(a - b) / b for a, b in zip(norms, right.norms, strict=True)),
         "moved": min(
             largest_difference({n: weights[n] for n in block.fqns}, {n: start[n] for n in block.fqns})
@@ -137,6 +141,30 @@ def parity(
         "blocks": len(view.blocks),
         "losses": losses,
     }
+
+
+def agree(
+    pool: RankPool,
+    stage: int,
+    dtype: str,
+    hift: dict[str, Any],
+    *args: Any,
+    blocks: int = 2,
+    weights: Tolerance | None = None,
+    share: Tolerance | None = None,
+    moved: float = 1e-4,
+    **kwargs: Any,
+) -> None:
+    """`parity` on every rank; `weights` and `share` are tolerances, by default the strictest of weights."""
+    if weights is None:
+        weights = tolerances.STAGE3 if stage == 3 and dtype == "fp32" else tolerances.EXACT
+    for facts in pool.run(parity, stage, dtype, hift, *args, **kwargs):
+        name, tolerance = ("weights", weights) if share is None else ("share", share)
+        assert facts[name] <= tolerance.bound, (facts, tolerance.reason)
+        assert facts["norm"] <= tolerances.NORM.bound, (facts, tolerances.NORM.reason)
+        assert all(math.isfinite(loss) for loss in facts["losses"]), facts
+        assert facts["moved"] > moved, facts
+        assert facts["blocks"] == blocks, facts
 
 
 class Trained(NamedTuple):
@@ -173,7 +201,7 @@ class Oracle:
         start = {name: weight.clone() for name, weight in _weights(model).items()}
         _, kind, hyper = RULES[self.rule]
         reference = ReferenceHiFT(
-            model, self.blocks, self.order, lambda members: _torch_optimizer(kind, members, hyper, self.groups), None,
+            model, self.blocks, self.order, lambda members: torch_optimizer(kind, members, hyper, self.groups), None,
             self.clip, self.steps_per_block, self.always, self.accumulate_before_reducing, self.reset,
             **{key: DTYPES.get(value, value) for key, value in self.further},
         )  # fmt: skip
@@ -189,74 +217,6 @@ class Oracle:
 def trained_once(oracle: Oracle) -> Trained:
     """From the start that every process builds; once in a process, for all stages that ask for the same."""
     return oracle.train(build(oracle.family))
-
-
-def full_equivalence(
-    stage: int, dtype: str, accumulation: int, clip: float, stock_stage: int | None = None,
-    extra: dict[str, Any] | None = None, steps: int = 6,
-) -> dict[str, Any]:
-    """HiFT with one block and DeepSpeed's own full fine-tuning, both with torch's AdamW. Collective.
-
-    Args:
-        stock_stage: DeepSpeed's ZeRO stage where it is not `stage`.
-        extra: Further keys of both configs.
-
-    Returns:
-        As `parity`; `norm` is 0 where DeepSpeed reports none, `same_start` tells whether both began alike.
-    """
-    weights, norms, starts = [], [], []
-    for hift in ({"layers_per_block": 100}, None):
-        config = ds_config(
-            stage if hift or stock_stage is None else stock_stage, dtype, hift,
-            gradient_accumulation_steps=accumulation, gradient_clipping=clip, zero_allow_untested_optimizer=True,
-            **(extra or {}),
-        )  # fmt: skip
-        del config["optimizer"]
-        module = small_llama()
-        optimizer = _torch_optimizer(torch.optim.AdamW, list(module.named_parameters()), ADAMW["params"], False)
-        engine = engine_of(config, module, optimizer=optimizer)
-        assert hasattr(engine, "hift") == (hift is not None)
-        assert hift is None or len(engine.hift.blocks) == 1
-        starts.append(whole_weights(engine))
-        of_run = []
-        for step in range(steps):
-            _through_engine(engine, [batch("llama4", step, micro, dist.get_rank()) for micro in range(accumulation)])
-            of_run.append(float(engine.get_global_grad_norm() or 0.0))
-        weights.append(whole_weights(engine))
-        norms.append(of_run)
-    return {
-        "weights": largest_difference(*weights),
-        "share": _share_that_differs(*weights),
-        "norm": max(abs(a - b) / b if b else 0.0 for a, b in zip(*norms, strict=True)),
-        "moved": largest_difference(starts[0], weights[0]),
-        "same_start": largest_difference(*starts) == 0.0,
-    }
-
-
-def slices_against_zero3(dtype: str) -> dict[str, Any]:
-    """This rank's slice of every parameter against the one that DeepSpeed's ZeRO-3 made. Collective."""
-    engine = engine_of(ds_config(3, dtype, {}))
-    whole, wrong = whole_weights(engine), []
-    for state in engine.optimizer.states:
-        for index, (param, segment) in enumerate(zip(state.shard.params, state.shard.segments, strict=True)):
-            slot = param.ds_tensor.ds_numel
-            mine = whole[segment.fqn].view(-1)[segment.start : segment.start + segment.numel]
-            right = segment.start == min(dist.get_rank() * slot, param.ds_numel)
-            if not right or not torch.equal(state.shard.weight_slice(index), mine):
-                wrong.append(segment.fqn)
-    return {"wrong": wrong, "parameters": len(whole)}
-
-
-def effect_of_clipping(stage: int, dtype: str, clip: float) -> dict[str, float]:
-    """How a clipped run differs from an unclipped one, and the smallest norm that it clipped. Collective."""
-    weights, norms = [], []
-    for bound in (clip, 0.0):
-        engine = engine_of(ds_config(stage, dtype, {"layers_per_block": 3}, gradient_clipping=bound))
-        for step in range(4):
-            _through_engine(engine, [batch("llama4", step, 0, dist.get_rank())])
-            norms.append(engine.get_global_grad_norm())
-        weights.append(whole_weights(engine))
-    return {"share": _share_that_differs(*weights), "smallest_norm": min(norms)}
 
 
 def build(family: str) -> torch.nn.Module:
@@ -337,7 +297,7 @@ def _is_matrix(tensor: torch.Tensor) -> bool:
     return len(getattr(tensor, "ds_shape", tensor.shape)) >= 2
 
 
-def _torch_optimizer(
+def torch_optimizer(
     optimizer_class: type[torch.optim.Optimizer],
     members: list[tuple[str, torch.Tensor]],
     hyper: dict[str, Any],
@@ -355,7 +315,7 @@ def _build_under_zero_init(family: str, config: dict[str, Any]) -> torch.nn.Modu
     return module
 
 
-def _share_that_differs(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:
+def share_that_differs(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:
     """Elements that are not equal, as a share of all."""
     total = sum(tensor.numel() for tensor in left.values())
     return sum((left[name] != right[name]).sum().item() for name in left) / total
