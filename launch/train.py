@@ -159,20 +159,21 @@ def save_summary(engine: Any, run: Any, args: argparse.Namespace, display: Any, 
 def show_memory(engine: Any, run: Any, args: argparse.Namespace, display: Any) -> dict[str, Any]:
     """The forecast of the run, by role, beside full fine-tuning's; returns its peaks for the summary. On rank 0."""
     from hift_ds.memory.figures import Plan, mib
+    from hift_ds.memory.plan import Planner
     from hift_ds.memory.report import compared_table
     from hift_ds.recipes.planning import forecast
 
     if not display.active:
         return {}
-    common = (engine, run.ds_config, args.seq_len)
-    plan = forecast(*common, device_type="cuda", ends_alone=True)
+    common, planner = (engine, run.ds_config, args.seq_len), Planner.of(engine.module)
+    plan = forecast(*common, device_type="cuda", ends_alone=True, planner=planner)
     if not isinstance(plan, Plan):
         display.print(f"no forecast of memory: {plan}", markup=False)
         return {}
     display.print(compared_table(plan, "Peak memory of a rank, MiB: forecast for a card", mib))
     found = {"forecast_on_a_card": {"hift": plan.worst.peak, "full": plan.full.peak, "host": plan.host}}
     if engine.device.type == "cpu":
-        plan = forecast(*common, ends_alone=True)
+        plan = forecast(*common, ends_alone=True, planner=planner)
         found["forecast_on_this_cpu"] = {"hift": plan.worst.peak, "full": plan.full.peak}
         display.print(
             f"Here, on a CPU, host and device are one memory, in which all masters and moments stay: "

@@ -13,7 +13,7 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 
-from hift_ds.distributed import agree, of_rank_0
+from hift_ds.distributed import agree, of_all_ranks
 from hift_ds.memory.fake_model import positions_of
 from hift_ds.memory.plan import Planner
 from hift_ds.memory.request import RESERVE_BYTES, Request
@@ -110,8 +110,7 @@ def agreed_layers_per_block(module: Any, ds_config: Mapping[str, Any], optimizer
     Args:
         optimizer: The client optimizer, if there is one.
     """
-    found: list[int] = [0] * dist.get_world_size()
-    dist.all_gather_object(found, memory_found())
+    found = of_all_ranks(memory_found())
 
     def choose() -> Choice | None:
         if dist.get_rank():
@@ -120,7 +119,7 @@ def agreed_layers_per_block(module: Any, ds_config: Mapping[str, Any], optimizer
         device_type = get_accelerator().device_name()
         return choose_layers_per_block(module, ds_config, len(found), min(found), device_type, card, optimizer)
 
-    choice = of_rank_0(agree(choose))
+    choice = of_all_ranks(agree(choose))[0]
     assert choice is not None  # rank 0 has chosen
     if dist.get_rank() == 0:
         level = logging.WARNING if choice.warning else logging.INFO

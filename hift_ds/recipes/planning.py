@@ -79,7 +79,7 @@ def complete_config(
 
 def forecast(
     engine: Any, ds_config: Mapping[str, Any], seq_len: int, padded: bool = True, device_type: str | None = None,
-    ends_alone: bool = False,
+    ends_alone: bool = False, planner: Planner | None = None,
 ) -> Plan | str:  # fmt: skip
     """The memory plan of a run, or why there is none. Not collective.
 
@@ -90,6 +90,7 @@ def forecast(
         padded: Rows have padding.
         device_type: Of the forecast; `None` = this run's.
         ends_alone: Of the first and the last two blocks alone, which is quick.
+        planner: Of the engine's model, whose traces serve several forecasts; `None` = one of its own.
     """
     world, hift = dist.get_world_size(), getattr(engine, "hift_config", None)
     config = complete_config(ds_config, None, None, None, world)
@@ -102,7 +103,7 @@ def forecast(
         device_type=device_type or engine.device.type,
     )  # fmt: skip
     try:
-        planner = Planner.of(engine.module)
+        planner = planner or Planner.of(engine.module)
         return planner.plan_of_ends(request) if ends_alone else planner.plan(request)
     except (ValueError, TypeError) as error:
         return str(error)

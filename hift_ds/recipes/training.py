@@ -11,6 +11,7 @@ import deepspeed
 import torch
 from deepspeed import comm as dist
 
+from hift_ds.distributed import of_all_ranks
 from hift_ds.recipes.datasets import IGNORED, Exchange, TextData, build_prompt
 from hift_ds.shards import is_partitioned
 
@@ -92,8 +93,7 @@ def answers(
     own = list(questions[rank::world])
     if partitioned and not own:
         own = [questions[0]]  # every rank must take part in every forward
-    shares: list[Any] = [None] * world
-    dist.all_gather_object(shares, _generate(engine.module, tokenizer, own, device, max_new_tokens, partitioned))
+    shares = of_all_ranks(_generate(engine.module, tokenizer, own, device, max_new_tokens, partitioned))
     return [shares[index % world][index // world] for index in range(len(questions))]
 
 
