@@ -21,7 +21,7 @@ test: lint
 
 # Long proofs, and DeepSpeed's own optimizers, each of which compiles a C++ op at the first run
 slow: $(READY)
-	$(RUN) python -m pytest -q -m slow
+	$(RUN) python -m pytest -q -m slow -n 2 --dist loadfile
 
 # On a machine with a CUDA device: kernels compiled instead of interpreted, real streams, measured peaks. Nothing is set up
 # and no network is asked: PYTHON must have the packages of pyproject.toml, and Triton compiles a launcher for each kernel
