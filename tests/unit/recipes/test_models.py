@@ -173,17 +173,6 @@ def test_folder_loads_in_the_asked_dtype(tiny_folder, dtype):
     assert model.config._attn_implementation == "eager"
 
 
-def test_loading_leaves_the_progress_bars_as_they_were(tiny_folder, capfd):
-    from transformers.utils import logging
-
-    for was_enabled in (True, False):
-        logging.enable_progress_bar() if was_enabled else logging.disable_progress_bar()
-        load_model(str(tiny_folder), dtype=torch.float32)
-        assert logging.is_progress_bar_enabled() is was_enabled
-    logging.enable_progress_bar()
-    assert "Loading weights" not in capfd.readouterr().err
-
-
 def test_tokenizer_without_pad_token_pads_with_eos(tiny_folder):
     tokenizer = load_tokenizer(str(tiny_folder))
     assert tokenizer.pad_token == "<eos>"
@@ -208,9 +197,9 @@ def test_sample_name_goes_through_the_cache(tiny_folder, monkeypatch):
 @pytest.mark.parametrize("name", ["/missing/folder", "./missing", "a/b/c"])
 def test_missing_folder_is_said_without_asking_the_hub(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match="no such folder; name one that save_pretrained wrote"):
+    with pytest.raises(FileNotFoundError, match=r"no such folder; name a folder that .* or 'smollm2-135m'"):
         load_model(name, dtype=torch.float32)
-    with pytest.raises(FileNotFoundError, match="no such folder; name one that save_pretrained wrote"):
+    with pytest.raises(FileNotFoundError, match=r"no such folder; name a folder that .* or 'smollm2-135m'"):
         load_tokenizer(name)
 
 
