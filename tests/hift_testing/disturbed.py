@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from deepspeed import comm as dist
-from hift_testing.contestants import Stack
+from hift_testing.contestants import Layer, Stack, data, loss_of
 from hift_testing.fingerprints import all_by_block, changed, digest_of, weights_by_block
 from hift_testing.messages import error_of, logged
 from hift_testing.training import ds_config, engine_of, run_steps
@@ -27,30 +27,27 @@ def ranks_disagree(stage: int, hift: dict[str, Any] | None = None) -> None:
     assert changed(before, weights_by_block(engine)) == []
 
 
-class Branches(nn.Module):
+class TwoWays(nn.Module):
     """Two branches after a common layer; a batch takes one of them."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.layers = nn.ModuleList([nn.Sequential(nn.Linear(5, 5), nn.Tanh()) for _ in range(3)])
+        self.layers = nn.ModuleList(Layer(6) for _ in range(3))
 
     def forward(self, x: torch.Tensor, branch: int) -> torch.Tensor:
-        return self.layers[branch](self.layers[0](x)).square().mean()
+        return self.layers[branch](self.layers[0](x))
 
 
-def branch_steps(
-    stage: int, branches: tuple[int, int], steps: int, hift: dict[str, Any] | None = None
-) -> dict[str, Any]:
+def branch_steps(stage: int, branches: tuple[int, int], steps: int, hift: dict[str, Any] | None = None) -> Any:
     """Rank r's batches go through branch `branches[r]` at every step; three blocks."""
     hift = {"blocks": [["^layers.0"], ["^layers.1"], ["^layers.2"]], **(hift or {})}
-    engine = engine_of(ds_config(stage, "fp32", hift), Branches())
+    engine = engine_of(ds_config(stage, "fp32", hift), TwoWays())
     rank, before = dist.get_rank(), weights_by_block(engine)
 
     def train() -> None:
         for step in range(steps):
-            x = torch.randn(2, 5, generator=torch.Generator().manual_seed(10 * step + rank))
-            engine.backward(engine(x, branches[rank]))
+            engine.backward(loss_of(engine(data(step), branches[rank])))
             engine.step()
 
     error = error_of(train) or error_of(engine.optimizer.settle)

@@ -11,9 +11,12 @@ import multiprocessing
 import os
 import pickle
 import socket
+import sys
 import traceback
+import types
 from collections.abc import Callable
 from multiprocessing import connection
+from pathlib import Path
 from typing import Any
 
 from _pytest.assertion import install_importhook
@@ -106,6 +109,9 @@ def _serve(rank: int, world: int, port: int, pipe: Any) -> None:
     import hift_ds
 
     hift_ds.init_distributed()
+    # The files' names begin with `tests`, a folder: a package of that name in the environment would hide it.
+    sys.modules["tests"] = types.ModuleType("tests")
+    sys.modules["tests"].__path__ = [str(Path(__file__).parents[1])]
     install_importhook(get_config())  # an assertion of a test file that fails here shows its values, as pytest's do
     while True:
         try:

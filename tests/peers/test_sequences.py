@@ -1,4 +1,8 @@
-"""Calls in an order that nobody has planned leave the weights of an oracle in plain torch; a seed draws them."""
+"""Calls in an order that nobody has planned leave the weights of an oracle in plain torch; a seed draws them.
+
+`drawn` settles a run and its calls; `trained` makes them on an engine and on the oracle and compares whole weights
+after each. What a call is right to do stands beside it, on the oracle.
+"""
 
 from __future__ import annotations
 

@@ -79,7 +79,8 @@ def offloading(stage: int, dtype: str, hift: dict[str, Any]) -> None:
         for step in range(7):
             if offloads:
                 engine.offload_states(include=KINDS[step % len(KINDS)])
-                assert "call engine.reload_states() first" in error_of(lambda e=engine: run_steps(e, 1))
+                if step == 0:  # all kinds are away
+                    assert "call engine.reload_states() first" in error_of(lambda e=engine: run_steps(e, 1))
                 engine.reload_states()
             run_steps(engine, 1, start=step)
         runs.append(whole_weights(engine))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from hift_testing.contestants import (
     run,
     unmoved,
 )
+from hift_testing.disturbed import TwoWays
 from hift_testing.messages import error_of, is_clear, messages
 from hift_testing.training import whole_weights
 from torch import nn
@@ -246,29 +248,6 @@ def test_a_window_of_which_one_micro_step_reaches_the_block_trains(ranks, stage)
     on(ranks, windows_after_a_refused_turn, stage, 2, False, "first")
 
 
-class TwoWays(nn.Module):
-    """A batch takes one of two branches."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = nn.ModuleList(Layer(6) for _ in range(3))
-
-    def forward(self, x: torch.Tensor, branch: int) -> torch.Tensor:
-        return self.layers[branch](self.layers[0](x))
-
-
-class Both:
-    """Two optimizers that step together."""
-
-    def __init__(self, *rules: torch.optim.Optimizer) -> None:
-        self.rules = rules
-
-    def step(self) -> None:
-        for rule in self.rules:
-            rule.step()
-
-
 class WithAlways(TorchHiFT):
     """Parameters that are in no block train with each, with a state of their own."""
 
@@ -278,7 +257,8 @@ class WithAlways(TorchHiFT):
         if rest:
             always = adamw([self.masters[name] for name in rest])
             self.blocks = [[*block, *rest] for block in self.blocks]
-            self.rules = [Both(rule, always) for rule in self.rules]
+            both = [lambda rule=rule: (rule.step(), always.step()) for rule in self.rules]
+            self.rules = [SimpleNamespace(step=step) for step in both]
             self._activate()
 
 
