@@ -20,7 +20,7 @@ from hift_ds.memory.trace import Event
 from hift_ds.rotation.blocks import BlockPlan, plan_blocks
 from hift_ds.rotation.param_groups import check_trainable
 from hift_ds.shards import BlockShard
-from hift_ds.state.block_state import TILE_NUMEL, Storage, extra_bytes, initial_extra, plan_ring
+from hift_ds.state.block_state import TILE_NUMEL, Storage, extra_bytes, initial_extra, size_ring
 from hift_ds.zero.gradients import GradientReducer
 
 
@@ -166,7 +166,7 @@ class Layout:
         if self.config.home == "device":
             return always + sum(map(self.state_bytes, self.shards)), TILE_NUMEL
         shapes = [(shard, self.storage.shapes(shard, self.rule, self.groups)) for shard in self.shards]
-        ring = plan_ring(shapes, self.config.hift.state.ring_bytes, self._factored, self._card_bytes)
+        ring = size_ring(shapes, self.config.hift.state.ring_bytes, self._factored, self._card_bytes)
         return always + ring.num_slots * ring.slot_bytes, ring.tile_numel
 
     def host_state(self) -> int:

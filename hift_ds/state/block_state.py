@@ -298,7 +298,7 @@ def extra_bytes(extras: Iterable[dict[str, torch.Tensor]]) -> int:
 
 
 @dataclass(frozen=True)
-class RingPlan:
+class RingSizes:
     """Sizes of a ring: `tile_numel` elements of state in a slot of `slot_bytes`, `num_slots` of them."""
 
     tile_numel: int
@@ -323,9 +323,9 @@ def ring_limit(card_bytes: int | None) -> int:
     return max(RING_BYTES, (card_bytes or 0) // 10)
 
 
-def plan_ring(
+def size_ring(
     all_shapes: list[tuple[BlockShard, Shapes]], ring_bytes: int | None, beside: int = 0, card_bytes: int | None = None
-) -> RingPlan:
+) -> RingSizes:
     """As large as the largest block at most: its slots serve the next block's tiles, too, and more would hide nothing.
 
     Args:
@@ -347,7 +347,7 @@ def plan_ring(
             f"{ring_limit(card_bytes)} at most"
         )
     if smallest == 0:  # no state that streams: a rule without any, or Adafactor, on fp32 weights
-        return RingPlan(TILE_NUMEL, 0, 0)
+        return RingSizes(TILE_NUMEL, 0, 0)
     block = max(_slot_bytes(shapes, shard.numel) for shard, shapes in all_shapes)
     tile_bytes = max(min(TILE_BYTES, limit // MIN_SLOTS), min(LARGEST_TILE_BYTES, min(limit, block) // 4))
     tile_numel = max(tile_bytes // smallest, 1) * TILE_MULTIPLE
@@ -359,7 +359,7 @@ def plan_ring(
         most_tiles = max(sum(-(-(r.stop - r.start) // numel) for r in shard.runs) for shard, _ in all_shapes)
         if most_tiles * slot_bytes <= limit:
             break
-    return RingPlan(numel, slot_bytes, min(limit // slot_bytes, most_tiles))
+    return RingSizes(numel, slot_bytes, min(limit // slot_bytes, most_tiles))
 
 
 def make_states(
@@ -373,15 +373,15 @@ def make_states(
     """The blocks' states, and the ring that they stream through where they do.
 
     Raises:
-        ValueError: As `plan_ring`.
+        ValueError: As `size_ring`.
     """
     if storage.memory is None or storage.own_master:
         return [BlockState(shard, rule, param_groups, storage) for shard in shards], None
     beside = extra_bytes(initial_extra(shard, rule, param_groups) for shard in shards)
     shapes = [(shard, storage.shapes(shard, rule, param_groups)) for shard in shards]
-    plan = plan_ring(shapes, ring_bytes, beside, card_bytes)
-    states = [BlockState(shard, rule, param_groups, storage, plan.tile_numel) for shard in shards]
-    return states, Ring(plan.num_slots, plan.slot_bytes, storage.device) if plan.num_slots else None
+    sizes = size_ring(shapes, ring_bytes, beside, card_bytes)
+    states = [BlockState(shard, rule, param_groups, storage, sizes.tile_numel) for shard in shards]
+    return states, Ring(sizes.num_slots, sizes.slot_bytes, storage.device) if sizes.num_slots else None
 
 
 def _slot_bytes(shapes: Shapes, numel: int) -> int:

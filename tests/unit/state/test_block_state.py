@@ -7,7 +7,7 @@ from torch import nn
 from hift_ds.config.keys import StateConfig
 from hift_ds.config.optimizers import rule_from_config
 from hift_ds.shards import BlockShard
-from hift_ds.state.block_state import LARGEST_TILE_BYTES, RING_BYTES, TILE_BYTES, BlockState, Storage, plan_ring
+from hift_ds.state.block_state import LARGEST_TILE_BYTES, RING_BYTES, TILE_BYTES, BlockState, Storage, size_ring
 from hift_ds.state.formats import GROUP
 
 CPU = torch.device("cpu")
@@ -135,7 +135,7 @@ def ring_of(ring_bytes=None, card=None, numels=(EMBEDDING, LAYER), each=12, besi
     shards = [BlockShard([("weight", param)], {"weight": 0}, 1, 0) for param in params]
     storage = Storage(CPU)
     shapes = [(shard, storage.shapes(shard, rule, [{**defaults, "params": params}])) for shard in shards]
-    plan = plan_ring(shapes, ring_bytes, beside, card)
+    plan = size_ring(shapes, ring_bytes, beside, card)
     return plan, plan.num_slots * plan.slot_bytes
 
 
