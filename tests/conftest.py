@@ -19,6 +19,15 @@ def _pool(world: int):
 
 
 @pytest.fixture(scope="session")
+def compiled_adam():
+    """DeepSpeed's Adam for the CPU, and its FusedAdam, are compiled."""
+    from hift_testing.compiled import compile_operator
+
+    for name in ("cpu_adam", "fused_adam"):
+        compile_operator(name)
+
+
+@pytest.fixture(scope="session")
 def two_ranks():
     """Two gloo ranks, started at the first use and shared by the whole session (of one of pytest-xdist's workers)."""
     yield from _pool(2)

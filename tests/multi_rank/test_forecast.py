@@ -241,7 +241,7 @@ def test_forecast_of_full_fine_tuning_is_what_it_takes_on_one_rank(one_rank, sta
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_forecast_of_full_fine_tuning_is_what_deepspeeds_compiled_adam_takes(two_ranks, stage):
+def test_forecast_of_full_fine_tuning_is_what_deepspeeds_compiled_adam_takes(two_ranks, compiled_adam, stage):
     two_ranks.run(assert_full_forecast, stage, "bf16")
 
 

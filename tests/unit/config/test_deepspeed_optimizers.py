@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from hift_testing.compiled import BUILDERS, compile_operator
 
 from hift_ds.config.optimizers import rule_from_optimizer
 
@@ -10,6 +11,12 @@ pytestmark = pytest.mark.slow
 NUMEL, NUM_STEPS = 4099, 20
 # Their vectorized loops use fused multiply-adds and another order of operations: some last bits of fp32.
 RELATIVE, ABSOLUTE = 2e-6, 1e-7
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled():
+    for name in BUILDERS:
+        compile_operator(name)
 
 
 def _cpu_adam(params, **hyper):
