@@ -23,6 +23,7 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -140,7 +141,9 @@ def _end(process: subprocess.Popen) -> None:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
         return
-    process.wait(30)
+    # Not process.wait(): if the signal came within another wait(), that one's lock stays taken for ever.
+    with suppress(ChildProcessError):  # it has ended before the others of its group
+        os.waitpid(process.pid, 0)
 
 
 def _status(code: int | None, log: Path, timeout_s: float) -> str:

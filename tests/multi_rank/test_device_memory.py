@@ -23,12 +23,12 @@ from hift_testing.selection import slow
 from hift_testing.training import DTYPES, cast_parameters, ds_config, engine_of, run_steps, small_llama
 from torch import nn
 
-from hift_ds import engine as engine_module
 from hift_ds.memory.plan import Planner
 from hift_ds.memory.request import Request
 from hift_ds.state import block_state as state
 from hift_ds.state import ring
 from hift_ds.state.ring import Lanes
+from hift_ds.zero import states
 
 pytestmark = pytest.mark.multi_rank
 
@@ -335,7 +335,7 @@ def same_ring(stage: int, dtype: str, tenth: int) -> None:
     """Bytes of the default ring on a card, of which it may take a tenth: the engine's, and a plan's."""
     card = 10 * tenth
     model = small_llama()
-    known = mock.patch.object(engine_module, "card_bytes", lambda device: card)
+    known = mock.patch.object(states, "card_bytes", lambda device: card)
     with separate_host(tile=48), mock.patch.object(state, "RING_BYTES", 5_000), known:
         engine = engine_of(ds_config(stage, dtype, {}), model)
         request = Request(ds_config(stage, dtype, {}), 12, "eager", gpus=engine.dp_world_size, gpu_memory=card)

@@ -170,6 +170,17 @@ def test_a_cell_that_does_not_end_is_ended_with_all_that_it_started(monkeypatch,
     assert not (tmp_path / "alive").exists()
 
 
+def test_a_cell_is_ended_though_the_signal_came_while_it_was_waited_for():
+    """The exception of a signal handler may leave `Popen.wait` with its lock taken."""
+    process = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    process._waitpid_lock.acquire()
+    began = time.monotonic()
+    compare._end(process)
+    assert time.monotonic() - began < 5
+    with pytest.raises(ProcessLookupError):
+        os.kill(process.pid, 0)
+
+
 def test_a_comparison_that_is_ended_ends_what_it_started(tmp_path):
     """Its launcher is the one beside its Python: here one that makes a file first and another one later."""
     (tmp_path / "python").symlink_to(Path(sys.executable).resolve())
