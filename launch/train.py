@@ -165,7 +165,12 @@ def show_memory(engine: Any, run: Any, args: argparse.Namespace, display: Any) -
 
     if not display.active:
         return {}
-    common, planner = (engine, run.ds_config, args.seq_len), Planner.of(engine.module)
+    common = (engine, run.ds_config, args.seq_len)
+    try:
+        planner = Planner.of(engine.module)
+    except TypeError as error:  # a config that cannot be copied
+        display.print(f"no forecast of memory: {error}", markup=False)
+        return {}
     plan = forecast(*common, device_type="cuda", ends_alone=True, planner=planner)
     if not isinstance(plan, Plan):
         display.print(f"no forecast of memory: {plan}", markup=False)
