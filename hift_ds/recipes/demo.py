@@ -15,6 +15,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from hift_ds.memory.peaks import write_json
+
 WIDTH = 80
 Summary = dict[str, Any]
 
@@ -85,7 +87,7 @@ def main(arguments: Sequence[str]) -> int:
     console.print(f"\nThe model that HiFT trained: {folder / 'hift' / 'model'}", soft_wrap=True)
     lines = console.export_text().splitlines()
     found = {"hift": hift, "full": full, "shown": [line.rstrip() for line in lines]}
-    (folder / "summary.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / "summary.json", found)
     return 0
 
 
