@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from hift_ds.recipes.arguments import positive
 
 if TYPE_CHECKING:
-    from hift_ds.memory.figures import Plan
-    from hift_ds.memory.plan import Planner
+    from hift_ds.memory.figures import Forecast
+    from hift_ds.memory.planner import Planner
     from hift_ds.memory.request import Request
 
 ATTENTIONS = ("sdpa", "eager")
@@ -82,7 +82,7 @@ def run_plan(args: argparse.Namespace) -> int:
     from hift_ds.memory.advice import advise
     from hift_ds.memory.model_names import load_config
     from hift_ds.memory.peaks import write_json
-    from hift_ds.memory.plan import Planner
+    from hift_ds.memory.planner import Planner
     from hift_ds.recipes.models import source_of
     from hift_ds.recipes.planning import request_of
 
@@ -91,17 +91,17 @@ def run_plan(args: argparse.Namespace) -> int:
     planner = Planner(load_config(source_of(args.model)))
     if request.config.hift.layers_per_block is None and request.config.hift.blocks is None:
         request = _with_chosen_blocks(planner, request)
-    plan = planner.plan(request, args.every_block)
-    advice = None if plan.fits in (None, True) else advise(planner, plan)
+    forecast = planner.forecast(request, args.every_block)
+    advice = None if forecast.fits in (None, True) else advise(planner, forecast)
     if args.json != "-":
         width = None if sys.stdout.isatty() else 80
-        Console(width=width, highlight=False, emoji=False).print(report.render(plan, advice))
+        Console(width=width, highlight=False, emoji=False).print(report.render(forecast, advice))
     if args.json is not None:
-        found = report.to_json(plan, advice, _as_the_paper_counts(planner, plan))
+        found = report.to_json(forecast, advice, _as_the_paper_counts(planner, forecast))
         write_json(None if args.json == "-" else Path(args.json), found)
     if args.plot is not None:
-        report.plot(plan, Path(args.plot))
-    return 1 if plan.fits is False else 0
+        report.plot(forecast, Path(args.plot))
+    return 1 if forecast.fits is False else 0
 
 
 def _with_chosen_blocks(planner: Planner, request: Request) -> Request:
@@ -124,13 +124,13 @@ def _check_outputs(args: argparse.Namespace) -> None:
             raise ValueError(f"{option} {name!r}: no such folder; make it first, or name another")
 
 
-def _as_the_paper_counts(planner: Planner, plan: Plan) -> dict[str, Any]:
+def _as_the_paper_counts(planner: Planner, forecast: Forecast) -> dict[str, Any]:
     from dataclasses import asdict
 
     from hift_ds.memory.paper import PRECISIONS, count
 
-    layout = planner.layout(plan.request)
-    blocks = [[(fqn, layout.params[fqn].shape) for fqn in block.fqns] for block in layout.plan.blocks]
+    layout = planner.layout(forecast.request)
+    blocks = [[(fqn, layout.params[fqn].shape) for fqn in block.fqns] for block in layout.block_plan.blocks]
     group = layout.groups[0]
     rows = {f"full, {p}": count(blocks, layout.rule, group, p, hift=False) for p in PRECISIONS[:2]}
     rows |= {f"hift, {p}": count(blocks, layout.rule, group, p, hift=True) for p in PRECISIONS}

@@ -158,31 +158,25 @@ def save_summary(engine: Any, run: Any, args: argparse.Namespace, display: Any, 
 
 def show_memory(engine: Any, run: Any, args: argparse.Namespace, display: Any) -> dict[str, Any]:
     """The forecast of the run, by role, beside full fine-tuning's; returns its peaks for the summary. On rank 0."""
-    from hift_ds.memory.figures import Plan, mib
-    from hift_ds.memory.plan import Planner
+    from hift_ds.memory.figures import mib
     from hift_ds.memory.report import compared_table
-    from hift_ds.recipes.planning import forecast
+    from hift_ds.recipes.planning import forecasts_of_run
 
     if not display.active:
         return {}
-    common = (engine, run.ds_config, args.seq_len)
-    try:
-        planner = Planner.of(engine.module)
-    except TypeError as error:  # a config that cannot be copied
-        display.print(f"no forecast of memory: {error}", markup=False)
+    here = ("cpu",) if engine.device.type == "cpu" else ()
+    forecasts = forecasts_of_run(engine, run.ds_config, args.seq_len, "cuda", *here, ends_alone=True)
+    if isinstance(forecasts, str):
+        display.print(f"no forecast of memory: {forecasts}", markup=False)
         return {}
-    plan = forecast(*common, device_type="cuda", ends_alone=True, planner=planner)
-    if not isinstance(plan, Plan):
-        display.print(f"no forecast of memory: {plan}", markup=False)
-        return {}
-    display.print(compared_table(plan, "Peak memory of a rank, MiB: forecast for a card", mib))
-    found = {"forecast_on_a_card": {"hift": plan.worst.peak, "full": plan.full.peak, "host": plan.host}}
-    if engine.device.type == "cpu":
-        plan = forecast(*common, ends_alone=True, planner=planner)
-        found["forecast_on_this_cpu"] = {"hift": plan.worst.peak, "full": plan.full.peak}
+    card = forecasts[0]
+    display.print(compared_table(card, "Peak memory of a rank, MiB: forecast for a card", mib))
+    found = {"forecast_on_a_card": {"hift": card.worst.peak, "full": card.full.peak, "host": card.host}}
+    for cpu in forecasts[1:]:
+        found["forecast_on_this_cpu"] = {"hift": cpu.worst.peak, "full": cpu.full.peak}
         display.print(
             f"Here, on a CPU, host and device are one memory, in which all masters and moments stay: "
-            f"{mib(plan.worst.peak)} beside {mib(plan.full.peak)} MiB ({plan.saved})."
+            f"{mib(cpu.worst.peak)} beside {mib(cpu.full.peak)} MiB ({cpu.saved})."
         )
     return found
 

@@ -1,4 +1,4 @@
-"""Memory: will it fit (`plan`), did it (`peak_meter`)."""
+"""Memory: will it fit (`planner`), did it (`peak_meter`)."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -8,8 +8,8 @@ from functools import partial
 from typing import Any
 
 from hift_ds.config.batch import ACCUMULATION, MICRO
-from hift_ds.memory.figures import Plan
-from hift_ds.memory.plan import Planner
+from hift_ds.memory.figures import Forecast
+from hift_ds.memory.planner import Planner
 from hift_ds.memory.request import Request
 from hift_ds.state.block_state import ring_limit
 
@@ -43,19 +43,19 @@ class Change:
 
 @dataclass(frozen=True)
 class Advice:
-    """What to change, and the plan that comes of it; no changes: nothing known makes it fit."""
+    """What to change, and the forecast that comes of it; no changes: nothing known makes it fit."""
 
     changes: tuple[Change, ...]
-    plan: Plan | None
+    forecast: Forecast | None
 
 
-def advise(planner: Planner, plan: Plan) -> Advice:
-    """The cheapest change, or set of changes, after which `plan`'s request fits."""
-    fits = partial(_seems_to_fit, planner, plan)
-    changes = [change for change in _changes(plan.request) if _can(change, plan.request)]
+def advise(planner: Planner, forecast: Forecast) -> Advice:
+    """The cheapest change, or set of changes, after which `forecast`'s request fits."""
+    fits = partial(_seems_to_fit, planner, forecast)
+    changes = [change for change in _changes(forecast.request) if _can(change, forecast.request)]
     for change in changes:
         if fits((change,)):
-            found = planner.plan(_applied(plan.request, (change,)))
+            found = planner.forecast(_applied(forecast.request, (change,)))
             if found.fits:  # of all blocks
                 return Advice((change,), found)
     chosen: tuple[Change, ...] = ()
@@ -69,16 +69,16 @@ def advise(planner: Planner, plan: Plan) -> Advice:
         rest = tuple(other for other in chosen if other is not change)
         if rest and fits(rest):
             chosen = rest
-    return Advice(chosen, planner.plan(_applied(plan.request, chosen)))
+    return Advice(chosen, planner.forecast(_applied(forecast.request, chosen)))
 
 
-def _seems_to_fit(planner: Planner, plan: Plan, changes: tuple[Change, ...]) -> bool:
+def _seems_to_fit(planner: Planner, forecast: Forecast, changes: tuple[Change, ...]) -> bool:
     """Whether the changed request fits, by the blocks that can be the worst: the old worst one and those at both ends.
 
-    The plan of the answer traces what it needs again.
+    The forecast of the answer traces what it needs again.
     """
     try:
-        request = _applied(plan.request, changes)
+        request = _applied(forecast.request, changes)
         layout = planner.layout(request)
     except (ValueError, TypeError):  # not with this model or these settings
         return False
@@ -87,7 +87,7 @@ def _seems_to_fit(planner: Planner, plan: Plan, changes: tuple[Change, ...]) -> 
     without_activations = request.card_holds(layout.weights + layout.device_state)
     if without_activations is not True:  # it is plain, or the card's size is not given
         return without_activations is None
-    return request.card_holds(planner.peak(request, plan.blocks.index(plan.worst))) is True
+    return request.card_holds(planner.peak(request, forecast.blocks.index(forecast.worst))) is True
 
 
 def _can(change: Change, request: Request) -> bool:

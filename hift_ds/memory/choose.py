@@ -15,7 +15,7 @@ from deepspeed.accelerator import get_accelerator
 
 from hift_ds.distributed import agree, of_all_ranks
 from hift_ds.memory.fake_model import positions_of
-from hift_ds.memory.plan import Planner
+from hift_ds.memory.planner import Planner
 from hift_ds.memory.request import RESERVE_BYTES, Request
 from hift_ds.state.block_state import card_bytes
 
@@ -86,7 +86,7 @@ def largest_blocks(planner: Planner, request: Request, memory: int) -> Choice:
         note = f"1, but even that needs {smallest / 2**30:.1f} GiB of {found[0]} at {found[1]}"
         return Choice(1, f"{note}; `hift-ds plan` says what would fit", warning=True)
     fits, best = 1, smallest
-    too_many = len(planner.layout(request.changed("hift", "layers_per_block", value=1)).plan.blocks) + 1
+    too_many = len(planner.layout(request.changed("hift", "layers_per_block", value=1)).block_plan.blocks) + 1
     while too_many - fits > 1:
         middle = (fits + too_many) // 2
         needed = need(middle)

@@ -70,7 +70,7 @@ class FakeModel:
 
     @property
     def takes_images(self) -> bool:
-        """Whether the model takes pixels or sound beside text, which a plan does not count."""
+        """Whether the model takes pixels or sound beside text, which a forecast does not count."""
         return bool(NOT_TEXT & inspect.signature(self.module.forward).parameters.keys())
 
     def batch(self, micro_batch: int, seq: int, padded: bool = False) -> dict[str, torch.Tensor]:

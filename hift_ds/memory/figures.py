@@ -84,7 +84,7 @@ class Figures:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Forecast:
     """The forecast for a request.
 
     Attributes:

@@ -53,7 +53,7 @@ class Layout:
         card_bytes: Of one card's memory; `None` = not known.
 
     Attributes:
-        plan: Blocks.
+        block_plan: Blocks.
         shards: Of each block, on rank 0.
 
     Raises:
@@ -67,13 +67,13 @@ class Layout:
         self.params = dict(model.module.named_parameters())
         for fqn, param in self.params.items():  # a trace leaves most of them off
             param.requires_grad_(fqn not in frozen)
-        self.plan: BlockPlan = plan_blocks(model.module, **config.hift.block_keys)
-        check_trainable(model.module, self.plan, config.stage)
+        self.block_plan: BlockPlan = plan_blocks(model.module, **config.hift.block_keys)
+        check_trainable(model.module, self.block_plan, config.stage)
         self.rule, self.groups = config.rule, [{"params": [], **config.group}]
         self.dtype = next(iter(self.params.values())).dtype
         self.storage = Storage.of(config, torch.device("cuda"), planned=True)
-        self.shards = [self._shard(block.fqns) for block in self.plan.blocks]
-        self.always = self._shard(self.plan.always_active) if self.plan.always_active else None
+        self.shards = [self._shard(block.fqns) for block in self.block_plan.blocks]
+        self.always = self._shard(self.block_plan.always_active) if self.block_plan.always_active else None
         self._factored = extra_bytes(map(self.extra, self.shards))  # on the device while a block is updated
         self.device_state, self._tile_numel = self._device_state()
 
@@ -84,7 +84,7 @@ class Layout:
     @property
     def trained(self) -> tuple[str, ...]:
         """Every parameter that is not frozen, in the model's order."""
-        frozen = set(self.plan.frozen)
+        frozen = set(self.block_plan.frozen)
         return tuple(fqn for fqn in self.params if fqn not in frozen)
 
     @property

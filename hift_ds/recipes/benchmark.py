@@ -13,13 +13,13 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 
-from hift_ds.memory.figures import Plan
+from hift_ds.memory.figures import Forecast
 from hift_ds.memory.peak_meter import MemoryMeter
 from hift_ds.memory.peaks import Report
 from hift_ds.memory.request import parse_bytes
 from hift_ds.recipes import training
 from hift_ds.recipes.display import Display
-from hift_ds.recipes.planning import forecast
+from hift_ds.recipes.planning import forecasts_of_run
 from hift_ds.recipes.results import provenance, step_times
 
 _LEAST_TIMED = 10  # steps whose time is taken, where nobody says how many to make
@@ -75,10 +75,11 @@ def measure(args: argparse.Namespace, display: Display, limit: int | None) -> di
     if evaluates:
         held_out.append(training.held_out_loss(engine, run.data, run.micro_batch))
     report = meter.gather()
-    plan = None
+    forecast: Forecast | str | None = None
     if dist.get_rank() == 0:
-        plan = forecast(engine, run.ds_config, args.seq_len, stream.padded)
-    return _row(args, run, engine, report, plan) | {
+        found = forecasts_of_run(engine, run.ds_config, args.seq_len, engine.device.type, padded=stream.padded)
+        forecast = found if isinstance(found, str) else found[0]
+    return _row(args, run, engine, report, forecast) | {
         "gpu_memory_limit": limit,
         "steps": steps,
         **step_times(seconds, cycle, tokens),
@@ -149,7 +150,9 @@ def _random_batches(run: Any, args: argparse.Namespace, engine: Any) -> Iterator
         yield {"input_ids": ids, "labels": ids}
 
 
-def _row(args: argparse.Namespace, run: Any, engine: Any, report: Report, plan: Plan | str | None) -> dict[str, Any]:
+def _row(
+    args: argparse.Namespace, run: Any, engine: Any, report: Report, forecast: Forecast | str | None
+) -> dict[str, Any]:
     peaks = [record.peak for record in report.ranks if record.peak is not None]
     peak = max(peaks, key=lambda sample: sample.allocated)
     row = {
@@ -172,9 +175,9 @@ def _row(args: argparse.Namespace, run: Any, engine: Any, report: Report, plan: 
         "config": {key: value for key, value in run.ds_config.items() if key != "tensorboard"},
         "report": report.to_json(),
     }
-    if isinstance(plan, Plan):
-        figures = plan.worst if args.hift else plan.full
+    if isinstance(forecast, Forecast):
+        figures = forecast.worst if args.hift else forecast.full
         row["forecast"] = figures.to_json()
     else:
-        row["forecast"] = plan
+        row["forecast"] = forecast
     return row

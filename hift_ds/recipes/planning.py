@@ -14,8 +14,8 @@ from deepspeed import comm as dist
 
 from hift_ds.config.batch import MICRO, TRAIN
 from hift_ds.config.resolve import set_precision, set_stage
-from hift_ds.memory.figures import Plan
-from hift_ds.memory.plan import Planner
+from hift_ds.memory.figures import Forecast
+from hift_ds.memory.planner import Planner
 from hift_ds.memory.request import Request, parse_bytes
 from hift_ds.recipes.arguments import override_batch, read_ds_config
 from hift_ds.state.block_state import card_bytes
@@ -77,33 +77,34 @@ def complete_config(
     return config
 
 
-def forecast(
-    engine: Any, ds_config: Mapping[str, Any], seq_len: int, padded: bool = True, device_type: str | None = None,
-    ends_alone: bool = False, planner: Planner | None = None,
-) -> Plan | str:  # fmt: skip
-    """The memory plan of a run, or why there is none. Not collective.
+def forecasts_of_run(
+    engine: Any, ds_config: Mapping[str, Any], seq_len: int, *device_types: str, padded: bool = True,
+    ends_alone: bool = False,
+) -> list[Forecast] | str:  # fmt: skip
+    """The forecast of a run for each of `device_types`, or why there is none. Not collective.
 
     Args:
         engine: Of HiFT, or DeepSpeed's own: then with blocks of one layer.
         ds_config: Its config.
         seq_len: Tokens of a row.
         padded: Rows have padding.
-        device_type: Of the forecast; `None` = this run's.
         ends_alone: Of the first and the last two blocks alone, which is quick.
-        planner: Of the engine's model, whose traces serve several forecasts; `None` = one of its own.
     """
     world, hift = dist.get_world_size(), getattr(engine, "hift_config", None)
     config = complete_config(ds_config, None, None, None, world)
     if hift is not None:
         config["hift"]["layers_per_block"] = hift.layers_per_block or 1
     nodes = max(1, world // int(os.environ.get("LOCAL_WORLD_SIZE", world)))
-    request = Request.of(
-        engine.module, config, seq_len, padded=padded, gpus=world // nodes, nodes=nodes,
-        gpu_memory=card_bytes(engine.device),  # or the part of it that a limit leaves
-        device_type=device_type or engine.device.type,
-    )  # fmt: skip
     try:
-        planner = planner or Planner.of(engine.module)
-        return planner.plan_of_ends(request) if ends_alone else planner.plan(request)
+        planner = Planner.of(engine.module)
+        make = planner.forecast_of_ends if ends_alone else planner.forecast
+        return [
+            make(Request.of(
+                engine.module, config, seq_len, padded=padded, gpus=world // nodes, nodes=nodes,
+                gpu_memory=card_bytes(engine.device),  # or the part of it that a limit leaves
+                device_type=device_type,
+            ))
+            for device_type in device_types
+        ]  # fmt: skip
     except (ValueError, TypeError) as error:
         return str(error)

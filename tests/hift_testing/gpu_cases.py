@@ -150,7 +150,7 @@ def peaks(
 
     from hift_ds.config.resolve import DTYPES
     from hift_ds.memory import MemoryMeter
-    from hift_ds.memory.plan import Planner
+    from hift_ds.memory.planner import Planner
     from hift_ds.memory.request import Request
     from hift_ds.recipes.planning import complete_config
     from hift_ds.state.block_state import card_bytes
@@ -173,7 +173,7 @@ def peaks(
             engine.step()
     device = engine.device
     request = Request(config, seq, None, checkpointing, gpu_memory=card_bytes(device), device_type=device.type)
-    plan = Planner(LlamaConfig(**llama)).plan(request)
+    plan = Planner(LlamaConfig(**llama)).forecast(request)
     measured = meter.gather().block_peaks("requested" if engine.device.type == "cuda" else "allocated")
     return {block: peak - before for block, peak in measured.items()}, [block.peak for block in plan.blocks]
 

@@ -23,7 +23,7 @@ from hift_testing.selection import slow
 from hift_testing.training import DTYPES, cast_parameters, ds_config, engine_of, run_steps, small_llama
 from torch import nn
 
-from hift_ds.memory.plan import Planner
+from hift_ds.memory.planner import Planner
 from hift_ds.memory.request import Request
 from hift_ds.state import block_state as state
 from hift_ds.state import ring

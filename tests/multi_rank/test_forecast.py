@@ -20,7 +20,7 @@ from transformers import LlamaConfig
 
 from hift_ds.memory import choose
 from hift_ds.memory.full import full_figures, full_moments
-from hift_ds.memory.plan import Planner
+from hift_ds.memory.planner import Planner
 from hift_ds.memory.request import Request
 from hift_ds.recipes.planning import complete_config
 
@@ -138,7 +138,7 @@ def assert_forecast(
     request = Request(config, rows[1], attention, checkpointing, gpus=world, device_type="cpu", separate_host=True)
     with separate_host(tile=1024):
         planner = Planner(LlamaConfig(**LLAMA))
-        plan, layout = planner.plan(request), planner.layout(request)
+        plan, layout = planner.forecast(request), planner.layout(request)
         traces = [planner._traced(request, layout, index).moments for index in range(len(plan.blocks))]
     beside = dict.fromkeys(TOLERANCES, 0)
     if world > 1 and stage in (1, 2):  # gloo's threads may still hold the update's last bucket when the next is there

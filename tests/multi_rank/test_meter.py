@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import LlamaConfig
 
 from hift_ds.memory import MemoryMeter
-from hift_ds.memory.plan import Planner
+from hift_ds.memory.planner import Planner
 from hift_ds.memory.request import Request
 
 pytestmark = pytest.mark.multi_rank
@@ -30,8 +30,8 @@ def measured(stage: int, dtype: str, hift: dict[str, Any] | None, folder: str | 
     """Two cycles (or 8 steps of full fine-tuning) inside a meter, then a step outside of it.
 
     Returns:
-        `report`: as JSON; `table`: as text; `samples`: this rank's; `peaks`: by block; `forecast`: the plan's peaks by
-        block with all state in one memory, as on a CPU; `weights` and `state`: bytes by the tensors' sizes.
+        `report`: as JSON; `table`: as text; `samples`: this rank's; `peaks`: by block; `forecast`: the planner's peaks
+        by block with all state in one memory, as on a CPU; `weights` and `state`: bytes by the tensors' sizes.
     """
     torch.manual_seed(0)
     model = measured_llama()
@@ -60,7 +60,7 @@ def measured(stage: int, dtype: str, hift: dict[str, Any] | None, folder: str | 
         facts["state"] = sum(t.nbytes for state in engine.optimizer.states for t in state.all_tensors())
         request = Request(config, SEQ, None, gpus=engine.dp_world_size, device_type="cpu")
         if dist.get_rank() == 0:
-            facts["forecast"] = [block.peak for block in Planner(LlamaConfig(**LLAMA)).plan(request).blocks]
+            facts["forecast"] = [block.peak for block in Planner(LlamaConfig(**LLAMA)).forecast(request).blocks]
     return facts
 
 

@@ -7,7 +7,7 @@ import transformers as hf
 
 from hift_ds.memory import advice
 from hift_ds.memory.advice import _changes, advise
-from hift_ds.memory.plan import Planner
+from hift_ds.memory.planner import Planner
 from hift_ds.memory.request import RESERVE_BYTES, Request
 from hift_ds.recipes.planning import complete_config
 from hift_ds.state import block_state as state
@@ -36,55 +36,55 @@ def request_of(micro=1, world=1, stage=0, attention="sdpa", precision="bf16", ch
 
 
 def need(planner, request):
-    return planner.plan(request).worst.peak + RESERVE_BYTES
+    return planner.forecast(request).worst.peak + RESERVE_BYTES
 
 
 def advice_for(planner, request, gpu=None, host=None):
     """The changes in the words of the config, after checks that hold for every advice."""
     request = replace(request, gpu_memory=gpu, host_memory=host)
-    plan = planner.plan(request)
-    assert plan.fits is False
-    advice = advise(planner, plan)
-    if advice.plan is None:
+    forecast = planner.forecast(request)
+    assert forecast.fits is False
+    advice = advise(planner, forecast)
+    if advice.forecast is None:
         assert advice.changes == ()
         return [], None
-    assert advice.plan.fits is True
+    assert advice.forecast.fits is True
     changed = request
     for change in advice.changes:
         changed = change.apply(changed)
-    assert changed == advice.plan.request, "the plan is that of the changes proposed"
+    assert changed == advice.forecast.request, "the plan is that of the changes proposed"
     assert (changed.gpu_memory, changed.host_memory) == (gpu, host)
-    return [change.what for change in advice.changes], advice.plan
+    return [change.what for change in advice.changes], advice.forecast
 
 
 def test_a_micro_batch_too_large_is_halved_into_more_micro_steps(planner):
     limit = need(planner, request_of(micro=4)) + 200_000  # what accumulation in fp32 takes more
     assert limit < need(planner, replace(request_of(micro=8), checkpointing=True))
-    whats, plan = advice_for(planner, request_of(micro=8), gpu=limit)
+    whats, forecast = advice_for(planner, request_of(micro=8), gpu=limit)
     assert whats == ["micro batch 4 and as many more micro steps"]
-    assert (plan.request.config.micro_batch, plan.request.config.micro_steps) == (4, 2)
+    assert (forecast.request.config.micro_batch, forecast.request.config.micro_steps) == (4, 2)
 
 
 def test_of_two_changes_that_help_the_cheaper_is_proposed(planner):
     limit = need(planner, replace(request_of(micro=8), checkpointing=True))
     assert limit > need(planner, request_of(micro=4)) + 200_000, "a smaller micro batch would help as well"
-    whats, plan = advice_for(planner, request_of(micro=8), gpu=limit)
+    whats, forecast = advice_for(planner, request_of(micro=8), gpu=limit)
     assert whats == ["activation checkpointing"]
-    assert plan.request.checkpointing
+    assert forecast.request.checkpointing
 
 
 def test_eager_attention_gives_way_to_sdpa(planner):
     # Planned by another planner: the models of one share transformers' config.
     fresh = Planner(planner.config.__class__.from_dict(planner.config.to_dict()))
-    whats, plan = advice_for(fresh, request_of(attention="eager"), gpu=need(planner, request_of()))
+    whats, forecast = advice_for(fresh, request_of(attention="eager"), gpu=need(planner, request_of()))
     assert whats == ["attention by sdpa"]
-    assert plan.request.attn_implementation == "sdpa"
+    assert forecast.request.attn_implementation == "sdpa"
 
 
 def test_large_blocks_give_way_to_single_layers(planner):
-    whats, plan = advice_for(planner, request_of(layers_per_block=8), gpu=need(planner, request_of()))
+    whats, forecast = advice_for(planner, request_of(layers_per_block=8), gpu=need(planner, request_of()))
     assert whats == ['"layers_per_block": 1']
-    assert len(plan.blocks) == 4
+    assert len(forecast.blocks) == 4
 
 
 def test_resident_state_gives_way_to_streaming(planner):
@@ -93,41 +93,41 @@ def test_resident_state_gives_way_to_streaming(planner):
 
 
 def test_host_memory_too_small_gives_way_to_split16(planner):
-    host = planner.plan(request_of()).host
-    whats, plan = advice_for(planner, request_of(), host=host * 10 // 12)
+    host = planner.forecast(request_of()).host
+    whats, forecast = advice_for(planner, request_of(), host=host * 10 // 12)
     assert whats == ['"master": "split16" in hift.state']
-    assert plan.host == host * 10 // 12, "10 bytes a parameter in the place of 12"
+    assert forecast.host == host * 10 // 12, "10 bytes a parameter in the place of 12"
 
 
 def test_changes_that_only_help_together_are_proposed_together_and_no_others(planner):
-    host = planner.plan(request_of()).host
-    whats, plan = advice_for(planner, request_of(), host=host // 2)
+    host = planner.forecast(request_of()).host
+    whats, forecast = advice_for(planner, request_of(), host=host // 2)
     assert whats == ['"master": "split16" in hift.state', '"moments": "bf16" in hift.state']
-    assert plan.host == host // 2
+    assert forecast.host == host // 2
 
 
 def test_host_memory_is_that_of_all_ranks_of_a_node(planner):
-    host = planner.plan(request_of(world=4)).host
-    whats, plan = advice_for(planner, request_of(world=4), host=4 * host - 1)
+    host = planner.forecast(request_of(world=4)).host
+    whats, forecast = advice_for(planner, request_of(world=4), host=4 * host - 1)
     assert whats == ["ZeRO stage 2"]
-    assert plan.host * 4 < host * 2
+    assert forecast.host * 4 < host * 2
 
 
 def test_card_and_node_must_both_fit_after_the_change(planner):
     request = request_of(layers_per_block=8)
-    host = planner.plan(request).host
+    host = planner.forecast(request).host
     whats, _ = advice_for(planner, request, gpu=need(planner, request_of()), host=host * 11 // 12)
     assert whats == ['"layers_per_block": 1', '"master": "split16" in hift.state']
 
 
 def test_a_ring_too_large_for_the_card_gives_way_to_the_largest_that_fits(planner, monkeypatch):
-    block = max(planner.plan(request_of()).blocks, key=lambda block: block.host_state).host_state
+    block = max(planner.forecast(request_of()).blocks, key=lambda block: block.host_state).host_state
     monkeypatch.setattr(state, "RING_BYTES", 1)
     monkeypatch.setattr(advice, "RING_SIZES", (1 << 20, 1 << 18, 1 << 17, 1 << 16))
     least = need(planner, request_of(state={"ring_bytes": 1 << 17}))
-    whats, plan = advice_for(planner, request_of(), gpu=least + 1000)
+    whats, forecast = advice_for(planner, request_of(), gpu=least + 1000)
     assert whats == ['"ring_bytes": 131072 in hift.state']
-    assert need(planner, request_of()) < least < least + block < plan.worst.peak + RESERVE_BYTES + 2 * block
+    assert need(planner, request_of()) < least < least + block < forecast.worst.peak + RESERVE_BYTES + 2 * block
 
 
 def test_only_rings_smaller_than_the_present_one_are_proposed():
@@ -143,17 +143,17 @@ def test_only_rings_smaller_than_the_present_one_are_proposed():
 def test_several_ranks_are_given_stage_2_before_stage_3(planner):
     limit = need(planner, request_of(world=4, stage=2))
     assert need(planner, request_of(world=4, stage=3)) <= limit, "stage 3 would do as well"
-    whats, plan = advice_for(planner, request_of(world=4), gpu=limit)
+    whats, forecast = advice_for(planner, request_of(world=4), gpu=limit)
     assert whats == ["ZeRO stage 2"]
-    assert plan.request.config.stage == 2
+    assert forecast.request.config.stage == 2
 
 
 def test_stage_3_is_proposed_where_weights_must_go(planner):
     limit = need(planner, request_of(world=4, stage=3, checkpointing=True))
     assert limit < need(planner, request_of(world=4, stage=2, checkpointing=True))
-    whats, plan = advice_for(planner, request_of(world=4, checkpointing=True), gpu=limit)
+    whats, forecast = advice_for(planner, request_of(world=4, checkpointing=True), gpu=limit)
     assert whats == ["ZeRO stage 3"]
-    assert plan.request.config.stage == 3
+    assert forecast.request.config.stage == 3
 
 
 def test_where_nothing_helps_nothing_is_proposed(planner):
@@ -164,9 +164,9 @@ def test_where_nothing_helps_nothing_is_proposed(planner):
 def test_shorter_rows_are_the_last_that_is_proposed(planner):
     request = replace(request_of(checkpointing=True), seq=256)
     limit = need(planner, replace(request, seq=128))
-    whats, plan = advice_for(planner, request, gpu=limit)
+    whats, forecast = advice_for(planner, request, gpu=limit)
     assert whats == ["rows of 128 tokens"]
-    assert plan.request.seq == 128
+    assert forecast.request.seq == 128
 
 
 def names(request):

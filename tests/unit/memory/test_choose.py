@@ -10,7 +10,7 @@ from torch import nn
 
 from hift_ds.memory import choose
 from hift_ds.memory.choose import ASSUMED_SEQ_LEN, choose_layers_per_block
-from hift_ds.memory.plan import Planner
+from hift_ds.memory.planner import Planner
 from hift_ds.memory.request import RESERVE_BYTES, Request
 from hift_ds.recipes.comparison import Cell, config_of
 
@@ -44,7 +44,7 @@ class Forecasts:
             for number in range(1, UNITS + 1):
                 asked = request.changed("hift", "layers_per_block", value=number)
                 layout = self.planner.layout(asked)
-                peaks = [self.planner.figures(asked, layout, i).peak for i in range(len(layout.plan.blocks))]
+                peaks = [self.planner.figures(asked, layout, i).peak for i in range(len(layout.block_plan.blocks))]
                 self.needs[device][number] = max(peaks) + (RESERVE_BYTES if device == "cuda" else 0)
 
     def largest(self, memory, device):

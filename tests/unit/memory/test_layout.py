@@ -164,7 +164,7 @@ def test_updates_on_the_host_need_no_state_on_the_device():
 
 def test_frozen_parameters_are_in_no_block():
     layout = layout_of(frozen=("norm",), hift={"blocks": [["large"], ["small"]]})
-    assert layout.plan.frozen == ("norm",)
+    assert layout.block_plan.frozen == ("norm",)
     assert [shard.numel for shard in layout.shards] == [ALONE[0], 32]
     assert layout.weights == BUFFER + 2 * ALL, "but on the device"
 
@@ -174,7 +174,7 @@ def test_a_layout_does_not_go_by_what_a_trace_has_left_off():
     with mode:
         model = SimpleNamespace(module=Layers(torch.bfloat16).requires_grad_(False), mode=mode)
     config = {"train_batch_size": 1, "optimizer": {"type": "SGD"}, "hift": {"enabled": True}, "bf16": {"enabled": True}}
-    assert Layout(model, resolve(config, world=1)).plan.frozen == ()
+    assert Layout(model, resolve(config, world=1)).block_plan.frozen == ()
 
 
 def test_forms_that_do_not_go_with_the_weights_or_the_rule_are_refused():

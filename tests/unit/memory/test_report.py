@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from hift_ds.memory.advice import Advice, Change
-from hift_ds.memory.figures import Figures, Plan
+from hift_ds.memory.figures import Figures, Forecast
 from hift_ds.memory.report import CARDS, ROLES, _alike, plot, render, to_json, verdict
 from hift_ds.memory.request import RESERVE_BYTES, Request
 
@@ -41,12 +41,12 @@ def plan_of(scale=GIB, layers=3, numel=10**6, name="model.layers", **keywords):
     blocks += [figures(f"{name}.{i}", numel, scale - i * (scale // 200)) for i in range(layers)]
     blocks.append(figures("norm+lm_head", numel // 2, scale // 4, phase="update"))
     full = figures("full fine-tuning", sum(block.numel for block in blocks), 20 * scale)
-    return Plan(request_of(**keywords), "LlamaForCausalLM", tuple(blocks), full, 5 * scale, 6 * scale)
+    return Forecast(request_of(**keywords), "LlamaForCausalLM", tuple(blocks), full, 5 * scale, 6 * scale)
 
 
-def shown(plan, advice=None, width=80):
+def shown(forecast, advice=None, width=80):
     stream = io.StringIO()
-    Console(file=stream, width=width, highlight=False, emoji=False).print(render(plan, advice))
+    Console(file=stream, width=width, highlight=False, emoji=False).print(render(forecast, advice))
     return stream.getvalue()
 
 
@@ -65,10 +65,10 @@ SIZES = {
 
 @pytest.mark.parametrize("size", SIZES)
 def test_table_fits_80_columns_and_cuts_no_header_and_no_number(size):
-    plan = plan_of(**SIZES[size])
+    forecast = plan_of(**SIZES[size])
     change = Change('ZeRO stage 3 with "offload_param": {"device": "cpu"}', "weights cross the bus")
-    for advice in (None, Advice((), None), Advice((change,), plan)):
-        text = shown(plan, advice)
+    for advice in (None, Advice((), None), Advice((change,), forecast)):
+        text = shown(forecast, advice)
         assert max(map(len, text.splitlines())) <= 80
         header = next(line for line in text.splitlines() if "activations" in line and "block" in line)
         assert header.split() == list(HEADERS)
@@ -76,7 +76,7 @@ def test_table_fits_80_columns_and_cuts_no_header_and_no_number(size):
         assert compared.split() == ["HiFT", "full", "fine-tuning"]
         cut = [line for line in text.splitlines() if "…" in line]
         assert all(line.index("…") < 22 for line in cut), "only names of blocks may be cut"
-    for number in (plan.worst.peak, plan.full.peak, plan.full.activations):
+    for number in (forecast.worst.peak, forecast.full.peak, forecast.full.activations):
         assert f"{number / GIB:,.2f}" in text
 
 
@@ -99,8 +99,8 @@ def test_full_fine_tuning_stands_beside_the_worst_block():
 
 
 def test_a_plan_that_takes_more_than_full_fine_tuning_says_so():
-    plan = plan_of()
-    assert "(+100 %)" in shown(replace(plan, full=figures("full", 1, GIB // 2)))
+    forecast = plan_of()
+    assert "(+100 %)" in shown(replace(forecast, full=figures("full", 1, GIB // 2)))
 
 
 def test_heading_names_the_run():
@@ -134,8 +134,8 @@ def test_of_alike_blocks_the_highest_is_shown():
 
 
 def test_verdict_without_a_card_names_the_smallest_that_holds_it():
-    plan = plan_of(scale=GIB)  # 10 GiB and the reserve of 1
-    assert plain(verdict(plan)) == (
+    forecast = plan_of(scale=GIB)  # 10 GiB and the reserve of 1
+    assert plain(verdict(forecast)) == (
         "needs 11.00 GiB a card (1.00 GiB of it is an allowance for CUDA itself and gaps): a card of 12 GiB holds it"
     )
     worst = max(CARDS)
@@ -157,15 +157,15 @@ def test_verdict_with_a_node_counts_all_its_ranks():
 
 
 def test_advice_says_what_it_costs_and_what_comes_of_it():
-    plan = plan_of(gpu_memory=8 * GIB)
+    forecast = plan_of(gpu_memory=8 * GIB)
     better = replace(plan_of(scale=GIB // 2, gpu_memory=8 * GIB))
     change = Change("a smaller thing", "a little")
-    one = " ".join(shown(plan, Advice((change,), better)).split())
+    one = " ".join(shown(forecast, Advice((change,), better)).split())
     assert "The cheapest change that makes it fit: - a smaller thing (costs: a little)" in one
     assert "then: fits: needs 6.00 GiB of 8.00 GiB" in one
-    two = shown(plan, Advice((change, change), better))
+    two = shown(forecast, Advice((change, change), better))
     assert "The cheapest changes that fit:" in two and two.count("a smaller thing") == 2
-    assert "No change that is known here makes it fit" in shown(plan, Advice((), None))
+    assert "No change that is known here makes it fit" in shown(forecast, Advice((), None))
 
 
 def test_what_is_said_of_a_plan_is_not_read_as_markup():
@@ -177,10 +177,10 @@ def test_what_is_said_of_a_plan_is_not_read_as_markup():
 
 
 def test_json_is_valid_and_its_bytes_add_up():
-    plan = plan_of(gpus=2, gpu_memory=8 * GIB)
+    forecast = plan_of(gpus=2, gpu_memory=8 * GIB)
     paper = {"full, fp32": {"para": 1, "gra": 2, "sta": 3}}
-    found = json.loads(json.dumps(to_json(plan, None, paper), allow_nan=False))
-    assert len(found["blocks"]) == len(plan.blocks)
+    found = json.loads(json.dumps(to_json(forecast, None, paper), allow_nan=False))
+    assert len(found["blocks"]) == len(forecast.blocks)
     for block in [*found["blocks"], found["full_fine_tuning"]]:
         assert block["peak"] == sum(block[role] for role in ROLES)
     assert found["peak"] == max(block["peak"] for block in found["blocks"]) == 10 * GIB
@@ -190,19 +190,19 @@ def test_json_is_valid_and_its_bytes_add_up():
     assert found["full_fine_tuning"]["host_per_rank"] == 6 * GIB
     assert found["reserve"] == RESERVE_BYTES
     assert found["fits"] is False and found["as_the_paper_counts"] == paper
-    assert found["config"] == plan.request.ds_config
+    assert found["config"] == forecast.request.ds_config
     request = found["request"]
     assert (request["stage"], request["precision"], request["micro_batch"], request["seq"]) == (3, "bf16", 3, 512)
     assert "cheapest_change" not in found
 
 
 def test_json_has_the_advice_there_is():
-    plan, better = plan_of(gpu_memory=8 * GIB), plan_of(scale=GIB // 2)
+    forecast, better = plan_of(gpu_memory=8 * GIB), plan_of(scale=GIB // 2)
     change = Change("a smaller thing", "a little")
-    found = to_json(plan, Advice((change,), better), {})
+    found = to_json(forecast, Advice((change,), better), {})
     assert found["cheapest_change"] == [{"what": "a smaller thing", "cost": "a little"}]
     assert found["peak_after_change"] == better.worst.peak
-    nothing = json.loads(json.dumps(to_json(plan, Advice((), None), {})))
+    nothing = json.loads(json.dumps(to_json(forecast, Advice((), None), {})))
     assert (nothing["cheapest_change"], nothing["peak_after_change"]) == ([], None)
     assert to_json(plan_of(), None, {})["fits"] is None
 

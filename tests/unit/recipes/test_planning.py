@@ -9,7 +9,7 @@ from hift_ds.recipes import planning as module
 
 
 def forecast_of(state, monkeypatch):
-    """The plan of a run on one CPU rank with a "state" section."""
+    """The forecast of a run on one CPU rank with a "state" section."""
     config = LlamaConfig(vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
                          num_attention_heads=4)  # fmt: skip
     monkeypatch.setattr(module, "dist", SimpleNamespace(get_world_size=lambda: 1))
@@ -17,9 +17,9 @@ def forecast_of(state, monkeypatch):
     ds_config["hift"] = {"enabled": True, "state": state}
     hift = SimpleNamespace(layers_per_block=1)
     engine = SimpleNamespace(device=torch.device("cpu"), hift_config=hift, module=LlamaForCausalLM(config))
-    plan = module.forecast(engine, ds_config, 8, padded=False)
-    assert not isinstance(plan, str), plan
-    return plan.worst
+    forecasts = module.forecasts_of_run(engine, ds_config, 8, "cpu", padded=False)
+    assert not isinstance(forecasts, str), forecasts
+    return forecasts[0].worst
 
 
 def test_on_a_cpu_the_forecast_keeps_the_form_of_the_state_and_forgets_the_ring(monkeypatch):

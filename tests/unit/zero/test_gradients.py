@@ -40,9 +40,7 @@ class FakeComm:
 
     def reduce_scatter_tensor(self, out, packed, group, async_op):
         assert async_op
-        return self._start(
-            "reduce_scatter", packed, lambda: out.copy_(packed.view(WORLD, -1)[self.rank] * WORLD)
-        )
+        return self._start("reduce_scatter", packed, lambda: out.copy_(packed.view(WORLD, -1)[self.rank] * WORLD))
 
     def names(self):
         return [entry[0] for entry in self.log]

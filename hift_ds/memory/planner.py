@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hift_ds.memory.fake_model import FakeModel
-from hift_ds.memory.figures import Figures, Moment, Plan
+from hift_ds.memory.figures import Figures, Forecast, Moment
 from hift_ds.memory.full import full_figures
 from hift_ds.memory.gathering import Gathered
 from hift_ds.memory.layout import GradientBytes, Layout
@@ -40,7 +40,7 @@ class Planner:
         """The planner of a transformers model that is there; only its class and its config are looked at."""
         return cls(copy.deepcopy(module.config), type(module), frozen)
 
-    def plan(self, request: Request, every_block: bool = False) -> Plan:
+    def forecast(self, request: Request, every_block: bool = False) -> Forecast:
         """The forecast.
 
         Args:
@@ -51,28 +51,28 @@ class Planner:
         """
         layout = self.layout(request)
         if every_block:
-            return self._plan(request, layout, self._of(request, layout, range(len(layout.plan.blocks))))
-        return self._plan(
+            return self._forecast(request, layout, self._of(request, layout, range(len(layout.block_plan.blocks))))
+        return self._forecast(
             request, layout, _Interpolation(lambda index: self._traced(request, layout, index), layout).all()
         )
 
-    def plan_of_ends(self, request: Request) -> Plan:
+    def forecast_of_ends(self, request: Request) -> Forecast:
         """The forecast of the first and the last two blocks alone, which is quick."""
         layout = self.layout(request)
-        return self._plan(request, layout, self._of(request, layout, _ends(layout)))
+        return self._forecast(request, layout, self._of(request, layout, _ends(layout)))
 
     def _of(self, request: Request, layout: Layout, indices: Iterable[int]) -> tuple[Figures, ...]:
         return tuple(self.figures(request, layout, index) for index in indices)
 
-    def _plan(self, request: Request, layout: Layout, blocks: tuple[Figures, ...]) -> Plan:
+    def _forecast(self, request: Request, layout: Layout, blocks: tuple[Figures, ...]) -> Forecast:
         events = self.events(request, layout.trained)
         reached = {name for event in events if event.kind == GRADIENT for name in event.names}
-        unreached = [block for block in layout.plan.blocks if reached.isdisjoint(block.fqns)]
+        unreached = [block for block in layout.block_plan.blocks if reached.isdisjoint(block.fqns)]
         names = {fqn for block in unreached for fqn in block.fqns}
         events = [*events[:-1], *uncounted(layout.model.module, names, events[-1].current), events[-1]]
         full = full_figures(layout, events)
         offloaded = layout.offloaded_weights
-        return Plan(
+        return Forecast(
             request, type(layout.model.module).__name__, blocks, full[0],
             host=layout.host_state() + offloaded, full_host=full[1] + offloaded,
             uncounted=tuple(block.name for block in unreached),
@@ -85,7 +85,7 @@ class Planner:
     def peak(self, request: Request, besides: int = 0) -> int:
         """Highest peak of the first and the last two blocks, and of block `besides`, if there are as many."""
         layout = self.layout(request)
-        indices = {*_ends(layout), min(besides, len(layout.plan.blocks) - 1)}
+        indices = {*_ends(layout), min(besides, len(layout.block_plan.blocks) - 1)}
         return max(figures.peak for figures in self._of(request, layout, indices))
 
     def figures(self, request: Request, layout: Layout, index: int) -> Figures:
@@ -93,8 +93,8 @@ class Planner:
         return self._traced(request, layout, index).figures(layout, index)
 
     def _traced(self, request: Request, layout: Layout, index: int) -> Traced:
-        block = layout.plan.blocks[index]
-        events = self.events(request, (*block.fqns, *layout.plan.always_active))
+        block = layout.block_plan.blocks[index]
+        events = self.events(request, (*block.fqns, *layout.block_plan.always_active))
         order = [name for event in events if event.kind == GRADIENT for name in event.names]
         gradients = layout.gradient_bytes(index, order)
         gathered = layout.gathered(events)
@@ -129,7 +129,7 @@ class Planner:
 
 def _ends(layout: Layout) -> list[int]:
     """The first and the last two blocks, which have the highest peaks of most models."""
-    last = len(layout.plan.blocks) - 1
+    last = len(layout.block_plan.blocks) - 1
     return sorted({0, min(1, last), max(0, last - 1), last})
 
 
@@ -143,7 +143,7 @@ class Traced:
 
     def figures(self, layout: Layout, index: int) -> Figures:
         """With what the layout says of the block."""
-        block, shard = layout.plan.blocks[index], layout.shards[index]
+        block, shard = layout.block_plan.blocks[index], layout.shards[index]
         worst = max(self.moments.values(), key=lambda moment: moment.nbytes)
         micro_steps = layout.config.micro_steps
         network = layout.published_bytes(index)
@@ -188,7 +188,7 @@ class _Interpolation:
         self._guessed: set[int] = set()
 
     def all(self) -> tuple[Figures, ...]:
-        blocks = self._layout.plan.blocks
+        blocks = self._layout.block_plan.blocks
         first = 0
         while first < len(blocks):
             last = first
@@ -206,7 +206,7 @@ class _Interpolation:
 
     def _shape(self, index: int) -> list[tuple]:
         """What makes blocks alike: shapes, and the kind of each layer (local or global attention)."""
-        fqns, params = self._layout.plan.blocks[index].fqns, self._layout.params
+        fqns, params = self._layout.block_plan.blocks[index].fqns, self._layout.params
         kinds = self._layout.layer_types
         return [(re.sub(r"\d+", "#", fqn), params[fqn].shape, _kind(fqn, kinds)) for fqn in fqns]
 

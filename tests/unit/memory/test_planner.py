@@ -7,11 +7,11 @@ import transformers as hf
 from hift_testing.layouts import ALONE, BLOCKS, OF_FOUR, Three, layout_of, three
 from torch import nn
 
-from hift_ds.memory import plan as plan_module
-from hift_ds.memory.figures import Figures, Moment, Plan
+from hift_ds.memory import planner as planner_module
+from hift_ds.memory.figures import Figures, Forecast, Moment
 from hift_ds.memory.gathering import Gathered
 from hift_ds.memory.layout import GradientBytes
-from hift_ds.memory.plan import TOLERANCE, Planner, Traced, _Interpolation, _moments
+from hift_ds.memory.planner import TOLERANCE, Planner, Traced, _Interpolation, _moments
 from hift_ds.memory.request import RESERVE_BYTES, Request
 from hift_ds.memory.trace import END, FETCH, GRADIENT, RELEASE, Event
 
@@ -57,7 +57,7 @@ def seen(planner, request, layout):
         return planner._traced(request, layout, index)
 
     found = _Interpolation(traced, layout).all()
-    every = tuple(planner.figures(request, layout, index) for index in range(len(layout.plan.blocks)))
+    every = tuple(planner.figures(request, layout, index) for index in range(len(layout.block_plan.blocks)))
     return found, every, looked_at
 
 
@@ -87,10 +87,10 @@ def test_a_plan_of_every_block_has_the_traced_figures_of_each(monkeypatch):
     traced = []
     original = Planner._traced
     monkeypatch.setattr(Planner, "_traced", lambda *args: (traced.append(args[-1]), original(*args))[1])
-    plan = planner.plan(request, every_block=True)
+    forecast = planner.forecast(request, every_block=True)
     assert traced == list(range(11))
     traced.clear()
-    assert planner.plan(request).blocks == plan.blocks
+    assert planner.forecast(request).blocks == forecast.blocks
     assert len(traced) < 11
 
 
@@ -133,7 +133,7 @@ class ByHand:
         return found
 
     def every(self):
-        blocks = range(len(self.layout.plan.blocks))
+        blocks = range(len(self.layout.block_plan.blocks))
         return tuple(self.traced(index).figures(self.layout, index) for index in blocks)
 
 
@@ -316,7 +316,7 @@ def figures(name, activations, numel=10):
 
 def plan_of(host=5_000, **memory):
     request = request_of(0, world=2, **memory)
-    return Plan(request, "Tiny", (figures("a", 1), figures("b", 5), figures("c", 4)), figures("full", 9), host, 0)
+    return Forecast(request, "Tiny", (figures("a", 1), figures("b", 5), figures("c", 4)), figures("full", 9), host, 0)
 
 
 def test_worst_is_the_block_with_the_highest_peak():
@@ -342,40 +342,40 @@ def test_a_node_must_hold_the_state_of_all_its_ranks():
 
 def test_both_limits_must_be_kept():
     for card, node, fits in ((1, 1, True), (0, 1, False), (1, 0, False)):
-        plan = plan_of(gpu_memory=128 + RESERVE_BYTES - 1 + card, host_memory=9_999 + node)
-        assert plan.fits is fits
+        forecast = plan_of(gpu_memory=128 + RESERVE_BYTES - 1 + card, host_memory=9_999 + node)
+        assert forecast.fits is fits
 
 
 @pytest.fixture(scope="module")
 def planned():
     planner = Planner(llama(2))
     request = request_of(0)
-    return planner, request, planner.plan(request)
+    return planner, request, planner.forecast(request)
 
 
 def test_a_plan_has_the_figures_of_every_block_and_the_states_of_all(planned):
-    planner, request, plan = planned
+    planner, request, forecast = planned
     layout = planner.layout(request)
-    assert plan.model == "LlamaForCausalLM"
-    assert [block.name for block in plan.blocks] == [block.name for block in layout.plan.blocks]
-    assert plan.host == sum(block.host_state for block in plan.blocks) > 0
-    assert plan.full.numel == sum(block.numel for block in plan.blocks)
-    assert plan.full.peak > plan.worst.peak
-    assert plan.full_host == 0
+    assert forecast.model == "LlamaForCausalLM"
+    assert [block.name for block in forecast.blocks] == [block.name for block in layout.block_plan.blocks]
+    assert forecast.host == sum(block.host_state for block in forecast.blocks) > 0
+    assert forecast.full.numel == sum(block.numel for block in forecast.blocks)
+    assert forecast.full.peak > forecast.worst.peak
+    assert forecast.full_host == 0
 
 
 def test_a_second_plan_traces_nothing_again(planned, monkeypatch):
-    planner, request, plan = planned
-    monkeypatch.setattr(plan_module, "trace_micro_step", None)
-    assert planner.plan(request) == plan
-    assert planner.plan(request.changed("hift", "state", "residency", value="device")).worst.peak > 0
+    planner, request, forecast = planned
+    monkeypatch.setattr(planner_module, "trace_micro_step", None)
+    assert planner.forecast(request) == forecast
+    assert planner.forecast(request.changed("hift", "state", "residency", value="device")).worst.peak > 0
     with pytest.raises(TypeError):
-        planner.plan(request_of(0, seq=17))
+        planner.forecast(request_of(0, seq=17))
 
 
 def test_peak_is_the_highest_of_the_ends_and_of_the_block_asked_for(planned):
-    planner, request, plan = planned
-    peaks = [block.peak for block in plan.blocks]
+    planner, request, forecast = planned
+    peaks = [block.peak for block in forecast.blocks]
     ends = max(peaks[:2] + peaks[-2:])
     assert planner.peak(request) == ends
     for index, peak in enumerate(peaks):
@@ -386,7 +386,7 @@ def test_peak_is_the_highest_of_the_ends_and_of_the_block_asked_for(planned):
 def test_frozen_parameters_are_in_no_block(planned):
     _, request, _ = planned
     frozen = Planner(llama(2), frozen=["lm_head.weight"])
-    names = {fqn for block in frozen.layout(request).plan.blocks for fqn in block.fqns}
+    names = {fqn for block in frozen.layout(request).block_plan.blocks for fqn in block.fqns}
     assert "lm_head.weight" not in names and "model.embed_tokens.weight" in names
 
 
@@ -413,7 +413,7 @@ def test_what_initialize_refuses_is_refused(planned, bad, message):
     for key, value in bad.items():
         request = request.changed(key, value=value)
     with pytest.raises(ValueError, match=message):
-        planner.plan(request)
+        planner.forecast(request)
 
 
 def test_of_a_model_of_images_and_text_the_text_path_is_planned_and_the_rest_named():
@@ -424,12 +424,12 @@ def test_of_a_model_of_images_and_text_the_text_path_is_planned_and_the_rest_nam
                   fullatt_block_indexes=[1])  # fmt: skip
     config = hf.Qwen2_5_VLConfig(text_config=text, vision_config=vision)
     config.architectures = ["Qwen2_5_VLForConditionalGeneration"]
-    plan = Planner(config).plan(request_of(2, seq=16))
-    assert plan.uncounted == ("model.visual.patch_embed", "model.visual.blocks.0", "model.visual.blocks.1")
-    by_name = {block.name: block for block in plan.blocks}
+    forecast = Planner(config).forecast(request_of(2, seq=16))
+    assert forecast.uncounted == ("model.visual.patch_embed", "model.visual.blocks.0", "model.visual.blocks.1")
+    by_name = {block.name: block for block in forecast.blocks}
     assert by_name["model.visual.blocks.0"].host_state > 0, "its state is kept all the same"
     assert by_name["model.language_model.layers.0"].phase == "backward"
-    assert plan.full.numel == sum(block.numel for block in plan.blocks)
+    assert forecast.full.numel == sum(block.numel for block in forecast.blocks)
 
 
 def test_a_request_is_planned_the_same_whatever_was_planned_before():
