@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +19,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from hift_ds.config.files import load_ds_config
 from hift_ds.config.kernels import KernelChoice, choose_kernel
 from hift_ds.config.keys import check_spelling
+from hift_ds.config.optimizers import guarded_type, without_guard
 from hift_ds.config.resolve import ResolvedConfig, resolve
 from hift_ds.distributed import agree, init_distributed, of_all_ranks, require_alike
 from hift_ds.engine import LIVING, HiFTEngine
@@ -28,6 +30,7 @@ from hift_ds.zero.attachment import unchanged_on_failure
 
 logger = logging.getLogger(__name__)
 _PATCH = threading.Lock()
+DEEPSPEED_INITIALIZE = deepspeed.initialize  # hift_ds.enable() puts another function in its place
 
 
 def initialize(
@@ -63,10 +66,7 @@ def initialize(
         >>> engine, _, loader, _ = hift_ds.initialize(model=model, config="ds_configs/zero2_bf16.json")
     """
     forwarded = dict(locals())
-    source = config if config is not None else config_params
-    if source is None:
-        source = getattr(args, "deepspeed_config", None)
-    ds_config = load_ds_config(source)
+    ds_config = given_config(args, config, config_params)
     if isinstance(ds_config, Mapping):
         check_spelling(ds_config)
     chosen = None
@@ -80,15 +80,36 @@ def initialize(
                 chosen = _chosen(*prepared, ds_config, model, optimizer)
     for engine in living:
         engine.destroy()
+    guarded = guarded_type(ds_config) if isinstance(ds_config, Mapping) else None
     if chosen is None:
-        return deepspeed.initialize(**forwarded)
+        if guarded is not None:
+            raise ValueError(
+                f"optimizer.type={guarded!r}: only HiFT trains with it, and the section \"hift\" is off or missing; "
+                'write "hift": {"enabled": true}, or the type without "HiFT_"'
+            )
+        return DEEPSPEED_INITIALIZE(**forwarded)
+    if guarded is not None:
+        forwarded.update(args=_without_config(args), config=without_guard(ds_config), config_params=None)
     resolved, plan = chosen
     for note in resolved.notes:
         if dist.get_rank() == 0:
             logger.warning("DeepSpeed config: %s", note)
     attributes = {"resolved": resolved, "block_plan": plan, "as_found": as_found}
     with unchanged_on_failure(model, as_found), _engine_class(type("HiFTEngine", (HiFTEngine,), attributes)):
-        return deepspeed.initialize(**forwarded)
+        return DEEPSPEED_INITIALIZE(**forwarded)
+
+
+def given_config(args: Any = None, config: Any = None, config_params: Any = None, **_: Any) -> Any:
+    """The DeepSpeed config among the arguments of `initialize`, read as `load_ds_config` does."""
+    source = config if config is not None else config_params
+    return load_ds_config(getattr(args, "deepspeed_config", None) if source is None else source)
+
+
+def _without_config(args: Any) -> Any:
+    if getattr(args, "deepspeed_config", None) is not None:
+        args = copy.copy(args)
+        args.deepspeed_config = None
+    return args
 
 
 def _chosen(
