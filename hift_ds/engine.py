@@ -165,6 +165,24 @@ class HiFTEngine(DeepSpeedEngine):
         if not self._released:
             self.optimizer.step_aside()
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """As DeepSpeedEngine.compile. Each block's turn is compiled once, so dynamo may compile as often as there are.
+
+        At its own limit of 8 it would run the rest uncompiled.
+        """
+        import torch._dynamo
+
+        limits = torch._dynamo.config
+        wanted = 2 * len(self.block_plan.blocks) + 8  # in evaluation and for other shapes, too
+        limits.recompile_limit = max(limits.recompile_limit, wanted)
+        limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 8 * wanted)
+        if self.global_rank == 0:
+            logger.warning(
+                "torch.compile compiles the model once for each of %d blocks, in the first cycle; larger blocks "
+                "(hift.layers_per_block) are compiled less often", len(self.block_plan.blocks),
+            )  # fmt: skip
+        super().compile(*args, **kwargs)
+
     def allreduce_gradients(self, bucket_size: int = 0) -> None:
         """After each backward: DeepSpeed's seam for all gradient communication, at every stage."""
         boundary = self.is_gradient_accumulation_boundary()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 from collections.abc import Callable
@@ -69,7 +70,9 @@ def forget() -> None:
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
 
 
-def arguments(folder: Any, config: dict[str, Any], steps: int, **more: Any) -> TrainingArguments:
+def arguments(
+    folder: Any, config: dict[str, Any], steps: int, kind: type = TrainingArguments, **more: Any
+) -> TrainingArguments:
     """Cosine with warm-up, clipping; nothing is saved or reported unless asked for."""
     forget()
     settings = {
@@ -79,7 +82,7 @@ def arguments(folder: Any, config: dict[str, Any], steps: int, **more: Any) -> T
         "warmup_steps": 2, "max_grad_norm": 0.5, "logging_steps": 1, "save_strategy": "no", "report_to": [],
         "use_cpu": True, "disable_tqdm": True, "seed": 3, "remove_unused_columns": False,
     }  # fmt: skip
-    return TrainingArguments(output_dir=str(folder), deepspeed=config, **{**settings, **more})
+    return kind(output_dir=str(folder), deepspeed=config, **{**settings, **more})
 
 
 class Ordered(Trainer):
@@ -101,29 +104,34 @@ def losses_of(trainer: Any) -> list[float]:
 
 def loop(
     model: torch.nn.Module, config: dict[str, Any], data: list[dict[str, Any]], steps: int, *, micro_steps: int,
-    bf16: bool, optimizer: Callable[[torch.nn.Module], torch.optim.Optimizer] | None, clip: float = 0.5,
-    schedule: str = "cosine", warmup: int = 2,
+    bf16: bool = False, optimizer: Callable[[torch.nn.Module], torch.optim.Optimizer] | None = None,
+    windows: list[int] | None = None,
 ) -> dict[str, torch.Tensor]:  # fmt: skip
-    """The run of `arguments` by hand: the same batches, losses and schedule; returns whole weights. Collective."""
+    """The run of `arguments` by hand: the same batches, losses and schedule; returns whole weights. Collective.
+
+    Args:
+        windows: Micro steps of each step, where they differ; `None` = `micro_steps` of each.
+    """
     world, rank = dist.get_world_size(), dist.get_rank()
     config = {
         **config, "train_micro_batch_size_per_gpu": ROWS, "gradient_accumulation_steps": micro_steps,
-        "train_batch_size": ROWS * micro_steps * world, "gradient_clipping": clip, "bf16": {"enabled": bf16},
+        "train_batch_size": ROWS * micro_steps * world, "gradient_clipping": 0.5, "bf16": {"enabled": bf16},
     }  # fmt: skip
     if "optimizer" in config:
         config["optimizer"] = {"type": "AdamW", "params": ADAMW}
     engine, *_ = hift_ds.initialize(
         model=model, config=config, optimizer=optimizer,
-        lr_scheduler=lambda holder: transformers.get_scheduler(schedule, holder, warmup, steps),
+        lr_scheduler=lambda holder: transformers.get_scheduler("cosine", holder, 2, steps),
     )  # fmt: skip
     engine.train()
-    batches = [data[at : at + ROWS] for at in range(0, len(data), ROWS)]
-    for step in range(steps):
-        places = [(step * micro_steps + micro) * world + rank for micro in range(micro_steps)]
-        window = [collate(batches[place % len(batches)]) for place in places]
+    mine = itertools.cycle([collate(data[at : at + ROWS]) for at in range(ROWS * rank, len(data), ROWS * world)])
+    for length in windows or [micro_steps] * steps:
+        window = list(itertools.islice(mine, length))
         items = sum(batch["labels"][..., 1:].ne(-100).sum() for batch in window)
         dist.all_reduce(items)
-        for batch in window:
+        for number, batch in enumerate(window, 1):
+            if windows is not None:
+                engine.set_gradient_accumulation_boundary(number == length)
             loss = engine(**batch, num_items_in_batch=items).loss * world
             engine.backward(loss, scale_wrt_gas=False)
             engine.step()
@@ -139,3 +147,9 @@ def decay_groups(model: torch.nn.Module) -> torch.optim.Optimizer:
     decayed = [param for name, param in kept if not ("norm" in name or "bias" in name)]
     groups = [{"params": decayed, "weight_decay": ADAMW["weight_decay"]}, {"params": plain, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=ADAMW["lr"], betas=tuple(ADAMW["betas"]), eps=ADAMW["eps"])
+
+
+def assert_equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    """The same whole weights, bit for bit."""
+    assert left.keys() == right.keys()
+    assert [name for name in left if not torch.equal(left[name].float(), right[name].float())] == []

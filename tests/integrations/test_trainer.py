@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from deepspeed import comm as dist
 from hift_testing.selection import slow
-from hift_testing.trainers import arguments, auto_config, decay_groups, loop, losses_of, rows, trainer_of
+from hift_testing.trainers import arguments, assert_equal, auto_config, decay_groups, loop, rows, trainer_of
 from hift_testing.training import small_llama, whole_weights
 
 import hift_ds
-from hift_ds.engine import LIVING, HiFTEngine
+from hift_ds.engine import HiFTEngine
 
 pytestmark = pytest.mark.multi_rank
 
@@ -36,11 +35,6 @@ CASES = [
 def weights_of(trainer):
     assert isinstance(trainer.model_wrapped, HiFTEngine)
     return whole_weights(trainer.model_wrapped)
-
-
-def assert_equal(left, right):
-    assert left.keys() == right.keys()
-    assert [name for name in left if not torch.equal(left[name].float(), right[name].float())] == []
 
 
 def assert_trainer_is_the_loop(
