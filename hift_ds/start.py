@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,13 +19,14 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 from hift_ds.config.files import load_ds_config
 from hift_ds.config.kernels import KernelChoice, choose_kernel
-from hift_ds.config.keys import check_spelling
+from hift_ds.config.keys import FRESH, check_spelling
 from hift_ds.config.optimizers import guarded_type, without_guard
 from hift_ds.config.resolve import ResolvedConfig, resolve
 from hift_ds.distributed import agree, init_distributed, of_all_ranks, require_alike
 from hift_ds.engine import LIVING, HiFTEngine
 from hift_ds.memory.choose import agreed_layers_per_block
 from hift_ds.rotation.blocks import BlockPlan, plan_blocks
+from hift_ds.rotation.fresh import Fresh, find_fresh
 from hift_ds.rotation.param_groups import check_inside, check_step, check_trainable, freeze_left_out
 from hift_ds.zero.attachment import unchanged_on_failure
 
@@ -120,7 +122,8 @@ def _chosen(
     kernel = _agreed_kernel(choice)
     resolved = replace(resolved, kernel=kernel, hift=replace(resolved.hift, kernel=kernel))
     if resolved.hift.layers_per_block is None and resolved.hift.blocks is None:
-        told = {**ds_config, "hift": {**ds_config["hift"], "kernel": kernel}}
+        always = list(resolved.hift.always_active or ())
+        told = {**ds_config, "hift": {**ds_config["hift"], "kernel": kernel, "always_active": always}}
         layers = agreed_layers_per_block(model, told, optimizer)
         resolved = replace(resolved, hift=replace(resolved.hift, layers_per_block=layers))
         plan = plan_blocks(model, **resolved.hift.block_keys)
@@ -166,6 +169,7 @@ def _prepare(
         check_inside(optimizer, model)
         check_step(optimizer)
         freeze_left_out(model, optimizer)
+    resolved = _with_fresh(resolved, model)
     choice = choose_kernel(
         resolved.hift.kernel, resolved.device_type, resolved.hift.state.compact, resolved.home == "host"
     )
@@ -176,6 +180,20 @@ def _prepare(
         if name in frozen:
             param.requires_grad_(False)
     return resolved, plan, choice
+
+
+def _with_fresh(resolved: ResolvedConfig, model: torch.nn.Module) -> ResolvedConfig:
+    """`"always_active": "fresh"` by name; where `hift.blocks` places every parameter nothing is left to find."""
+    hift = resolved.hift
+    if hift.always_active != FRESH:
+        return resolved
+    fresh = Fresh()
+    if hift.blocks is None:
+        plan = plan_blocks(model, **{**hift.block_keys, "layers_per_block": 1})
+        fresh = find_fresh(model, {fqn for block in plan.blocks for fqn in block.fqns})
+    named = tuple(f"^{re.escape(fqn)}$" for fqn in fresh.fqns) or None
+    notes = (*resolved.notes, fresh.note) if fresh.note else resolved.notes
+    return replace(resolved, hift=replace(hift, always_active=named), notes=notes)
 
 
 def _agreed_kernel(mine: KernelChoice) -> str:
