@@ -30,6 +30,7 @@ MANIFEST = "hift.json"
 MARK = "hift_save"  # its key in the model files
 STAGE, RANKS = "zero_optimization.stage", "number of data-parallel ranks"
 DTYPES = "fp16 or bf16"
+ALWAYS = "hift.always_active, or fresh parameters where that is null"
 BLOCKS = "hift.layers_per_block, hift.blocks, hift.frozen, hift.always_active and the param groups"
 
 
@@ -272,8 +273,9 @@ def _require_same(saved: Mapping[str, Any], run: RunState, whole: bool) -> None:
     fits = _weights_fit(saved, present)
     advice = f"resume with the same, or {_WEIGHTS_ALONE}" if fits else "resume with the same"
     for key, value in present.items():
-        if saved.get(key) != value and (whole or not fits):
-            then, now = (repr(v) if len(repr(v)) < 60 else "others" for v in (saved.get(key), value))
+        before = saved.get(key, value)  # what an older version did not write
+        if before != value and (whole or not fits):
+            then, now = (repr(v) if len(repr(v)) < 60 else "others" for v in (before, value))
             raise RuntimeError(f"the checkpoint was written with another {key} ({then}; this run: {now}): {advice}")
 
 
@@ -350,6 +352,7 @@ def _identity(run: RunState) -> dict[str, Any]:
         STAGE: run.stage,
         RANKS: run.world,
         "number of param groups": len(groups),
+        ALWAYS: [fqn for state in run.states[run.rotation.num_blocks :] for fqn in state.shard.fqns],
         BLOCKS: [list(state.shard.fqns) for state in run.states],
         "division into param groups": groups,
         "optimizer.type": run.rule,
