@@ -20,9 +20,8 @@ MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK", "MV2_COMM_WORL
 def init_distributed(port: int = 29500, required: bool | None = None) -> None:
     """`deepspeed.init_distributed`, made safe for a lone process and quick on a CPU. Collective; may be called again.
 
-    A process that no launcher has started gets a world of its own on a free port (DeepSpeed would ask MPI). On a CPU,
-    DeepSpeed's shared-memory operator is skipped: it needs a compiler and half a minute, and gloo does its work; set
-    HIFT_DS_SHM=1 to have it built.
+    A process that no launcher has started gets a world of its own on a free port (DeepSpeed would ask MPI). On a CPU
+    DeepSpeed's shared-memory operator is skipped.
 
     Args:
         port: Where ranks that came through MPI meet, unless MASTER_PORT says otherwise.
@@ -43,8 +42,7 @@ def init_distributed(port: int = 29500, required: bool | None = None) -> None:
             os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
             os.environ["MASTER_PORT"] = str(_free_port())
         _check_local_rank()
-        if get_accelerator().device_name() == "cpu" and os.environ.get("HIFT_DS_SHM") != "1":
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        skip_shared_memory_operator()
         deepspeed.init_distributed(
             dist_backend=get_accelerator().communication_backend_name(),
             distributed_port=int(os.environ.get("MASTER_PORT", port)),  # DeepSpeed's own MPI way ignores the variable
@@ -55,6 +53,12 @@ def init_distributed(port: int = 29500, required: bool | None = None) -> None:
     if "LOCAL_RANK" in os.environ:  # under MPI DeepSpeed has just set it
         _check_local_rank()
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+
+
+def skip_shared_memory_operator() -> None:
+    """On a CPU: it needs a compiler and half a minute, and gloo does its work; HIFT_DS_SHM=1 has it built."""
+    if get_accelerator().device_name() == "cpu" and os.environ.get("HIFT_DS_SHM") != "1":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _check_local_rank() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from deepspeed import comm as dist
 
 from hift_ds import start
+from hift_ds.distributed import skip_shared_memory_operator
 from hift_ds.engine import HiFTEngine
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ def enable() -> Enabled:
         >>> Trainer(model, TrainingArguments(deepspeed="ds_configs/zero2_bf16.json")).train()
     """
     before = _enabled
+    skip_shared_memory_operator()  # zero.Init, before a model is loaded, would build it
     _set(True)
     return Enabled(before)
 

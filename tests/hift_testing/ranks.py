@@ -25,7 +25,7 @@ from _pytest.config import get_config
 CASE_TIMEOUT_S = 120
 AFTER_A_FAILURE_S = 10  # for the others, which may wait in a collective for the rank that has failed
 # What every rank imports, 8 s of a CPU: once, in the process that ranks are forked from.
-PRELOADED = ["deepspeed", "pytest", "transformers.models.llama.modeling_llama"]
+PRELOADED = ["deepspeed", "pytest", "transformers.models.llama.modeling_llama", "transformers.trainer", "accelerate"]
 ON_CUDA = os.environ.get("HIFT_TEST_DEVICE") == "cuda"  # which no process may have begun to use before it is forked
 
 
