@@ -50,6 +50,8 @@ def work(args: argparse.Namespace) -> int:
 
 def learn(args: argparse.Namespace, rows: Any, display: Any) -> None:
     """Runs what the rows lack."""
+    from deepspeed import comm as dist
+
     import hift_ds
     from hift_ds.recipes import quality_runs
     from hift_ds.recipes.quality import study
@@ -61,6 +63,8 @@ def learn(args: argparse.Namespace, rows: Any, display: Any) -> None:
     plan.check()
     quiet()
     hift_ds.init_distributed()
+    if dist.get_world_size() > 1:
+        raise ValueError(f"{dist.get_world_size()} ranks: its runs have one; start it with python, not with a launcher")
     for name in args.tasks:
         task = TASKS[name]
         task = replace(task, steps=args.steps or task.steps, num_test=args.test_rows or task.num_test)

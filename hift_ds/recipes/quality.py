@@ -25,12 +25,15 @@ UNTRAINED = "untrained"
 
 
 class Rows:
-    """The rows of a JSON-lines file, by their settings; each is there as soon as its run has ended."""
+    """The rows of a JSON-lines file, by their settings; each is there as soon as its run has ended.
+
+    Raises:
+        ValueError: A line of the file is no row.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
-        self.all: list[Result] = [json.loads(line) for line in lines if line]
+        self.all: list[Result] = _read(path) if path.exists() else []
         self._known = {_key(row["settings"]): row for row in self.all}
 
     def get(self, settings: Settings, run: Callable[[Settings], Result]) -> Result:
@@ -43,6 +46,18 @@ class Rows:
             self.all.append(row)
             self._known[key] = row
         return self._known[key]
+
+
+def _read(path: Path) -> list[Result]:
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{path}, line {number}: not JSON ({error.msg}); delete the line, and its run is made again"
+            ) from None
+    return rows
 
 
 def _key(settings: Settings) -> str:
