@@ -48,7 +48,7 @@ def rows(tmp_path):
     return Rows(tmp_path / "rows.jsonl")
 
 
-def tested_by(runs, **wanted):
+def final_runs(runs, **wanted):
     return [s for s in runs.made if s.get("part") == "test" and all(s[key] == value for key, value in wanted.items())]
 
 
@@ -125,7 +125,7 @@ def test_rates_are_chosen_on_validation_rows_and_the_test_rows_are_met_with_the_
     for name in PLAN.methods:
         rate, inside = chosen_rate(TASK, METHODS[name], PLAN, rows, runs.train)
         assert (rate, inside) == (1e-3, True)
-        tested = [s for s in tested_by(runs) if s["method"]["name"] == name]
+        tested = [s for s in final_runs(runs) if s["method"]["name"] == name]
         budgets = ["steps"] if name == "full" else ["steps", "seconds"]
         assert sorted((s["budget"], s["seed"]) for s in tested) == sorted((b, s) for b in budgets for s in PLAN.seeds)
         assert {s["rate"] for s in tested} == {rate}
@@ -135,14 +135,14 @@ def test_rates_are_chosen_on_validation_rows_and_the_test_rows_are_met_with_the_
 
 def test_equal_seconds_are_as_many_steps_as_fit_the_time_of_full_fine_tuning(runs, rows):
     study(TASK, PLAN, rows, runs.train, runs.peak)
-    steps = {s["method"]["name"]: s["steps"] for s in tested_by(runs, budget="seconds")}
+    steps = {s["method"]["name"]: s["steps"] for s in final_runs(runs, budget="seconds")}
     assert steps == {"hift_m1": 80, "lora_r8": 50}
-    assert {s["steps"] for s in tested_by(runs, budget="steps")} == {40}
+    assert {s["steps"] for s in final_runs(runs, budget="steps")} == {40}
 
 
 def test_methods_take_turns_for_each_seed(runs, rows):
     study(TASK, PLAN, rows, runs.train, runs.peak)
-    assert [s["method"]["name"] for s in tested_by(runs, budget="steps")] == 2 * list(PLAN.methods)
+    assert [s["method"]["name"] for s in final_runs(runs, budget="steps")] == 2 * list(PLAN.methods)
 
 
 def test_without_fresh_parameters_no_head_takes_turns_and_the_untrained_model_is_tested(runs, rows):
