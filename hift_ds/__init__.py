@@ -5,15 +5,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hift_ds.config.keys import HiFTConfig
     from hift_ds.distributed import init_distributed
+    from hift_ds.enabling import disable, enable
     from hift_ds.engine import HiFTEngine
+    from hift_ds.integrations.trainer import HiFTCallback
     from hift_ds.start import initialize
 
 __version__ = "0.1.0"
-__all__ = ["HiFTConfig", "HiFTEngine", "init_distributed", "initialize"]
+__all__ = ["HiFTCallback", "HiFTConfig", "HiFTEngine", "disable", "enable", "init_distributed", "initialize"]
 
 _HOMES = {
+    "HiFTCallback": "hift_ds.integrations.trainer",
     "HiFTConfig": "hift_ds.config.keys",
     "HiFTEngine": "hift_ds.engine",
+    "disable": "hift_ds.enabling",
+    "enable": "hift_ds.enabling",
     "initialize": "hift_ds.start",
     "init_distributed": "hift_ds.distributed",
 }

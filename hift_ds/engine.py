@@ -26,7 +26,7 @@ from hift_ds.rotation.param_groups import (
     check_step,
     trainable_groups,
 )
-from hift_ds.rotation.schedule import CycleScheduler
+from hift_ds.rotation.schedule import CycleScheduler, step_once_per_cycle
 from hift_ds.view import HiFT
 from hift_ds.zero import checkpoint
 from hift_ds.zero.activations import use_non_reentrant_checkpointing
@@ -142,6 +142,46 @@ class HiFTEngine(DeepSpeedEngine):
             self.lr_scheduler = CycleScheduler(self.lr_scheduler, self.optimizer.rotation)
         self.optimizer.scheduler = self.lr_scheduler
         self.optimizer.rate.try_look_ahead(self.lr_scheduler, agree)
+
+    def follow_schedule(self, scheduler: Any, total_steps: int | None = None) -> None:
+        """Tells HiFT of a schedule that the caller steps, once after each optimizer step, and of the run's length.
+
+        For a scheduler that `initialize` has not been given: Trainer makes its own afterwards, and `HiFTCallback` calls
+        this. With `lr_update: paper` its `step()` counts once per cycle from now on. Collective.
+
+        Args:
+            scheduler: Drives `lr` of the engine's param groups. Where the engine steps one of its own: left alone.
+            total_steps: Optimizer steps of the whole run; `None` = not known.
+        """
+        self.optimizer.rate.total_steps = total_steps
+        if self.lr_scheduler is None and scheduler is not None:
+            if self.resolved.hift.lr_update == "paper":
+                step_once_per_cycle(scheduler, self.optimizer.rotation)
+            self.optimizer.follow(scheduler)
+            self.optimizer.rate.try_look_ahead(scheduler, agree)
+
+    def rest(self) -> None:
+        """Until the next forward in training, `requires_grad` of the module's parameters is as before `initialize`."""
+        if not self._released:
+            self.optimizer.step_aside()
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """As DeepSpeedEngine.compile. Each block's turn is compiled once, so dynamo may compile as often as there are.
+
+        At its own limit of 8 it would run the rest uncompiled.
+        """
+        import torch._dynamo
+
+        limits = torch._dynamo.config
+        wanted = 2 * len(self.block_plan.blocks) + 8  # in evaluation and for other shapes, too
+        limits.recompile_limit = max(limits.recompile_limit, wanted)
+        limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 8 * wanted)
+        if self.global_rank == 0:
+            logger.warning(
+                "torch.compile compiles the model once for each of %d blocks, in the first cycle; larger blocks "
+                "(hift.layers_per_block) are compiled less often", len(self.block_plan.blocks),
+            )  # fmt: skip
+        super().compile(*args, **kwargs)
 
     def allreduce_gradients(self, bucket_size: int = 0) -> None:
         """After each backward: DeepSpeed's seam for all gradient communication, at every stage."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,17 +19,20 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 from hift_ds.config.files import load_ds_config
 from hift_ds.config.kernels import KernelChoice, choose_kernel
-from hift_ds.config.keys import check_spelling
+from hift_ds.config.keys import FRESH, check_spelling
+from hift_ds.config.optimizers import guarded_type, without_guard
 from hift_ds.config.resolve import ResolvedConfig, resolve
 from hift_ds.distributed import agree, init_distributed, of_all_ranks, require_alike
 from hift_ds.engine import LIVING, HiFTEngine
 from hift_ds.memory.choose import agreed_layers_per_block
 from hift_ds.rotation.blocks import BlockPlan, plan_blocks
+from hift_ds.rotation.fresh import Fresh, find_fresh
 from hift_ds.rotation.param_groups import check_inside, check_step, check_trainable, freeze_left_out
 from hift_ds.zero.attachment import unchanged_on_failure
 
 logger = logging.getLogger(__name__)
 _PATCH = threading.Lock()
+DEEPSPEED_INITIALIZE = deepspeed.initialize  # hift_ds.enable() puts another function in its place
 
 
 def initialize(
@@ -63,10 +68,7 @@ def initialize(
         >>> engine, _, loader, _ = hift_ds.initialize(model=model, config="ds_configs/zero2_bf16.json")
     """
     forwarded = dict(locals())
-    source = config if config is not None else config_params
-    if source is None:
-        source = getattr(args, "deepspeed_config", None)
-    ds_config = load_ds_config(source)
+    ds_config = given_config(args, config, config_params)
     if isinstance(ds_config, Mapping):
         check_spelling(ds_config)
     chosen = None
@@ -80,15 +82,36 @@ def initialize(
                 chosen = _chosen(*prepared, ds_config, model, optimizer)
     for engine in living:
         engine.destroy()
+    guarded = guarded_type(ds_config) if isinstance(ds_config, Mapping) else None
     if chosen is None:
-        return deepspeed.initialize(**forwarded)
+        if guarded is not None:
+            raise ValueError(
+                f"optimizer.type={guarded!r}: only HiFT trains with it, and the section \"hift\" is off or missing; "
+                'write "hift": {"enabled": true}, or the type without "HiFT_"'
+            )
+        return DEEPSPEED_INITIALIZE(**forwarded)
+    if guarded is not None:
+        forwarded.update(args=_without_config(args), config=without_guard(ds_config), config_params=None)
     resolved, plan = chosen
     for note in resolved.notes:
         if dist.get_rank() == 0:
             logger.warning("DeepSpeed config: %s", note)
     attributes = {"resolved": resolved, "block_plan": plan, "as_found": as_found}
     with unchanged_on_failure(model, as_found), _engine_class(type("HiFTEngine", (HiFTEngine,), attributes)):
-        return deepspeed.initialize(**forwarded)
+        return DEEPSPEED_INITIALIZE(**forwarded)
+
+
+def given_config(args: Any = None, config: Any = None, config_params: Any = None, **_: Any) -> Any:
+    """The DeepSpeed config among the arguments of `initialize`, read as `load_ds_config` does."""
+    source = config if config is not None else config_params
+    return load_ds_config(getattr(args, "deepspeed_config", None) if source is None else source)
+
+
+def _without_config(args: Any) -> Any:
+    if getattr(args, "deepspeed_config", None) is not None:
+        args = copy.copy(args)
+        args.deepspeed_config = None
+    return args
 
 
 def _chosen(
@@ -99,7 +122,8 @@ def _chosen(
     kernel = _agreed_kernel(choice)
     resolved = replace(resolved, kernel=kernel, hift=replace(resolved.hift, kernel=kernel))
     if resolved.hift.layers_per_block is None and resolved.hift.blocks is None:
-        told = {**ds_config, "hift": {**ds_config["hift"], "kernel": kernel}}
+        always = list(resolved.hift.always_active or ())
+        told = {**ds_config, "hift": {**ds_config["hift"], "kernel": kernel, "always_active": always}}
         layers = agreed_layers_per_block(model, told, optimizer)
         resolved = replace(resolved, hift=replace(resolved.hift, layers_per_block=layers))
         plan = plan_blocks(model, **resolved.hift.block_keys)
@@ -145,6 +169,7 @@ def _prepare(
         check_inside(optimizer, model)
         check_step(optimizer)
         freeze_left_out(model, optimizer)
+    resolved = _with_fresh(resolved, model)
     choice = choose_kernel(
         resolved.hift.kernel, resolved.device_type, resolved.hift.state.compact, resolved.home == "host"
     )
@@ -155,6 +180,20 @@ def _prepare(
         if name in frozen:
             param.requires_grad_(False)
     return resolved, plan, choice
+
+
+def _with_fresh(resolved: ResolvedConfig, model: torch.nn.Module) -> ResolvedConfig:
+    """`"always_active": "fresh"` by name; where `hift.blocks` places every parameter nothing is left to find."""
+    hift = resolved.hift
+    if hift.always_active != FRESH:
+        return resolved
+    fresh = Fresh()
+    if hift.blocks is None:
+        plan = plan_blocks(model, **{**hift.block_keys, "layers_per_block": 1})
+        fresh = find_fresh(model, {fqn for block in plan.blocks for fqn in block.fqns})
+    named = tuple(f"^{re.escape(fqn)}$" for fqn in fresh.fqns) or None
+    notes = (*resolved.notes, fresh.note) if fresh.note else resolved.notes
+    return replace(resolved, hift=replace(hift, always_active=named), notes=notes)
 
 
 def _agreed_kernel(mine: KernelChoice) -> str:

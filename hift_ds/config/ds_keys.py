@@ -211,8 +211,10 @@ ROWS: tuple[Row, ...] = (
     Row("optimizer.params", {"max_grad_norm": None}, REFUSED, "DeepSpeed rejects it as an optimizer parameter",
         "set gradient_clipping instead"),
     Row("scheduler", _names("type", "params"), HONOURED, "`hift.lr_update` says when its rate is taken"),
-    Row("", {"zero_allow_untested_optimizer": False, "zero_force_ds_cpu_optimizer": True}, NO_EFFECT,
-        "hift_ds goes by its own list of optimizers; only `offload_optimizer.device: cpu` brings DeepSpeedCPUAdam in"),
+    # No note: accelerate writes it by itself.
+    Row("", _names("zero_allow_untested_optimizer"), HONOURED, "hift_ds has its own list of optimizers either way"),
+    Row("", {"zero_force_ds_cpu_optimizer": True}, NO_EFFECT,
+        "only `offload_optimizer.device: cpu` brings DeepSpeedCPUAdam in"),
     # precision
     Row("fp16", _names("enabled", "auto_cast", "loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis",
                        "consecutive_hysteresis", "min_loss_scale"), HONOURED,

@@ -6,7 +6,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hift_ds.config.kinds import boolean, document, key, lists_of_regexes, one_of, read_section, regexes, section, whole
+from hift_ds.config.kinds import (
+    boolean,
+    document,
+    key,
+    lists_of_regexes,
+    one_of,
+    read_section,
+    regexes,
+    regexes_or,
+    section,
+    whole,
+)
+
+FRESH = "fresh"  # the value of `always_active` that `initialize` replaces by names
 
 
 @document
@@ -91,10 +104,11 @@ class HiFTConfig:
         "model",
     )  # fmt: skip
     frozen: tuple[str, ...] | None = key(None, regexes().or_null(), "regexes of parameters that are never trained")
-    always_active: tuple[str, ...] | None = key(
-        None, regexes().or_null(),
-        "regexes of parameters that train at every step beside the active block (a fresh classifier head, norms); "
-        "their state stays on the device",
+    always_active: tuple[str, ...] | str | None = key(
+        FRESH, regexes_or(FRESH),
+        "parameters that train at every step beside the active block, their state on the device: `fresh` = those that "
+        "the checkpoint of `from_pretrained` did not hold (a new classifier), where they are under a tenth of what is "
+        "trained; or regexes; `module:PATH` is a whole module, `unit:last` the last layer unit, `[]` nothing",
     )  # fmt: skip
     seq_len: int | None = key(
         None, whole(1).or_null(),
@@ -120,10 +134,10 @@ class HiFTConfig:
 
     @property
     def block_keys(self) -> dict[str, Any]:
-        """The arguments of `hift_ds.rotation.blocks.plan_blocks`."""
+        """The arguments of `hift_ds.rotation.blocks.plan_blocks`; what is fresh, only `initialize` knows."""
         return {
             "layers_per_block": self.layers_per_block or 1, "blocks": self.blocks, "frozen": self.frozen,
-            "always_active": self.always_active,
+            "always_active": None if self.always_active == FRESH else self.always_active,
         }  # fmt: skip
 
     @classmethod

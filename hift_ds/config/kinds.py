@@ -124,6 +124,20 @@ def regexes() -> Kind:
     return Kind(check, "a list of regexes", several=True)
 
 
+def regexes_or(word: str) -> Kind:
+    """A list of regexes, or a word that stands alone; null is the word."""
+    lists = regexes()
+
+    def check(key: str, value: Any) -> tuple[str, ...] | str | None:
+        if value is None or value in (word, [word], (word,)):
+            return word
+        if isinstance(value, str):
+            raise TypeError(f"{key}={value!r}: must be null, {word!r} or a list of regexes on parameter names")
+        return lists.check(key, value)
+
+    return Kind(check, f'"{word}" (null, too), or {lists.allowed}', several=True)
+
+
 def lists_of_regexes() -> Kind:
     """Blocks, each a list of regexes on parameter names."""
     rule = "must be null or a list of blocks, each a list of one or more regexes on parameter names"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,16 +43,18 @@ _CONFIG_TYPES = {
         _ConfigType("Lion", lambda switches: Lion(), ("fp32_optimizer_states",), ("set_grad_none",), ()),
     )
 }
+_GUARD = "hift_"  # "HiFT_AdamW" is AdamW here and an error in plain DeepSpeed
 _SWITCH_DEFAULTS = {"adam_w_mode": True, "torch_adam": False, "fp32_optimizer_states": True}
 
 
 def rule_from_config(optimizer_type: str, params: dict[str, Any] | None) -> tuple[Rule, dict[str, Any]]:
     """Read the "optimizer" section of a DeepSpeed config as DeepSpeed does.
 
-    Types are case-insensitive. "Adam" is AdamW unless `adam_w_mode` is false; "AdamW" always is. A key that is
-    absent or null has the default of the optimizer that DeepSpeed would build: torch's, but weight_decay 0 for
-    AdamW (0.01 only with `torch_adam: true`), and lr 1e-3 (Adagrad, Adafactor: 1e-2). `torch_adam`, `foreach`,
-    `fused`, `capturable` and `set_grad_none` choose how others compute the same and change nothing else here.
+    Types are case-insensitive; "HiFT_" before one changes nothing, but that DeepSpeed alone refuses it. "Adam" is AdamW
+    unless `adam_w_mode` is false; "AdamW" always is. A key that is absent or null has the default of the optimizer that
+    DeepSpeed would build: torch's, but weight_decay 0 for AdamW (0.01 only with `torch_adam: true`), and lr 1e-3
+    (Adagrad, Adafactor: 1e-2). `torch_adam`, `foreach`, `fused`, `capturable` and `set_grad_none` choose how others
+    compute the same and change nothing else here.
 
     Args:
         optimizer_type: the section's "type".
@@ -101,6 +103,21 @@ def rule_from_config(optimizer_type: str, params: dict[str, Any] | None) -> tupl
     return rule, group
 
 
+def guarded_type(ds_config: Mapping[str, Any]) -> str | None:
+    """The config's "optimizer.type" where it is one that only HiFT knows, such as "HiFT_AdamW"; else `None`."""
+    section = ds_config.get("optimizer")
+    name = section.get("type") if isinstance(section, Mapping) else None
+    return name if isinstance(name, str) and name.lower().startswith(_GUARD) else None
+
+
+def without_guard(ds_config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config whose "optimizer.type" DeepSpeed knows, too."""
+    name = guarded_type(ds_config)
+    if name is None:
+        return dict(ds_config)
+    return {**ds_config, "optimizer": {**ds_config["optimizer"], "type": name[len(_GUARD) :]}}
+
+
 def rule_from_optimizer(optimizer: torch.optim.Optimizer) -> Rule:
     """The rule that does what a client optimizer does, with every param group checked.
 
@@ -146,7 +163,7 @@ def _config_type(optimizer_type: str) -> _ConfigType:
     allowed = ", ".join(config_type.name for config_type in _CONFIG_TYPES.values())
     if not isinstance(optimizer_type, str):
         raise TypeError(f"optimizer.type={optimizer_type!r}: must be one of {allowed}, as a string.")
-    config_type = _CONFIG_TYPES.get(optimizer_type.lower())
+    config_type = _CONFIG_TYPES.get(optimizer_type.lower().removeprefix(_GUARD))
     if config_type is None:
         raise ValueError(
             f"optimizer.type={optimizer_type!r}: HiFT has no rule for it; use one of {allowed}"

@@ -27,7 +27,7 @@ SURFACE: dict[str, dict[str, tuple[str, ...]]] = {
             # overridden
             "_backward_post_hook", "_configure_optimizer", "_configure_lr_scheduler", "_copy_recovery_script",
             "_take_model_step", "_zero3_consolidated_16bit_state_dict", "allreduce_gradients", "backward",
-            "clip_fp32_gradients", "destroy", "forward", "get_global_grad_norm", "get_lr", "load_checkpoint",
+            "clip_fp32_gradients", "compile", "destroy", "forward", "get_global_grad_norm", "get_lr", "load_checkpoint",
             "module_state_dict", "save_checkpoint", "save_16bit_model", "step", "zero_grad",
             # called
             "_backward_prologue", "_check_for_duplicates", "_configure_zero_optimizer",

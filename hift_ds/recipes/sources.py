@@ -33,6 +33,16 @@ SAMPLES = ("hift-faq", "hift-facts")
 _HUB_NAME = re.compile(r"[\w-]+(/[\w.-]+)?(:[\w.-]+)?")
 
 
+def sample_path(name: str, part: str) -> Path:
+    """The file of a sample data set, one of SAMPLES; `part`: `train` or `eval`."""
+    return Path(__file__).parent / "data" / f"{name.replace('-', '_')}_{part}.jsonl"
+
+
+def sample_rows(name: str, part: str) -> list[dict[str, str]]:
+    """The rows of a sample data set as they are: `question`, `answer`, `topic`."""
+    return [json.loads(line) for line in sample_path(name, part).read_text(encoding="utf-8").splitlines()]
+
+
 def read_examples(name: str) -> Parts:
     """Read the examples of `name`; the forms of a name are those of `load_text_dataset`.
 
@@ -43,8 +53,7 @@ def read_examples(name: str) -> Parts:
     path = Path(name).expanduser()
     parts: Parts
     if name in SAMPLES:
-        stem = Path(__file__).parent / "data" / name.replace("-", "_")
-        parts = _read_file(Path(f"{stem}_train.jsonl")), _read_file(Path(f"{stem}_eval.jsonl"))
+        parts = _read_file(sample_path(name, "train")), _read_file(sample_path(name, "eval"))
     elif path.is_dir():
         parts = _read_folder(path)
     elif path.exists() or path.suffix in _TEXT_SUFFIXES + _ROW_SUFFIXES or not _HUB_NAME.fullmatch(name):

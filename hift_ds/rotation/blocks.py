@@ -25,6 +25,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 from torch import nn
 
@@ -95,7 +96,8 @@ def plan_blocks(
         blocks: Each inner list of regexes (`re.search` on fqns) is one block, in this order. None: grouped layer units.
         frozen: Regexes of parameters never trained, beside those with `requires_grad=False`; wins over `blocks`. Any
             name of a tied parameter counts.
-        always_active: Regexes of parameters trained at every step.
+        always_active: Regexes of parameters trained at every step; `module:PATH` is a whole module, `unit:last` the
+            last layer unit.
 
     Raises:
         TypeError: a string where a list of regexes belongs.
@@ -110,9 +112,10 @@ def plan_blocks(
 
     hits = _matches("hift.frozen", frozen, names, module, _aliases(module))
     trained = [fqn for fqn in trainable if fqn not in hits]
-    active = _matches("hift.always_active", always_active, trainable, module)
+    patterns = _expanded(always_active, trainable, module)
+    active = _matches("hift.always_active", patterns, trainable, module)
     for owner, names_of in _aliases(module).items():
-        other = next((n for n in names_of for pattern in always_active or () if re.search(pattern, n)), None)
+        other = next((n for n in names_of for pattern in patterns or () if re.search(pattern, n)), None)
         if other and owner in trainable and owner not in active:
             raise ValueError(f"hift.always_active={always_active!r}: {other!r} is tied to {owner!r}: use that name.")
     both = [fqn for fqn in active if fqn in hits]
@@ -142,6 +145,30 @@ def plan_blocks(
     )
     _check_exactly_once(plan, names)
     return plan
+
+
+def _expanded(entries: list[str] | None, trainable: list[str], module: nn.Module) -> Any:
+    """`module:PATH` and `unit:last` as regexes; all else as it is."""
+    if isinstance(entries, str) or not entries:
+        return entries
+    patterns = []
+    for entry in entries:
+        kind, colon, name = entry.partition(":")
+        if entry == "unit:last":
+            unit = _layer_units(module, set(trainable))[-1]
+            patterns += [f"^{re.escape(fqn)}$" for fqn in unit.fqns]
+        elif colon and kind == "module":
+            if not any(_is_inside(fqn, name) for fqn in trainable):
+                paths = [path for path, part in module.named_modules() if path and any(True for _ in part.parameters())]
+                close = difflib.get_close_matches(name, paths, n=3) or paths[-3:]
+                raise ValueError(
+                    f"hift.always_active={entry!r}: no module of that path has trainable parameters; the closest are "
+                    f"{_some(close)}; correct it."
+                )
+            patterns.append(rf"^{re.escape(name)}(\.|$)")
+        else:
+            patterns.append(entry)
+    return patterns
 
 
 def _numels(module: nn.Module) -> dict[str, int]:

@@ -24,6 +24,10 @@ class DelayedRate:
         param_groups: The holder's param groups, whose "lr" the user's scheduler drives. Kept by reference.
         lr_update: `cycle`, `paper` or `step` (docs/running.md, "Learning rate").
         steps_per_cycle: Optimizer steps per cycle.
+
+    Attributes:
+        rates: In force; `None` before the first step.
+        total_steps: Optimizer steps of the whole run; `None` = as many as the schedule takes to come to 0.
     """
 
     def __init__(self, param_groups: list[dict[str, Any]], lr_update: str, steps_per_cycle: int) -> None:
@@ -31,6 +35,7 @@ class DelayedRate:
         self.lr_update = lr_update
         self.steps_per_cycle = steps_per_cycle
         self.rates: list[float] | None = None
+        self.total_steps: int | None = None
         self._looks_ahead = lr_update == "cycle" and steps_per_cycle > 1
 
     def try_look_ahead(self, scheduler: Any | None, agree: Callable[[Callable[[], None]], None]) -> None:
@@ -53,36 +58,48 @@ class DelayedRate:
             except Exception as reason:  # whatever it is on one rank, no other may go on without it
                 self._give_up(scheduler, reason)
 
-    def update(self, at_cycle_start: bool, scheduler: Any | None) -> list[float]:
+    def update(self, step: int, scheduler: Any | None) -> list[float]:
         """Returns the rates in force at the coming step, one per param group; call once, just before the update.
 
         Latched at a cycle's start, and in each group again while it is 0: a warm-up that begins at 0 would otherwise
         make the first cycle a no-op wherever it cannot be foreseen.
 
         Args:
-            at_cycle_start: Whether the coming step is the first of a cycle.
+            step: Optimizer steps made.
             scheduler: The scheduler that the engine steps, or `None`. Without one the caller may drive the rate.
         """
+        if self.rates is None:
+            self._warn_of_unknown_scheduler(scheduler)
         if self.lr_update == "step":
             self.rates = _present(self.param_groups)
-        elif at_cycle_start or self.rates is None:
-            self.rates = self._of_cycle(scheduler)
+        elif step % self.steps_per_cycle == 0 or self.rates is None:
+            self.rates = self._of_cycle(step, scheduler)
         elif not all(self.rates):
             self.rates = [old or new for old, new in zip(self.rates, _present(self.param_groups), strict=True)]
         return self.rates
 
-    def _of_cycle(self, scheduler: Any | None) -> list[float]:
+    def _of_cycle(self, step: int, scheduler: Any | None) -> list[float]:
         if scheduler is not None and self._looks_ahead:
+            left = self.steps_per_cycle if self.total_steps is None else max(1, self.total_steps - step)
             try:
-                rows = look_ahead(scheduler, self.param_groups, self.steps_per_cycle)
+                rows = look_ahead(scheduler, self.param_groups, min(left, self.steps_per_cycle))
                 return [middle_of_run(series) for series in zip(*rows, strict=True)]
             except CannotRewind as reason:
                 self._give_up(scheduler, reason)
         return _present(self.param_groups)
 
+    def _warn_of_unknown_scheduler(self, scheduler: Any | None) -> None:
+        driven = any("initial_lr" in group for group in self.param_groups)  # torch's schedulers write it
+        if scheduler is None and driven and self.lr_update != "step" and self.steps_per_cycle > 1 and _is_rank_0():
+            logger.warning(
+                "hift.lr_update=%r: a scheduler that the engine does not step drives the learning rate, so each cycle "
+                "has the rate at its start, or the first after it that is not 0; give it to initialize as "
+                "lr_scheduler, or, where something else steps it, to engine.follow_schedule", self.lr_update,
+            )  # fmt: skip
+
     def _give_up(self, scheduler: Any, reason: Exception) -> None:
         self._looks_ahead = False
-        if os.environ.get("RANK", "0") == "0":
+        if _is_rank_0():
             logger.warning(
                 "hift.lr_update='cycle': the scheduler %s cannot be asked for the rates of a cycle (%s), so each cycle "
                 "has the rate at its start, or the first after it that is not 0", type(scheduler).__name__, reason,
@@ -126,6 +143,10 @@ def look_ahead(scheduler: Any, param_groups: list[dict[str, Any]], steps: int) -
         rewind.back()
 
 
+def _is_rank_0() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _present(param_groups: list[dict[str, Any]]) -> list[float]:
     return [float(group["lr"]) for group in param_groups]
 
@@ -150,3 +171,21 @@ class CycleScheduler:
         if name == "scheduler":  # unpickling and copying ask before __init__ has run
             raise AttributeError(name)
         return getattr(self.scheduler, name)
+
+
+def step_once_per_cycle(scheduler: Any, rotation: Any) -> None:
+    """As CycleScheduler, on a scheduler that others hold: its class becomes one whose `step()` waits for the cycle.
+
+    Args:
+        scheduler: Of torch's kind; its state and its other methods stay its own. A second call changes nothing.
+        rotation: Has already advanced when `step()` is called.
+    """
+    own = type(scheduler)
+    if getattr(own, "_once_per_cycle", False):
+        return
+
+    def step(self: Any, *args: Any, **kwargs: Any) -> None:
+        if rotation.at_cycle_start:
+            own.step(self, *args, **kwargs)
+
+    scheduler.__class__ = type(own.__name__, (own,), {"step": step, "_once_per_cycle": True})

@@ -92,7 +92,8 @@ class HiFTOptimizer(ZeROOptimizer):
         )
         self._grouped = [list(map(id, group["params"])) for group in holder.param_groups]
         self._active: list[BlockState] = []
-        self._begun = self._warned_of_direct = False
+        self._begun = self._warned_of_direct = self._aside = False
+        self._scheduler: Any = None
         self.window_cut = False  # the window's gradients were dropped with an interrupted backward
         for param in params.values():
             param.grad = None
@@ -105,9 +106,11 @@ class HiFTOptimizer(ZeROOptimizer):
     def step_aside(self) -> None:
         """Until `step_back` the model's flags are as the user had them; a window that has begun stays as it is."""
         self._attachment.restore_flags()
+        self._aside = True
 
     def step_back(self) -> None:
         """The flags are those of the present turn again."""
+        self._aside = False
         self._attachment.freeze_untrained()
         for state in self._kept.all:
             for param in state.shard.params:
@@ -155,10 +158,14 @@ class HiFTOptimizer(ZeROOptimizer):
     @property
     def scheduler(self) -> Any:
         """The one that the engine steps; set when the engine has built it."""
-        return self._step.scheduler
+        return self._scheduler
 
     @scheduler.setter
     def scheduler(self, scheduler: Any) -> None:
+        self._scheduler = self._step.scheduler = scheduler
+
+    def follow(self, scheduler: Any) -> None:
+        """The rates in force come from a scheduler that somebody else steps and saves."""
         self._step.scheduler = scheduler
 
     # What DeepSpeed's engine, its checkpoint files and its schedulers read.
@@ -231,6 +238,8 @@ class HiFTOptimizer(ZeROOptimizer):
         self._kept.require_whole()
         if torch._C._current_graph_task_id() == -1:  # else a checkpointed forward runs again, inside its backward
             self._leave_interrupted()
+        if self._aside:
+            self.step_back()
         self._begun = True
         self.guard.stop_inactive(self._active_params)
 
@@ -378,7 +387,8 @@ class HiFTOptimizer(ZeROOptimizer):
         """Inside, inactive parameters (`also` others) do not look frozen to DeepSpeed's checkpoint code."""
         self.require_states()
         leave_inference_mode(self._module.parameters())
-        self.guard.stop_inactive(self._active_params)
+        if not self._aside:
+            self.guard.stop_inactive(self._active_params)
         params = {param: param.requires_grad for state in self._kept.all for param in state.shard.params}
         params.update((param, param.requires_grad) for param in also if param.is_floating_point())
         try:

@@ -176,7 +176,7 @@ class Step:
             self._reach.check([state.shard for state in states])
 
     def _apply(self, states: list[BlockState], grads: list[torch.Tensor], scaling: Scaling, reached: bool) -> None:
-        rates = self._rate.update(self._rotation.at_cycle_start, self.scheduler)
+        rates = self._rate.update(self._rotation.step, self.scheduler)
         if self.begins_anew():
             if reached and self._states.ring is not None and not states[0].extra:  # which is not in the ring
                 states[0].forget()

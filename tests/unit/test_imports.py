@@ -14,7 +14,7 @@ PACKAGE = Path(hift_ds.__file__).parent
 ROOT = PACKAGE.parent
 
 # Of the core, only these rooms know DeepSpeed (of config/, the files that read its config and name its surface).
-KNOW_DEEPSPEED = {"engine", "start", "zero", "distributed", "config", "memory"}
+KNOW_DEEPSPEED = {"engine", "start", "enabling", "zero", "distributed", "config", "memory"}
 # From the bottom up: a module imports from its own room and those before it.
 LAYERS = (
     ("shards",),
@@ -26,6 +26,9 @@ LAYERS = (
     ("memory",),
     ("view", "engine"),
     ("start",),
+    ("integrations",),
+    ("enabling",),
+    ("run",),
     ("recipes", "cli"),
 )
 PURE = ("rotation.blocks", "rotation.rotation", "rotation.schedule", "rotation.param_groups", "shards")

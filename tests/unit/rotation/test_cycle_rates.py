@@ -34,7 +34,7 @@ def rates_in_force(make_scheduler, cycle, steps):
     rate.try_look_ahead(scheduler, alone)
     rates = []
     for step in range(steps):
-        rates += rate.update(step % cycle == 0, scheduler)
+        rates += rate.update(step, scheduler)
         scheduler.step()
     return rates
 
@@ -121,7 +121,7 @@ def test_each_group_has_its_own_end_and_its_own_beginning():
     optimizer = holder(lr=1.0, groups=4)
     ends = [lambda s: max(0, 3 - s), lambda s: max(0, s - 5), lambda s: 0.0, lambda s: 1.0]
     rate = DelayedRate(optimizer.param_groups, "cycle", 8)
-    assert rate.update(True, LR.LambdaLR(optimizer, ends)) == [1.0 * 2, 2.0 * 1, 0.0, 4.0]
+    assert rate.update(0, LR.LambdaLR(optimizer, ends)) == [1.0 * 2, 2.0 * 1, 0.0, 4.0]
 
 
 def generator_driven(values):
@@ -176,7 +176,7 @@ def test_if_one_rank_cannot_look_ahead_none_does(caplog):
     scheduler = LR.LambdaLR(optimizer, lambda step: 1 + step)
     rate = DelayedRate(optimizer.param_groups, "cycle", 4)
     rate.try_look_ahead(scheduler, another_fails)
-    assert rate.update(True, scheduler) == [1e-2]
+    assert rate.update(0, scheduler) == [1e-2]
     assert "rank 1 failed" in caplog.text
 
 
@@ -186,7 +186,7 @@ def test_a_scheduler_that_needs_no_looking_ahead_is_not_looked_at(lr_update, cyc
     rate = DelayedRate(optimizer.param_groups, lr_update, cycle)
     scheduler = generator_driven([1, 2, 3])(optimizer)
     rate.try_look_ahead(scheduler, lambda check: pytest.fail("a collective that is not needed"))
-    assert rate.update(True, scheduler) == [1e-2]
+    assert rate.update(0, scheduler) == [1e-2]
     assert caplog.messages == []
 
 
@@ -199,6 +199,6 @@ def test_a_scheduler_that_needs_a_metric_and_begins_at_0_is_read_until_it_does_n
     rate, scheduler, rates = DelayedRate(optimizer.param_groups, "cycle", 4), Metric(), []
     rate.try_look_ahead(scheduler, alone)
     for at in range(6):
-        rates += rate.update(at % 4 == 0, scheduler)
+        rates += rate.update(at, scheduler)
         scheduler.step(float(at > 0))
     assert rates == [0.0, 0.0, 1.0, 1.0, 3.0, 3.0]

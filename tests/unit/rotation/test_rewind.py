@@ -298,7 +298,7 @@ def test_a_scheduler_that_cannot_be_asked_is_read_at_a_cycle_s_start_with_one_no
     seen = []
     optimizer.param_groups[0]["lr"] = 0.0  # a warm-up
     for step in range(9):
-        seen.append(rate.update(step % 3 == 0, scheduler)[0])
+        seen.append(rate.update(step, scheduler)[0])
         scheduler.step()
     assert seen == [0.0, TABLE[1], TABLE[1], *[TABLE[3]] * 3, *[TABLE[6]] * 3]
     notes = [record.getMessage() for record in caplog.records]
@@ -327,7 +327,7 @@ def rates_in_force(schedule, steps, cycle=CYCLE, groups=1):
     rate = DelayedRate(optimizer.param_groups, "cycle", cycle)
     found = []
     for step in range(steps):
-        found.append(list(rate.update(step % cycle == 0, scheduler)))
+        found.append(list(rate.update(step, scheduler)))
         scheduler.step()
     return found
 

@@ -401,7 +401,7 @@ def test_a_rate_of_0_is_read_again_where_the_scheduler_only_its_caller_can_step(
     scheduler, seen = NeedsAMetric(optimizer), []
     rate = DelayedRate(optimizer.param_groups, "cycle", 4)
     for step in range(4):
-        seen += rate.update(step == 0, scheduler)
+        seen += rate.update(step, scheduler)
         scheduler.step(1.0 + step)
     assert seen == [0.0, 1.0, 1.0, 1.0]
 

@@ -166,7 +166,7 @@ def rates_in_force(lr_update, make_scheduler, num_blocks, steps, steps_per_block
     rate = DelayedRate(optimizer.param_groups, lr_update, rotation.steps_per_cycle)
     rates = []
     for _ in range(steps):
-        rates += rate.update(rotation.at_cycle_start, scheduler)
+        rates += rate.update(rotation.step, scheduler)
         rotation.advance()
         scheduler.step()
     return rates
@@ -217,7 +217,7 @@ def test_each_param_group_has_its_own_rate():
     optimizer = holder(lr=1.0, groups=3)
     scheduler = LR.LambdaLR(optimizer, [lambda s: 1.0, lambda s: 0.5**s, lambda s: s])
     rate = DelayedRate(optimizer.param_groups, "cycle", 4)
-    assert rate.update(True, scheduler) == [1.0, 2.0 * 0.25, 3.0 * 2]
+    assert rate.update(0, scheduler) == [1.0, 2.0 * 0.25, 3.0 * 2]
 
 
 @pytest.mark.parametrize("lr_update", ["cycle", "paper"])
@@ -228,7 +228,7 @@ def test_a_rate_that_the_caller_drives_is_latched_at_the_cycle_s_start(lr_update
     rates = []
     for at in range(7):
         group["lr"] = 1.0 + at
-        rates += rate.update(at % 3 == 0, None)
+        rates += rate.update(at, None)
     assert rates == [1.0, 1.0, 1.0, 4.0, 4.0, 4.0, 7.0]
 
 
@@ -239,7 +239,7 @@ def test_a_rate_that_the_caller_drives_is_latched_again_while_it_is_0():
     for at in range(8):
         for group in optimizer.param_groups:
             group["lr"] = max(0, at - 1) / 10
-        rates.append(rate.update(at % 4 == 0, None)[0])
+        rates.append(rate.update(at, None)[0])
     # 0, still 0, then 0.1 for the rest of the cycle, then the next cycle's.
     assert rates == [0.0, 0.0, 0.1, 0.1, 0.3, 0.3, 0.3, 0.3]
 
@@ -249,20 +249,20 @@ def test_a_caller_s_rate_of_0_is_read_again_in_its_group_alone():
     warming, trained = optimizer.param_groups
     rate = DelayedRate(optimizer.param_groups, "cycle", 4)
     warming["lr"], trained["lr"] = 0.0, 1.0
-    assert rate.update(True, None) == [0.0, 1.0]
+    assert rate.update(0, None) == [0.0, 1.0]
     warming["lr"], trained["lr"] = 5.0, 6.0
-    assert rate.update(False, None) == [5.0, 1.0]
+    assert rate.update(1, None) == [5.0, 1.0]
     warming["lr"] = 7.0
-    assert rate.update(False, None) == [5.0, 1.0]
+    assert rate.update(1, None) == [5.0, 1.0]
 
 
 def test_a_tensor_rate_is_latched_as_a_number():
     rate_tensor = torch.tensor(0.25)
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))], lr=rate_tensor, foreach=False)
     rate = DelayedRate(optimizer.param_groups, "cycle", 2)
-    assert rate.update(True, None) == [0.25]
+    assert rate.update(0, None) == [0.25]
     optimizer.param_groups[0]["lr"].fill_(0.5)
-    assert rate.update(False, None) == [0.25]
+    assert rate.update(1, None) == [0.25]
     assert type(rate.rates[0]) is float
 
 
@@ -271,14 +271,14 @@ def test_the_groups_are_never_written():
     before = entries_of(optimizer)
     rate = DelayedRate(optimizer.param_groups, "cycle", 4)
     for at in range(8):
-        rate.update(at % 4 == 0, None)
+        rate.update(at, None)
     assert entries_of(optimizer) == before
 
 
 def test_the_first_update_latches_even_inside_a_cycle():
     """As after a resume from a checkpoint without rates."""
     optimizer = holder(groups=1)
-    assert DelayedRate(optimizer.param_groups, "cycle", 4).update(False, None) == [1e-2]
+    assert DelayedRate(optimizer.param_groups, "cycle", 4).update(1, None) == [1e-2]
 
 
 def test_cycle_scheduler_is_the_user_s_scheduler_but_for_step():

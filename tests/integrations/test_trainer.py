@@ -1,0 +1,65 @@
+"""transformers' Trainer with `hift_ds.enable()`: bit for bit the loop with `hift_ds.initialize` on the same batches."""
+
+from __future__ import annotations
+
+import pytest
+from deepspeed import comm as dist
+from hift_testing.selection import slow
+from hift_testing.trainers import arguments, assert_equal, auto_config, decay_groups, loop, rows, trainer_of
+from hift_testing.training import small_llama, whole_weights
+
+import hift_ds
+from hift_ds.engine import HiFTEngine
+
+pytestmark = pytest.mark.multi_rank
+
+STEPS = 9  # of six blocks
+VARIANTS = {
+    "config": {},
+    "trainers": {"optimizer": False},
+    "bf16": {"bf16": True},
+    "one_micro_step": {"micro_steps": 1, "optimizer": False},
+    "checkpointing": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+    "paper": {"optimizer": False, "hift": {"lr_update": "paper"}},
+    "step": {"optimizer": False, "hift": {"lr_update": "step", "layers_per_block": 2, "order": "top2down"}},
+}
+QUICK = {
+    ("config", 2), ("config", 3), ("trainers", 0), ("trainers", 3), ("bf16", 2), ("checkpointing", 3), ("paper", 2),
+    ("step", 0), ("one_micro_step", 2),
+}  # fmt: skip
+CASES = [
+    (name, stage) if (name, stage) in QUICK else slow(name, stage) for name in VARIANTS for stage in (0, 1, 2, 3)
+]
+
+
+def weights_of(trainer):
+    assert isinstance(trainer.model_wrapped, HiFTEngine)
+    return whole_weights(trainer.model_wrapped)
+
+
+def assert_trainer_is_the_loop(
+    folder, stage, optimizer=True, hift=None, bf16=False, micro_steps=2, **more
+):
+    config, data = auto_config(stage, optimizer, hift), rows(8 * dist.get_world_size())
+    with hift_ds.enable():
+        args = arguments(folder, config, STEPS, gradient_accumulation_steps=micro_steps, bf16=bf16, **more)
+        trainer = trainer_of(small_llama(), args, data)
+        trainer.train()
+    weights = weights_of(trainer)
+    assert all(param.requires_grad for param in trainer.model.parameters())
+    trainer.model_wrapped.destroy()
+    model = small_llama()
+    if "gradient_checkpointing" in more:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    ours = None if optimizer else decay_groups(model)
+    assert_equal(weights, loop(model, config, data, STEPS, micro_steps=micro_steps, bf16=bf16, optimizer=ours))
+
+
+@pytest.mark.parametrize(("variant", "stage"), CASES)
+def test_weights_are_bitwise_those_of_a_loop_on_two_ranks(two_ranks, tmp_path, variant, stage):
+    two_ranks.run(assert_trainer_is_the_loop, tmp_path, stage, **VARIANTS[variant])
+
+
+@pytest.mark.parametrize(("variant", "stage"), [("config", 0), ("trainers", 2), slow("bf16", 3), slow("paper", 0)])
+def test_weights_are_bitwise_those_of_a_loop_on_one_rank(one_rank, tmp_path, variant, stage):
+    one_rank.run(assert_trainer_is_the_loop, tmp_path, stage, **VARIANTS[variant])

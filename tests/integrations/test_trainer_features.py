@@ -1,0 +1,313 @@
+"""What Trainer does beside steps, with HiFT: resume, best model, export, evaluation, generation, out of memory."""
+
+from __future__ import annotations
+
+import pytest
+from deepspeed import comm as dist
+from hift_testing.selection import diagonal, slow
+from hift_testing.tiny_models import tiny_model
+from hift_testing.trainers import (
+    Ordered,
+    arguments,
+    assert_equal,
+    auto_config,
+    forget,
+    loop,
+    losses_of,
+    rows,
+    trainer_of,
+)
+from hift_testing.training import small_llama, whole_weights
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, Seq2SeqTrainer, Seq2SeqTrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+import hift_ds
+from hift_ds.engine import LIVING, HiFTEngine
+from hift_ds.integrations.trainer import HiFTCallback
+
+pytestmark = pytest.mark.multi_rank
+STAGES = (0, 2, 3)
+STEPS = 9  # of six blocks
+
+
+def data():
+    return rows(8 * dist.get_world_size())
+
+
+def trained(folder, config, steps=STEPS, model=None, resume=None, kind=Ordered, train=None, trainer_takes=None, **more):
+    """A Trainer that has trained."""
+    with hift_ds.enable():
+        model = small_llama() if model is None else model
+        args = arguments(folder, config, steps, **more)
+        trainer = trainer_of(model, args, data() if train is None else train, kind, **(trainer_takes or {}))
+        trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def finished(trainer):
+    """Its whole weights; its engine ends."""
+    assert isinstance(trainer.model_wrapped, HiFTEngine)
+    weights = whole_weights(trainer.model_wrapped)
+    trainer.model_wrapped.destroy()
+    return weights
+
+
+# Resume.
+
+
+def assert_resumes(folder, stage, optimizer, **more):
+    more = {"gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 4, **more}
+    config = auto_config(stage, optimizer)
+    whole = trained(folder / "whole", config, **more)
+    losses, weights = losses_of(whole), finished(whole)
+    saved = str(folder / "whole" / "checkpoint-4")
+    again = trained(folder / "again", config, resume=saved, model=small_llama(1), **more)
+    assert losses_of(again) == losses
+    assert_equal(finished(again), weights)
+
+
+@pytest.mark.parametrize(("stage", "optimizer"), diagonal(STAGES, (True, False)))
+def test_a_resumed_run_is_bitwise_the_whole_run(two_ranks, tmp_path, stage, optimizer):
+    two_ranks.run(assert_resumes, tmp_path, stage, optimizer)
+
+
+@pytest.mark.parametrize(("stage", "optimizer"), [slow(0, True), (2, False), slow(3, True)])
+def test_a_resumed_run_in_bf16_is_bitwise_the_whole_run(one_rank, tmp_path, stage, optimizer):
+    one_rank.run(assert_resumes, tmp_path, stage, optimizer, bf16=True)
+
+
+# What is saved.
+
+
+def assert_loads(folder, weights):
+    """As in a process without DeepSpeed."""
+    unset_hf_deepspeed_config()
+    assert_equal({n: p.detach() for n, p in LlamaForCausalLM.from_pretrained(folder).named_parameters()}, weights)
+
+
+def assert_exports(folder, stage, bf16):
+    trainer = trained(folder, auto_config(stage), bf16=bf16)
+    trainer.save_model(str(folder / "model"))
+    dist.barrier()
+    weights = finished(trainer)
+    assert_loads(folder / "model", weights)
+    assert not list((folder / "model").glob("zero_to_fp32*"))
+
+
+@pytest.mark.parametrize(("stage", "bf16"), [(0, False), (3, True), *map(slow, (2, 3, 0, 2), (0, 0, 1, 1))])
+def test_what_trainer_saves_from_pretrained_loads(two_ranks, tmp_path, stage, bf16):
+    two_ranks.run(assert_exports, tmp_path, stage, bf16)
+
+
+def assert_best_is_loaded(folder, stage):
+    trainer = trained(
+        folder, auto_config(stage), 8, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2,
+        load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=True, save_total_limit=2,
+        trainer_takes={"eval_dataset": rows(8)},
+    )  # fmt: skip
+    history = {line["step"]: line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line}
+    best = max(history, key=history.get)
+    assert sorted(history) == [2, 4, 6, 8] and best < 8, "greater is better, and the loss falls: an early one is best"
+    assert trainer.state.best_global_step == best
+    assert trainer.evaluate(rows(8))["eval_loss"] == pytest.approx(history[best], abs=1e-6)
+    kept = sorted(path.name for path in folder.glob("checkpoint-*"))
+    assert kept == [f"checkpoint-{best}", "checkpoint-8"]
+    finished(trainer)
+
+
+@pytest.mark.parametrize("stage", [slow(0), slow(2), 3])
+def test_the_best_model_is_loaded_at_the_end(two_ranks, tmp_path, stage):
+    two_ranks.run(assert_best_is_loaded, tmp_path, stage)
+
+
+def assert_saves_only_models(folder, stage):
+    saving = {"save_strategy": "steps", "save_steps": 2, "save_only_model": True, "save_total_limit": 1}
+    trainer = trained(folder, auto_config(stage), 6, **saving)
+    dist.barrier()
+    (kept,) = folder.glob("checkpoint-*")
+    assert kept.name == "checkpoint-6" and not list(kept.glob("global_step*"))
+    weights = finished(trainer)
+    assert_loads(kept, weights)
+
+
+@pytest.mark.parametrize("stage", [slow(0), 2, slow(3)])
+def test_save_only_model_and_save_total_limit_leave_one_folder_of_weights(two_ranks, tmp_path, stage):
+    two_ranks.run(assert_saves_only_models, tmp_path, stage)
+
+
+# Windows, evaluation, memory.
+
+
+def assert_evaluation_changes_nothing(folder, stage):
+    config = auto_config(stage)
+    plain = trained(folder / "plain", config)
+    losses, weights = losses_of(plain), finished(plain)
+    watched = trained(
+        folder / "watched", config, eval_strategy="steps", eval_steps=2, trainer_takes={"eval_dataset": rows(6)}
+    )
+    assert losses_of(watched) == losses
+    assert_equal(finished(watched), weights)
+
+
+@pytest.mark.parametrize("stage", [0, slow(2), 3])
+def test_evaluation_every_other_step_changes_no_weight(two_ranks, tmp_path, stage):
+    two_ranks.run(assert_evaluation_changes_nothing, tmp_path, stage)
+
+
+def assert_short_window(folder, stage):
+    """Five batches a rank and windows of two: the third window of an epoch has one."""
+    world = dist.get_world_size()
+    few = rows(10 * world)
+    trainer = trained(folder, auto_config(stage), 7, train=few, gradient_accumulation_steps=2)
+    moved = trainer.model_wrapped.hift
+    assert (moved.cycle, moved.active_block) == (1, 1), "seven updates"
+    weights = finished(trainer)
+    config = auto_config(stage)
+    windows = [2, 2, 1, 2, 2, 1, 2]
+    assert_equal(weights, loop(small_llama(), config, few, 7, micro_steps=2, windows=windows))
+
+
+@pytest.mark.parametrize("stage", [slow(0), 2, slow(3)])
+def test_a_short_last_window_is_an_update_of_what_it_has(two_ranks, tmp_path, stage):
+    two_ranks.run(assert_short_window, tmp_path, stage)
+
+
+class OutOfMemoryOnce(Ordered):
+    """Fails as a card does, at the third step with the first batch size."""
+
+    tried: list[int] = []
+
+    def training_step(self, *args, **kwargs):
+        if self._train_batch_size not in self.tried:
+            self.tried.append(self._train_batch_size)
+        if len(self.tried) == 1 and self.state.global_step == 2:
+            raise RuntimeError("CUDA out of memory.")
+        return super().training_step(*args, **kwargs)
+
+
+def assert_finds_batch_size(folder, stage):
+    OutOfMemoryOnce.tried = []
+    trainer = trained(folder, auto_config(stage), kind=OutOfMemoryOnce, auto_find_batch_size=True)
+    first, second = OutOfMemoryOnce.tried
+    assert second < first
+    assert len(losses_of(trainer)) >= STEPS and trainer.state.global_step == STEPS
+    assert list(LIVING) == [trainer.model_wrapped]
+    finished(trainer)
+
+
+# Trainer itself refuses it at stage 3.
+@pytest.mark.parametrize("stage", [slow(0), 2])
+def test_a_smaller_batch_is_found_after_out_of_memory(one_rank, tmp_path, stage):
+    one_rank.run(assert_finds_batch_size, tmp_path, stage)
+
+
+# Other models and trainers.
+
+
+def assert_generates(folder, stage):
+    with hift_ds.enable():
+        pairs = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows(8)]
+        args = arguments(
+            folder, auto_config(stage), 8, kind=Seq2SeqTrainingArguments, predict_with_generate=True,
+            eval_strategy="steps", eval_steps=4,
+        )  # fmt: skip
+        seen = []
+        trainer = trainer_of(
+            tiny_model("t5"), args, pairs, Seq2SeqTrainer, eval_dataset=pairs[:4],
+            compute_metrics=lambda found: seen.append(found.predictions.shape) or {"n": len(found.predictions)},
+        )  # fmt: skip
+        trainer.train()
+    assert [shape[0] for shape in seen] == [4, 4], seen
+    assert trainer.model_wrapped.hift.cycle == 1, "seven blocks"
+    finished(trainer)
+
+
+@pytest.mark.parametrize("stage", [slow(0), slow(2), 3])
+def test_predict_with_generate_generates_between_steps(one_rank, tmp_path, stage):
+    one_rank.run(assert_generates, tmp_path, stage)
+
+
+def assert_head_trains_always(folder, stage):
+    forget()
+    config = auto_config(stage, hift={"always_active": ["^score"]})
+    model = tiny_model("llama_cls")
+    model.config.pad_token_id = 0
+    seen = []
+
+    class Watching(Ordered):
+        def training_step(self, *args, **kwargs):
+            loss = super().training_step(*args, **kwargs)
+            seen.append(float(whole_weights(self.model_wrapped)["score.weight"].sum()))
+            return loss
+
+    trainer = trained(folder, config, 6, model=model, kind=Watching, train=rows(24, classes=3))
+    assert len(set(seen)) == 6, "the head moves at each step"
+    finished(trainer)
+
+
+@pytest.mark.parametrize("stage", [0, slow(2), slow(3)])
+def test_a_classifier_head_that_is_always_active_moves_at_each_step(two_ranks, tmp_path, stage):
+    two_ranks.run(assert_head_trains_always, tmp_path, stage)
+
+
+def assert_two_trainers(folder, stage, same_model):
+    config, model = auto_config(stage), small_llama()
+    first = trained(folder / "first", config, 6, model=model)
+    numel = sum(getattr(param, "ds_numel", param.numel()) for param in model.parameters() if param.requires_grad)
+    assert numel == sum(getattr(param, "ds_numel", param.numel()) for param in model.parameters())
+    second = trained(folder / "second", config, 6, model=model if same_model else small_llama(1))
+    engine = second.model_wrapped
+    assert (engine.hift.cycle, engine.hift.active_block) == (1, 0)
+    if same_model:
+        assert list(LIVING) == [engine], "the first engine has ended"
+        assert losses_of(second)[0] < losses_of(first)[0], "it goes on from where the first was"
+    else:
+        alone = trained(folder / "alone", config, 6, model=small_llama(1))
+        assert losses_of(alone) == losses_of(second)
+        finished(alone)
+        first.model_wrapped.destroy()
+    finished(second)
+
+
+@pytest.mark.parametrize(("stage", "same_model"), diagonal(STAGES, (True, False)))
+def test_two_trainers_after_one_another_each_train_all_blocks(two_ranks, tmp_path, stage, same_model):
+    two_ranks.run(assert_two_trainers, tmp_path, stage, same_model)
+
+
+def assert_zero_init(folder):
+    small_llama().save_pretrained(folder / f"base{dist.get_rank()}")
+    config = auto_config(3)
+    with hift_ds.enable():
+        args = arguments(folder, config, STEPS)  # from_pretrained partitions from here on
+        model = AutoModelForCausalLM.from_pretrained(folder / f"base{dist.get_rank()}", attn_implementation="eager")
+        assert all(hasattr(param, "ds_id") for param in model.parameters())
+        trainer = trainer_of(model, args, data())
+        trainer.train()
+    weights = finished(trainer)
+    assert_equal(weights, loop(small_llama(), config, data(), STEPS, micro_steps=1))
+
+
+def test_a_model_that_from_pretrained_has_partitioned_trains_as_any_other(one_rank, tmp_path):
+    one_rank.run(assert_zero_init, tmp_path)
+
+
+# The callback.
+
+
+def assert_log(folder, stage):
+    trainer = trained(folder, auto_config(stage, optimizer=False), 8)
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    assert [line["hift_block"] for line in lines] == [0, 1, 2, 3, 4, 5, 0, 1]
+    assert [line["hift_cycle"] for line in lines] == [0] * 6 + [1] * 2
+    rates = [line["hift_lr"] for line in lines]
+    assert len(set(rates[:6])) == 1 and len(set(rates[6:])) == 1 and rates[0] > rates[7] > 0
+    assert sum(isinstance(callback, HiFTCallback) for callback in trainer.callback_handler.callbacks) == 1
+    finished(trainer)
+    by_hand = trained(folder, auto_config(stage), 2, trainer_takes={"callbacks": [HiFTCallback()]})
+    assert [type(callback) for callback in by_hand.callback_handler.callbacks].count(HiFTCallback) == 1
+    finished(by_hand)
+
+
+@pytest.mark.parametrize("stage", [0, slow(2), slow(3)])
+def test_log_lines_show_block_cycle_and_the_rate_in_force(one_rank, tmp_path, stage):
+    one_rank.run(assert_log, tmp_path, stage)

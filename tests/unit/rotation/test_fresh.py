@@ -1,0 +1,123 @@
+"""What counts as freshly initialised: what the checkpoint of from_pretrained did not hold, and little else."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from hift_ds.rotation.blocks import plan_blocks
+from hift_ds.rotation.fresh import find_fresh
+
+SIZE = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 64}
+POOLER = ("bert.pooler.dense.weight", "bert.pooler.dense.bias")
+HEAD = ("classifier.weight", "classifier.bias")
+
+
+def fresh_of(model):
+    return find_fresh(model, {name for name, param in model.named_parameters() if param.requires_grad})
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    """A pretrained encoder without pooler and classifier."""
+    folder = tmp_path_factory.mktemp("bert")
+    BertForMaskedLM(BertConfig(**SIZE)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    LlamaForCausalLM(LlamaConfig(**SIZE, num_key_value_heads=1)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_that_the_checkpoint_did_not_hold_is_fresh(bert, dtype):
+    found = fresh_of(AutoModelForSequenceClassification.from_pretrained(bert, num_labels=3, dtype=dtype))
+    assert found.fqns == (*POOLER, *HEAD)
+    assert found.note.endswith("bert.pooler.dense.weight, bert.pooler.dense.bias, classifier.weight, classifier.bias: "
+                               "trained at every step")  # fmt: skip
+
+
+def test_a_model_that_the_checkpoint_held_whole_has_nothing_fresh(bert, llama):
+    for model in (AutoModelForMaskedLM.from_pretrained(bert), AutoModelForCausalLM.from_pretrained(llama)):
+        assert fresh_of(model) == type(fresh_of(model))()
+
+
+def test_a_head_that_has_been_trained_and_saved_is_fresh_no_more(bert, tmp_path):
+    AutoModelForSequenceClassification.from_pretrained(bert, num_labels=3).save_pretrained(tmp_path)
+    assert fresh_of(AutoModelForSequenceClassification.from_pretrained(tmp_path)).fqns == ()
+
+
+def test_a_head_of_another_size_is_fresh_again(bert, tmp_path):
+    AutoModelForSequenceClassification.from_pretrained(bert, num_labels=3).save_pretrained(tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=5, ignore_mismatched_sizes=True)
+    assert fresh_of(model).fqns == HEAD
+
+
+def test_resized_embeddings_are_not_fresh(llama):
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    model.resize_token_embeddings(80)
+    assert fresh_of(model).fqns == ()
+
+
+def test_a_layer_of_one_s_own_on_a_loaded_model_is_fresh(llama):
+    model = AutoModelForSequenceClassification.from_pretrained(llama, num_labels=2)
+    model.score = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 2))
+    assert fresh_of(model).fqns == ("score.0.weight", "score.0.bias", "score.1.weight", "score.1.bias")
+
+
+def test_what_is_frozen_is_not_trained_and_so_not_fresh(bert):
+    model = AutoModelForSequenceClassification.from_pretrained(bert, num_labels=3)
+    model.bert.pooler.requires_grad_(False)
+    assert fresh_of(model).fqns == HEAD
+
+
+def test_over_a_tenth_nothing_is_fresh_and_a_note_says_so(bert):
+    model = AutoModelForSequenceClassification.from_pretrained(bert, num_labels=200)
+    found = fresh_of(model)
+    assert found.fqns == () and "over 10% name them in hift.always_active yourself" in found.note
+
+
+def test_adapters_alone_are_not_fresh(llama):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(llama), LoraConfig(target_modules="all-linear"))
+    assert fresh_of(model).fqns == ()
+
+
+def test_of_a_model_without_marks_a_note_names_heads_and_what_to_write(bert):
+    loaded = AutoModelForSequenceClassification.from_pretrained(bert, num_labels=3)
+    for model in (copy.deepcopy(loaded), BertForSequenceClassification(BertConfig(**SIZE))):
+        found = fresh_of(model)
+        assert found.fqns == ()
+        assert 'write "always_active": ["module:bert.pooler", "module:classifier"]' in found.note
+    assert fresh_of(LlamaForCausalLM(LlamaConfig(**SIZE, num_key_value_heads=1))).note is None
+    assert fresh_of(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))).note is None
+
+
+def test_a_loader_of_one_s_own_may_name_what_is_fresh(llama):
+    model = LlamaForCausalLM(LlamaConfig(**SIZE, num_key_value_heads=1))
+    model._hift_fresh = {"lm_head.weight"}
+    assert fresh_of(model).fqns == ("lm_head.weight",)
+
+
+def test_a_module_or_the_last_unit_can_be_always_active():
+    model = BertForSequenceClassification(BertConfig(**SIZE))
+    assert plan_blocks(model, always_active=["module:bert.pooler"]).always_active == POOLER
+    assert plan_blocks(model, always_active=["unit:last"]).always_active == (*POOLER, *HEAD)
+    assert plan_blocks(model, always_active=["module:classifier", r"layer\.0\.output.*bias"]).always_active[-2:] == HEAD
+    with pytest.raises(ValueError, match=r"hift.always_active='module:pooler': no module of that path .*'bert.pooler'"):
+        plan_blocks(model, always_active=["module:pooler"])
