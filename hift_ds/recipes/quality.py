@@ -94,7 +94,7 @@ def search(of_place: Callable[[int], tuple[float, float]], middle: int, plan: Pl
 def methods_of(task: Task, plan: Plan) -> list[Method]:
     """The plan's contestants in a task; where nothing is fresh, there is no head that could take turns."""
     methods = [METHODS[name] for name in plan.methods]
-    return [method for method in methods if task.fresh or method.fresh_active is not False]
+    return [method for method in methods if task.fresh_head or method.fresh_active is not False]
 
 
 def study(
@@ -107,7 +107,7 @@ def study(
         peak: Measures a method's memory.
     """
     methods = methods_of(task, plan)
-    if not task.fresh:
+    if not task.fresh_head:
         rows.get(settings_of(task, None, "test", "steps", 0, 0.0, 0), train)
     rates = {method.name: chosen_rate(task, method, plan, rows, train)[0] for method in methods}
     step_s: dict[str, list[float]] = {method.name: [] for method in methods}

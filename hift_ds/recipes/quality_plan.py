@@ -18,7 +18,7 @@ class Method:
         kind: "full", "hift", "lora" or "last" (the last layer and the head).
         places_above: Of its middle rate on the ladder, over full fine-tuning's.
         layers_per_block: HiFT's m.
-        fresh_active: HiFT trains what the checkpoint did not hold at every step.
+        fresh_active: HiFT trains what the checkpoint did not hold at every step (its default), not in its turn.
         rank: LoRA's r.
     """
 
@@ -57,7 +57,7 @@ class Task:
         counts: The metric that counts: "accuracy" or "loss".
         middle_place: Of full fine-tuning's grid, on the ladder of rates.
         max_tokens: Of a row; longer ones are cut.
-        fresh: Regexes of parameters that the checkpoint does not hold.
+        fresh_head: The checkpoint does not hold the head.
         last: Regexes of the last layer and the head.
         files: Of training rows, of test rows, and of a text that is not trained on (or "").
     """
@@ -69,7 +69,7 @@ class Task:
     micro_batch: int
     max_tokens: int
     middle_place: int
-    fresh: tuple[str, ...]
+    fresh_head: bool
     last: tuple[str, ...]
     files: tuple[str, str, str]
     num_validation: int = 500
@@ -88,7 +88,7 @@ OPTIMIZER: dict[str, Any] = {
 }  # fmt: skip
 _ENCODER: dict[str, Any] = {
     "model": MINILM, "counts": "accuracy", "micro_batch": 16, "max_tokens": 64, "middle_place": -7,
-    "fresh": ("^classifier",), "last": ("^classifier", "pooler", r"layer\.5\."),
+    "fresh_head": True, "last": ("^classifier", "pooler", r"layer\.5\."),
 }  # fmt: skip
 TASKS = {
     task.name: task
@@ -96,7 +96,7 @@ TASKS = {
         Task("banking77", steps=240, files=("banking77_train.csv", "banking77_test.csv", ""), **_ENCODER),
         Task("sst2", steps=160, files=("sst2_train.tsv", "sst2_test.tsv", ""), **_ENCODER),
         Task(
-            "gsm8k", SAMPLE, "loss", 62, 2, 192, -8, (), (r"layers\.29\.", r"model\.norm"),
+            "gsm8k", SAMPLE, "loss", 62, 2, 192, -8, False, (r"layers\.29\.", r"model\.norm"),
             ("gsm8k_train.jsonl", "gsm8k_test.jsonl", "tinyshakespeare.txt"), num_validation=32, num_test=64,
         ),
     )

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 import hift_ds
+from hift_ds.config.keys import FRESH
 from hift_ds.memory import MemoryMeter
 from hift_ds.recipes import training
 from hift_ds.recipes.quality import Result, Settings
@@ -116,8 +117,10 @@ def _config(task: Task, method: Method, rate: float, steps: int) -> dict[str, An
         "steps_per_print": None,
     }  # fmt: skip
     if method.kind == "hift":
-        active = list(task.fresh) if method.fresh_active else []
-        config["hift"] = {"enabled": True, "layers_per_block": method.layers_per_block, "always_active": active}
+        config["hift"] = {
+            "enabled": True, "layers_per_block": method.layers_per_block,
+            "always_active": FRESH if method.fresh_active else [],
+        }  # fmt: skip
     return config
 
 

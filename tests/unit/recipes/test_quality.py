@@ -147,7 +147,7 @@ def test_methods_take_turns_for_each_seed(runs, rows):
 
 def test_without_fresh_parameters_no_head_takes_turns_and_the_untrained_model_is_tested(runs, rows):
     plan = replace(PLAN, methods=("full", "hift_m1", "hift_m1_head_in_turn"))
-    study(replace(TASK, fresh=()), plan, rows, runs.train, runs.peak)
+    study(replace(TASK, fresh_head=False), plan, rows, runs.train, runs.peak)
     assert {s["method"]["name"] for s in runs.made} == {"full", "hift_m1", UNTRAINED}
     assert [s["steps"] for s in runs.made if s["method"]["name"] == UNTRAINED] == [0]
 
