@@ -2,7 +2,7 @@
 
 Every method's rate is chosen on the validation rows, at as many steps as full fine-tuning has, with the first seed.
 Then it is trained anew with each seed and meets the test rows, once: at equal steps, and at equal seconds, that is for
-as many steps as it makes in the time of full fine-tuning. A row of the file is one such run, or the peak of a method;
+as many steps as it makes in the time of full fine-tuning. A row of the file is one such run, or the costs of a method;
 its key is its settings, and a row that is there is not run again.
 """
 
@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from hift_ds.recipes.quality_plan import METHODS, Method, Plan, Task
@@ -98,32 +97,31 @@ def methods_of(task: Task, plan: Plan) -> list[Method]:
 
 
 def study(
-    task: Task, plan: Plan, rows: Rows, train: Callable[[Settings], Result], peak: Callable[[Settings], Result]
+    task: Task, plan: Plan, rows: Rows, train: Callable[[Settings], Result], cost: Callable[[Settings], Result]
 ) -> None:
-    """Runs what the rows lack of a task; the methods in turn for each seed, so that a drift of the machine hits all.
+    """Runs what the rows lack of a task; seed by seed, so that a study that is stopped has all methods of the first.
 
     Args:
         train: Makes a run of settings.
-        peak: Measures a method's memory.
+        cost: Measures a method's memory, and its speed: steps in the time of one of full fine-tuning.
     """
     methods = methods_of(task, plan)
     if not task.fresh_head:
         rows.get(settings_of(task, None, "test", "steps", 0, 0.0, 0), train)
     rates = {method.name: chosen_rate(task, method, plan, rows, train)[0] for method in methods}
-    step_s: dict[str, list[float]] = {method.name: [] for method in methods}
+    speeds = {method.name: rows.get(cost_settings(task, method), cost)["speed"] for method in methods}
     for seed in plan.seeds:
-        for method in methods:
-            settings = settings_of(task, method, "test", "steps", task.steps, rates[method.name], seed)
-            step_s[method.name].append(rows.get(settings, train)["cpu_seconds"] / task.steps)
-    for method in methods:
-        rows.get({"kind": "peak", "task": task.name, **task.recipe, "method": _described(method)}, peak)
-    if "seconds" not in plan.budgets:
-        return
-    for seed in plan.seeds:
-        for method in methods:
-            if method.kind != "full":  # its steps and its seconds are one budget
-                steps = round(task.steps * median(step_s["full"]) / median(step_s[method.name]))
-                rows.get(settings_of(task, method, "test", "seconds", steps, rates[method.name], seed), train)
+        for budget in plan.budgets:
+            for method in methods:
+                if budget == "seconds" and method.kind == "full":
+                    continue  # its steps and its seconds are one budget
+                steps = task.steps if budget == "steps" else round(task.steps * speeds[method.name])
+                rows.get(settings_of(task, method, "test", budget, steps, rates[method.name], seed), train)
+
+
+def cost_settings(task: Task, method: Method) -> Settings:
+    """Of the measurement of a method's costs."""
+    return {"kind": "costs", "task": task.name, **task.recipe, "method": _described(method)}
 
 
 def chosen_rate(

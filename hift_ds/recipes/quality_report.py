@@ -14,7 +14,7 @@ from hift_ds.recipes.quality_plan import METHODS, TASKS
 
 _BUDGETS = {"steps": "at equal steps", "seconds": "at equal seconds"}
 _HEADERS = (
-    "method", "trained", "rate", "steps", "{metric}", "lowest to highest", "seeds", "step, CPU ms", "CPU s of a run",
+    "method", "trained", "rate", "steps", "{metric}", "lowest to highest", "seeds", "speed", "CPU s of a run",
     "peak MiB", "of it gradients", "of it state", "loss on other text",
 )  # fmt: skip
 
@@ -102,14 +102,14 @@ def _cells(group: Group, rows: Sequence[Result]) -> list[str]:
     unrelated = [run["unrelated_loss"] for run in group.runs if run["unrelated_loss"] is not None]
     spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
     steps = settings["steps"]
-    peak = next((row["peak"] for row in rows if row["settings"]["kind"] == "peak" and _same(row, first)), None)
+    costs = next((row for row in rows if row["settings"]["kind"] == "costs" and _same(row, first)), None)
     return [
         label_of(group.method), f"{first['trained_parameters']:,}" if steps else "", _rate(first, rows),
         str(steps), f"{fmean(values):.{digits}f}{spread}", f"{min(values):.{digits}f} to {max(values):.{digits}f}",
         str(len(values)),
-        f"{median(1000 * run['cpu_seconds'] / steps for run in group.runs):,.0f}" if steps else "",
+        f"{costs['speed']:.2f}" if costs else "",
         f"{median(run['cpu_seconds'] for run in group.runs):,.0f}" if steps else "",
-        *((mib(peak[role]) for role in ("allocated", "gradients", "state")) if peak else ("", "", "")),
+        *((mib(costs["peak"][role]) for role in ("allocated", "gradients", "state")) if costs else ("", "", "")),
         f"{fmean(unrelated):.4f}" if unrelated else "",
     ]  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""One run of the comparison of quality, and the memory of a method. One rank, fp32, no ZeRO.
+"""One run of the comparison of quality, and the costs of a method. One rank, fp32, no ZeRO.
 
 All methods have one loop and one engine, DeepSpeed's: full fine-tuning, LoRA and the last layer are `initialize`
 without a "hift" section and with other parameters to train. So they differ in nothing else.
@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from importlib.util import find_spec
+from statistics import median
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ from hift_ds.recipes.quality import Result, Settings
 from hift_ds.recipes.quality_plan import METHODS, OPTIMIZER, Method, Task
 from hift_ds.recipes.quality_tasks import TaskData, TokenRow, in_groups, load_network, sums_of
 from hift_ds.recipes.results import provenance
+
+_ROUNDS, _LEAST_TIMED = 3, 8  # steps of a round, whole cycles
 
 
 def train(task: Task, data: TaskData, settings: Settings) -> Result:
@@ -49,21 +52,47 @@ def train(task: Task, data: TaskData, settings: Settings) -> Result:
     }  # fmt: skip
 
 
-def peak(task: Task, data: TaskData, settings: Settings) -> Result:
-    """Most bytes of tensors in a whole cycle on the longest training rows, and what they are."""
-    engine = _engine(task, data, METHODS[settings["method"]["name"]], 1e-6, 1000, 0)
+def cost(task: Task, data: TaskData, settings: Settings) -> Result:
+    """The method's speed beside full fine-tuning, the two in turn, and its peak on the longest training rows.
+
+    CPU seconds of this process and not those of the clock: what else runs on the machine then counts less.
+    """
+    method, full = METHODS[settings["method"]["name"]], METHODS["full"]
+    engines = {one.name: _engine(task, data, one, 1e-6, 1000, 0) for one in (full, method)}
+    streams = {name: _stream(task, data, 0, engine.device) for name, engine in engines.items()}
+    load = os.getloadavg()[0]
+    cpu: dict[str, list[float]] = {name: [] for name in engines}
+    clock: dict[str, list[float]] = {name: [] for name in engines}
+    cycle = max(2, len(engines[method.name].hift.blocks)) if method.kind == "hift" else 2
+    count = cycle * -(-_LEAST_TIMED // cycle)
+    for number in range(1 + _ROUNDS):
+        for name, engine in engines.items():
+            engine.train()
+            began, cpu_began = time.perf_counter(), time.process_time()
+            for _ in range(count):
+                training.optimizer_step(engine, streams[name])
+            if number:  # in the first, state is made
+                cpu[name].append((time.process_time() - cpu_began) / count)
+                clock[name].append((time.perf_counter() - began) / count)
+    return {
+        "speed": median(a / b for a, b in zip(cpu[full.name], cpu[method.name], strict=True)),
+        "step_cpu_s": cpu, "step_s": clock, "timed_steps": count,
+        **_peak(engines[method.name], task, data, cycle),
+        "load_average": [round(load, 2), round(os.getloadavg()[0], 2)],
+        **_where(engines[method.name].device),
+    }  # fmt: skip
+
+
+def _peak(engine: Any, task: Task, data: TaskData, cycle: int) -> Result:
     longest = data.collate(sorted(data.train, key=lambda row: len(row["input_ids"]))[-task.micro_batch :])
     batch = {key: value.to(engine.device) for key, value in longest.items()}
-    cycle = len(engine.hift.blocks) if hasattr(engine, "hift") else 2
-    engine.train()
     with MemoryMeter(engine) as meter:
         for _ in range(cycle):
             training.optimizer_step(engine, iter([batch]))
     report = meter.gather()
     found = report.ranks[0].peak
     assert found is not None  # steps were made
-    tokens = longest["input_ids"].shape[1]
-    return {"peak": asdict(found), "kind": report.kind, "tokens": tokens, **_where(engine.device)}
+    return {"peak": asdict(found), "peak_kind": report.kind, "peak_tokens": longest["input_ids"].shape[1]}
 
 
 @torch.no_grad()

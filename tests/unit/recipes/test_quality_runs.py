@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from hift_ds.recipes import quality_runs, training
-from hift_ds.recipes.quality import settings_of
+from hift_ds.recipes.quality import cost_settings, settings_of
 from hift_ds.recipes.quality_plan import METHODS, TASKS
 from hift_ds.recipes.quality_tasks import in_groups, load_task, split, sums_of
 
@@ -179,11 +180,35 @@ def _network(task, data):
 
 def test_the_last_layer_alone_has_the_smallest_peak_and_full_fine_tuning_the_most_gradients(task, data):
     peaks = {
-        name: quality_runs.peak(task, data, {"method": {"name": name}})["peak"]
+        name: quality_runs.cost(task, data, cost_settings(task, METHODS[name]))["peak"]
         for name in ("full", "hift_m1", "last_layer")
     }
     assert peaks["last_layer"]["allocated"] == min(peak["allocated"] for peak in peaks.values())
     assert peaks["full"]["gradients"] == max(peak["gradients"] for peak in peaks.values())
+
+
+def test_speed_is_that_beside_full_fine_tuning_over_whole_cycles(task, data, monkeypatch):
+    calls = []
+    real = training.optimizer_step
+
+    def slow(engine, stream):
+        calls.append(hasattr(engine, "hift"))
+        time.process_time.now += 2.0 if calls[-1] else 3.0
+        return real(engine, stream)
+
+    monkeypatch.setattr(training, "optimizer_step", slow)
+    monkeypatch.setattr(quality_runs.time, "process_time", Clock())
+    found = quality_runs.cost(task, data, cost_settings(task, METHODS["hift_m2"]))
+    assert found["speed"] == pytest.approx(1.5) and found["timed_steps"] == 8
+    assert calls[:32] == 2 * (8 * [False] + 8 * [True])
+    assert quality_runs.cost(task, data, cost_settings(task, METHODS["full"]))["speed"] == 1.0
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
 
 
 def test_the_script_says_in_one_sentence_what_is_wrong_with_its_data(tmp_path):
