@@ -17,13 +17,13 @@ from transformers import (
 )
 
 import hift_ds
-from hift_ds.recipes.models import fetch_sample
+from hift_ds.recipes.samples import MINILM, fetch_sample
 from hift_ds.recipes.sources import sample_rows
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--model", help="folder or hub name; default: SmolLM2-135M")
+parser.add_argument("--model", help="folder or hub name; default: MiniLM, 6 layers")
 parser.add_argument("--stage", type=int, default=0, help="of ZeRO")
-parser.add_argument("--max_steps", type=int, default=32)
+parser.add_argument("--max_steps", type=int, default=200)
 parser.add_argument("--output_dir", default="outputs/classifier")
 args = parser.parse_args()
 on_gpu = torch.cuda.is_available()
@@ -34,18 +34,17 @@ config = {
     "bf16": {"enabled": "auto"},
     "optimizer": {"type": "HiFT_AdamW", "params": {"lr": "auto"}},
     "zero_optimization": {"stage": args.stage, "stage3_gather_16bit_weights_on_model_save": True},
-    "hift": {"enabled": True, "layers_per_block": 8},
+    "hift": {"enabled": True},
 }
 training = TrainingArguments(
-    args.output_dir, deepspeed=config, max_steps=args.max_steps, per_device_train_batch_size=4, learning_rate=2e-4,
-    warmup_steps=4, bf16=on_gpu, use_cpu=not on_gpu, logging_steps=8,
+    args.output_dir, deepspeed=config, max_steps=args.max_steps, per_device_train_batch_size=8, learning_rate=2e-4,
+    warmup_steps=10, bf16=on_gpu, use_cpu=not on_gpu, logging_steps=40,
     save_strategy="no", report_to=[],
 )  # fmt: skip
-model_name, dtype = args.model or fetch_sample(), torch.bfloat16 if on_gpu else torch.float32
+model_name, dtype = args.model or fetch_sample(MINILM), torch.bfloat16 if on_gpu else torch.float32
 tokenizer = AutoTokenizer.from_pretrained(model_name)
 topics = sorted({row["topic"] for row in sample_rows("hift-faq", "train")})
 model = AutoModelForSequenceClassification.from_pretrained(model_name, num_labels=len(topics), dtype=dtype)
-model.config.pad_token_id = tokenizer.pad_token_id
 train, held_out = (
     [{**tokenizer(row["question"]), "label": topics.index(row["topic"])} for row in sample_rows("hift-faq", part)]
     for part in ("train", "eval")

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
 import hift_ds
-from hift_ds.recipes.models import fetch_sample
+from hift_ds.recipes.samples import fetch_sample
 from hift_ds.recipes.sources import sample_rows
 
 parser = argparse.ArgumentParser(description=__doc__)

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 import hift_ds
-from hift_ds.recipes.models import fetch_sample
+from hift_ds.recipes.samples import fetch_sample
 from hift_ds.recipes.sources import sample_rows
 
 parser = argparse.ArgumentParser(description=__doc__)
@@ -38,8 +38,8 @@ config = {
 }
 training = TrainingArguments(
     args.output_dir, deepspeed=config, max_steps=args.max_steps, per_device_train_batch_size=4, learning_rate=1e-4,
-    lr_scheduler_type="cosine", warmup_steps=2, bf16=on_gpu, use_cpu=not on_gpu,
-    logging_steps=4, save_strategy="no", report_to=[],
+    lr_scheduler_type="cosine", warmup_steps=2, bf16=on_gpu, use_cpu=not on_gpu, logging_steps=4, save_strategy="no",
+    report_to=[],
 )  # fmt: skip
 model_name, dtype = args.model or fetch_sample(), torch.bfloat16 if on_gpu else torch.float32
 tokenizer = AutoTokenizer.from_pretrained(model_name)
@@ -51,10 +51,8 @@ def tokens(part):
     return [tokenizer(text, truncation=True, max_length=96) for text in texts]
 
 
-trainer = Trainer(
-    model, training, train_dataset=tokens("train"), eval_dataset=tokens("eval"),
-    data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
-)  # fmt: skip
+collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+trainer = Trainer(model, training, collator, train_dataset=tokens("train"), eval_dataset=tokens("eval"))
 trainer.train()
 print(f"held-out loss {trainer.evaluate()['eval_loss']:.3f}")
 trainer.save_model()

