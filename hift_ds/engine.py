@@ -146,7 +146,6 @@ class HiFTEngine(DeepSpeedEngine):
     def allreduce_gradients(self, bucket_size: int = 0) -> None:
         """After each backward: DeepSpeed's seam for all gradient communication, at every stage."""
         boundary = self.is_gradient_accumulation_boundary()
-        self.optimizer.set_gradient_accumulation_boundary(boundary)
         self.optimizer.reducer.finish_backward(boundary)
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
@@ -212,7 +211,7 @@ class HiFTEngine(DeepSpeedEngine):
         self._require_living()
         self.optimizer.require_states()
         reducer = self.optimizer.reducer
-        inside = self.managed_gradient_accumulation() and not self.is_gradient_accumulation_boundary()
+        inside = self.resolved.managed and not self.is_gradient_accumulation_boundary()
         if inside:
             self.optimizer.drop_interrupted()
             if not reducer.finished:

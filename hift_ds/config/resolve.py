@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from deepspeed import __version__ as version
 from deepspeed.runtime import lr_schedules
 from deepspeed.runtime.config import DeepSpeedConfig, DtypeEnum
 from pydantic import ValidationError
@@ -38,6 +39,7 @@ class ResolvedConfig:
         precision: Of the model weights: `fp32`, `bf16` or `fp16`.
         micro_batch: Rows of a rank's forward.
         micro_steps: Forwards of an optimizer step (`gradient_accumulation_steps`).
+        managed: `managed_gradient_accumulation`: DeepSpeed counts the micro steps; else each `step` ends a window.
         accumulation_dtype: Of averaged gradients.
         communication_dtype: Of gradients on their way.
         predivide: `gradient_predivide_factor` (with `prescale_gradients`: the world size).
@@ -61,6 +63,7 @@ class ResolvedConfig:
     precision: str
     micro_batch: int
     micro_steps: int
+    managed: bool
     accumulation_dtype: torch.dtype
     communication_dtype: torch.dtype
     predivide: float
@@ -155,6 +158,7 @@ def resolve(
         )
     check_kernel(hift.kernel, hift.state.compact, on_host)
     precision = precision_of(ds_config)
+    managed = _of_newer(deepspeed, ds_config, "managed_gradient_accumulation", True)
     model_dtype, asked = DTYPES[precision], deepspeed.grad_accum_dtype
     apart = device_type != "cpu" if separate_host is None else separate_host
     resolved = ResolvedConfig(
@@ -167,13 +171,14 @@ def resolve(
         precision=precision,
         micro_batch=micro_batch,
         micro_steps=micro_steps,
+        managed=managed,
         accumulation_dtype=_accumulation_dtype(
             None if asked is None else DtypeEnum(asked).value, model_dtype,
-            micro_steps > 1 or not deepspeed.managed_gradient_accumulation,
+            micro_steps > 1 or not managed,
         ),
         communication_dtype=deepspeed.communication_data_type or model_dtype,
         predivide=float(world) if deepspeed.prescale_gradients else deepspeed.gradient_predivide_factor,
-        mean=deepspeed.gradient_allreduce_op == "mean",
+        mean=_of_newer(deepspeed, ds_config, "gradient_allreduce_op", "mean") == "mean",
         clip=deepspeed.gradient_clipping,
         zero=deepspeed.zero_config,
         home="device" if not apart or hift.state.residency == "device" else "host" if on_host else "stream",
@@ -229,6 +234,16 @@ def _as_deepspeed_reads(ds_config: Mapping[str, Any], micro_batch: int, micro_st
         raise ValueError(f"DeepSpeed refuses {key}={first['input']!r} ({first['msg']}); correct it") from error
     except AssertionError as error:
         raise ValueError(f"DeepSpeed refuses the config: {error}") from error
+
+
+def _of_newer(deepspeed: DeepSpeedConfig, ds_config: Mapping[str, Any], key: str, default: Any) -> Any:
+    """The value of a key that DeepSpeed 0.18 and early 0.19 do not have, where it must not be set."""
+    if key in ds_config and ds_config[key] != default and not hasattr(deepspeed, key):
+        raise ValueError(
+            f"{key}={ds_config[key]!r}: the installed deepspeed {version} does not know the key; remove it, or install "
+            "0.19.8"
+        )
+    return getattr(deepspeed, key, default)
 
 
 def _offload_optimizer(ds_config: Mapping[str, Any]) -> Mapping[str, Any]:
