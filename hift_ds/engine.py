@@ -98,6 +98,9 @@ class HiFTEngine(DeepSpeedEngine):
             config=self.resolved,
         )
         self.optimizer.end_window = self._end_window  # type: ignore[method-assign]
+        make_scheduler = getattr(self, "_configure_compression_scheduler", None)
+        if make_scheduler is not None:  # DeepSpeed 0.18 asks both at each step, though neither is on
+            self.compression_scheduler, self.quantizer = make_scheduler(), None
         self.hift = HiFT(self.block_plan, self.optimizer)
         self._hook_outputs()
         LIVING.add(self)

@@ -23,6 +23,11 @@ from hift_ds.config.optimizers import check_form, rule_from_config, rule_from_op
 from hift_ds.rules import Rule
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Keys that DeepSpeed 0.18 does not have, by section: DeepSpeed's config has an attribute of the name where it has one.
+_NEWER = {
+    "": ("gradient_allreduce_op", "managed_gradient_accumulation"),
+    "data_types": ("param_dtype", "buffer_dtype", "keep_in_fp32_modules"),
+}
 
 
 @dataclass(frozen=True)
@@ -140,6 +145,7 @@ def resolve(
     notes = tuple(check_ds_config(dict(ds_config)))
     micro_batch, micro_steps = batch_sizes(ds_config, world)
     deepspeed = _as_deepspeed_reads(ds_config, micro_batch, micro_steps)
+    _check_known(deepspeed, ds_config)
     _check_scheduler(ds_config.get("scheduler") or {})
     rule: Rule | None = None
     group: dict[str, Any] = {}
@@ -158,7 +164,7 @@ def resolve(
         )
     check_kernel(hift.kernel, hift.state.compact, on_host)
     precision = precision_of(ds_config)
-    managed = _of_newer(deepspeed, ds_config, "managed_gradient_accumulation", True)
+    managed = getattr(deepspeed, "managed_gradient_accumulation", True)
     model_dtype, asked = DTYPES[precision], deepspeed.grad_accum_dtype
     apart = device_type != "cpu" if separate_host is None else separate_host
     resolved = ResolvedConfig(
@@ -178,7 +184,7 @@ def resolve(
         ),
         communication_dtype=deepspeed.communication_data_type or model_dtype,
         predivide=float(world) if deepspeed.prescale_gradients else deepspeed.gradient_predivide_factor,
-        mean=_of_newer(deepspeed, ds_config, "gradient_allreduce_op", "mean") == "mean",
+        mean=getattr(deepspeed, "gradient_allreduce_op", "mean") == "mean",
         clip=deepspeed.gradient_clipping,
         zero=deepspeed.zero_config,
         home="device" if not apart or hift.state.residency == "device" else "host" if on_host else "stream",
@@ -236,14 +242,16 @@ def _as_deepspeed_reads(ds_config: Mapping[str, Any], micro_batch: int, micro_st
         raise ValueError(f"DeepSpeed refuses the config: {error}") from error
 
 
-def _of_newer(deepspeed: DeepSpeedConfig, ds_config: Mapping[str, Any], key: str, default: Any) -> Any:
-    """The value of a key that DeepSpeed 0.18 and early 0.19 do not have, where it must not be set."""
-    if key in ds_config and ds_config[key] != default and not hasattr(deepspeed, key):
-        raise ValueError(
-            f"{key}={ds_config[key]!r}: the installed deepspeed {version} does not know the key; remove it, or install "
-            "0.19.8"
-        )
-    return getattr(deepspeed, key, default)
+def _check_known(deepspeed: DeepSpeedConfig, ds_config: Mapping[str, Any]) -> None:
+    """Refuses what the installed DeepSpeed would pass over in silence."""
+    for section, names in _NEWER.items():
+        given = (ds_config.get(section) or {}) if section else ds_config
+        for name in names:
+            if given.get(name) is not None and not hasattr(deepspeed, name):
+                raise ValueError(
+                    f"{f'{section}.{name}'.lstrip('.')}={given[name]!r}: the installed deepspeed {version} does not "
+                    "know it; remove the key, or install deepspeed 0.19.8"
+                )
 
 
 def _offload_optimizer(ds_config: Mapping[str, Any]) -> Mapping[str, Any]:

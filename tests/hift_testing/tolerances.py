@@ -63,6 +63,10 @@ ADAFACTOR = Tolerance(
     5e-6, "fp32: row and column means and root mean squares are sums over slices and ranks. Measured 3.6e-7"
 )
 
+ONE_BIG_BATCH = Tolerance(
+    1e-6, "fp32, of weights after one step of SGD at rate 0.1: a sum over rows is split over micro steps and ranks"
+)
+
 FULL_CLIPPED = Tolerance(
     5e-6,
     "fp32, against DeepSpeed's own optimizers: norms of the same gradients differ by 1e-6 relative, as in CLIPPED. "
