@@ -187,7 +187,7 @@ class HiFTEngine(DeepSpeedEngine):
         tensor.register_post_accumulate_grad_hook(_drop)
         return tensor
 
-    def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def backward(self, loss: torch.Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> torch.Tensor:
         """As DeepSpeedEngine.backward.
 
         A loss that does not depend on the active block counts as a zero gradient on this rank, because other ranks'
@@ -199,8 +199,11 @@ class HiFTEngine(DeepSpeedEngine):
             loss = self._as_leaf(loss.detach())
         if isinstance(loss, torch.Tensor) and loss.is_leaf:
             loss = loss.clone()  # DeepSpeed takes only what has a grad_fn for a loss
+        if isinstance(loss, torch.Tensor) and scale_wrt_gas:
+            # Here, because DeepSpeed before 0.19.8 divides at each of the model's outputs: twice for a loss of logits.
+            loss = loss / self.gradient_accumulation_steps()
         with self.optimizer.guard.explaining():
-            return super().backward(loss, *args, **kwargs)
+            return super().backward(loss, retain_graph, scale_wrt_gas=False)
 
     def _backward_post_hook(self) -> None:
         # DeepSpeed takes a backward that began at two outputs for one after an interrupted one, and leaves its

@@ -45,8 +45,8 @@ def without_auto(
     if config.get("gradient_clipping") == AUTO:
         config["gradient_clipping"] = CLIP
         notes.append(f'gradient_clipping="auto": planned as {CLIP}, which is the Trainer\'s default')
-    params = (config.get("optimizer") or {}).get("params")
-    for key in [key for key, value in (params or {}).items() if value == AUTO]:
+    params = (config.get("optimizer") or {}).get("params") or {}
+    for key in [key for key, value in params.items() if value == AUTO]:
         del params[key]
     if AUTO in ((config.get("scheduler") or {}).get("params") or {}).values():
         del config["scheduler"]

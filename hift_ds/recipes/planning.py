@@ -30,7 +30,8 @@ def request_of(args: argparse.Namespace) -> Request:
     Raises:
         ValueError, TypeError: An option, or a key of the config, that cannot be.
     """
-    source, assumed = None, []
+    source: dict[str, Any] | None = None
+    assumed: list[str] = []
     if args.deepspeed_config is not None:
         source, assumed = without_auto(
             read_ds_config(args.deepspeed_config), args.precision, args.stage, args.micro_batch,
