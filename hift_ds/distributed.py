@@ -12,11 +12,14 @@ import deepspeed
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 
+from hift_ds.extras import needs_recipes
+
 T = TypeVar("T")
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK", "MV2_COMM_WORLD_SIZE")
 
 
+@needs_recipes()  # mpi4py, under mpirun
 def init_distributed(port: int = 29500, required: bool | None = None) -> None:
     """`deepspeed.init_distributed`, made safe for a lone process and quick on a CPU. Collective; may be called again.
 

@@ -98,6 +98,9 @@ class HiFTEngine(DeepSpeedEngine):
             config=self.resolved,
         )
         self.optimizer.end_window = self._end_window  # type: ignore[method-assign]
+        make_scheduler = getattr(self, "_configure_compression_scheduler", None)
+        if make_scheduler is not None:  # DeepSpeed 0.18 asks both at each step, though neither is on
+            self.compression_scheduler, self.quantizer = make_scheduler(), None
         self.hift = HiFT(self.block_plan, self.optimizer)
         self._hook_outputs()
         LIVING.add(self)
@@ -186,7 +189,6 @@ class HiFTEngine(DeepSpeedEngine):
     def allreduce_gradients(self, bucket_size: int = 0) -> None:
         """After each backward: DeepSpeed's seam for all gradient communication, at every stage."""
         boundary = self.is_gradient_accumulation_boundary()
-        self.optimizer.set_gradient_accumulation_boundary(boundary)
         self.optimizer.reducer.finish_backward(boundary)
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
@@ -225,7 +227,7 @@ class HiFTEngine(DeepSpeedEngine):
         tensor.register_post_accumulate_grad_hook(_drop)
         return tensor
 
-    def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def backward(self, loss: torch.Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> torch.Tensor:
         """As DeepSpeedEngine.backward.
 
         A loss that does not depend on the active block counts as a zero gradient on this rank, because other ranks'
@@ -237,8 +239,11 @@ class HiFTEngine(DeepSpeedEngine):
             loss = self._as_leaf(loss.detach())
         if isinstance(loss, torch.Tensor) and loss.is_leaf:
             loss = loss.clone()  # DeepSpeed takes only what has a grad_fn for a loss
+        if isinstance(loss, torch.Tensor) and scale_wrt_gas:
+            # Here, because DeepSpeed before 0.19.8 divides at each of the model's outputs: twice for a loss of logits.
+            loss = loss / self.gradient_accumulation_steps()
         with self.optimizer.guard.explaining():
-            return super().backward(loss, *args, **kwargs)
+            return super().backward(loss, retain_graph, scale_wrt_gas=False)
 
     def _backward_post_hook(self) -> None:
         # DeepSpeed takes a backward that began at two outputs for one after an interrupted one, and leaves its
@@ -252,7 +257,7 @@ class HiFTEngine(DeepSpeedEngine):
         self._require_living()
         self.optimizer.require_states()
         reducer = self.optimizer.reducer
-        inside = self.managed_gradient_accumulation() and not self.is_gradient_accumulation_boundary()
+        inside = self.resolved.managed and not self.is_gradient_accumulation_boundary()
         if inside:
             self.optimizer.drop_interrupted()
             if not reducer.finished:

@@ -117,8 +117,7 @@ def steps(engine: Any, run: Any, args: argparse.Namespace, display: Any, start: 
             block = engine.hift.blocks[engine.hift.active_block].name if args.hift else ""
             sums = training.optimizer_step(engine, stream)
             dist.all_reduce(sums)
-            total, tokens = sums.tolist()
-            mean = total / dist.get_world_size()
+            mean, tokens = sums.tolist()
             progress.update(mean, engine.get_lr()[0], block, tokens / (time.monotonic() - began))
             if engine.monitor.enabled:
                 engine.monitor.write_events([("Train/loss", mean, step + 1)])

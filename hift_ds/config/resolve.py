@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from deepspeed import __version__ as version
 from deepspeed.runtime import lr_schedules
 from deepspeed.runtime.config import DeepSpeedConfig, DtypeEnum
 from pydantic import ValidationError
@@ -22,6 +23,11 @@ from hift_ds.config.optimizers import check_form, rule_from_config, rule_from_op
 from hift_ds.rules import Rule
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Keys that DeepSpeed 0.18 does not have, by section: DeepSpeed's config has an attribute of the name where it has one.
+_NEWER = {
+    "": ("gradient_allreduce_op", "managed_gradient_accumulation"),
+    "data_types": ("param_dtype", "buffer_dtype", "keep_in_fp32_modules"),
+}
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,7 @@ class ResolvedConfig:
         precision: Of the model weights: `fp32`, `bf16` or `fp16`.
         micro_batch: Rows of a rank's forward.
         micro_steps: Forwards of an optimizer step (`gradient_accumulation_steps`).
+        managed: `managed_gradient_accumulation`: DeepSpeed counts the micro steps; else each `step` ends a window.
         accumulation_dtype: Of averaged gradients.
         communication_dtype: Of gradients on their way.
         predivide: `gradient_predivide_factor` (with `prescale_gradients`: the world size).
@@ -61,6 +68,7 @@ class ResolvedConfig:
     precision: str
     micro_batch: int
     micro_steps: int
+    managed: bool
     accumulation_dtype: torch.dtype
     communication_dtype: torch.dtype
     predivide: float
@@ -137,6 +145,7 @@ def resolve(
     notes = tuple(check_ds_config(dict(ds_config)))
     micro_batch, micro_steps = batch_sizes(ds_config, world)
     deepspeed = _as_deepspeed_reads(ds_config, micro_batch, micro_steps)
+    _check_known(deepspeed, ds_config)
     _check_scheduler(ds_config.get("scheduler") or {})
     rule: Rule | None = None
     group: dict[str, Any] = {}
@@ -155,6 +164,7 @@ def resolve(
         )
     check_kernel(hift.kernel, hift.state.compact, on_host)
     precision = precision_of(ds_config)
+    managed = getattr(deepspeed, "managed_gradient_accumulation", True)
     model_dtype, asked = DTYPES[precision], deepspeed.grad_accum_dtype
     apart = device_type != "cpu" if separate_host is None else separate_host
     resolved = ResolvedConfig(
@@ -167,13 +177,14 @@ def resolve(
         precision=precision,
         micro_batch=micro_batch,
         micro_steps=micro_steps,
+        managed=managed,
         accumulation_dtype=_accumulation_dtype(
             None if asked is None else DtypeEnum(asked).value, model_dtype,
-            micro_steps > 1 or not deepspeed.managed_gradient_accumulation,
+            micro_steps > 1 or not managed,
         ),
         communication_dtype=deepspeed.communication_data_type or model_dtype,
         predivide=float(world) if deepspeed.prescale_gradients else deepspeed.gradient_predivide_factor,
-        mean=deepspeed.gradient_allreduce_op == "mean",
+        mean=getattr(deepspeed, "gradient_allreduce_op", "mean") == "mean",
         clip=deepspeed.gradient_clipping,
         zero=deepspeed.zero_config,
         home="device" if not apart or hift.state.residency == "device" else "host" if on_host else "stream",
@@ -229,6 +240,18 @@ def _as_deepspeed_reads(ds_config: Mapping[str, Any], micro_batch: int, micro_st
         raise ValueError(f"DeepSpeed refuses {key}={first['input']!r} ({first['msg']}); correct it") from error
     except AssertionError as error:
         raise ValueError(f"DeepSpeed refuses the config: {error}") from error
+
+
+def _check_known(deepspeed: DeepSpeedConfig, ds_config: Mapping[str, Any]) -> None:
+    """Refuses what the installed DeepSpeed would pass over in silence."""
+    for section, names in _NEWER.items():
+        given = (ds_config.get(section) or {}) if section else ds_config
+        for name in names:
+            if given.get(name) is not None and not hasattr(deepspeed, name):
+                raise ValueError(
+                    f"{f'{section}.{name}'.lstrip('.')}={given[name]!r}: the installed deepspeed {version} does not "
+                    "know it; remove the key, or install deepspeed 0.19.8"
+                )
 
 
 def _offload_optimizer(ds_config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -10,6 +10,8 @@ import functools
 import importlib
 import types
 
+SUPPORTED = "deepspeed>=0.18.5,<0.20"
+
 # module -> attribute path within it -> attributes that must exist
 SURFACE: dict[str, dict[str, tuple[str, ...]]] = {
     "deepspeed": {"": ("initialize", "init_distributed", "DeepSpeedEngine", "__version__")},
@@ -34,8 +36,7 @@ SURFACE: dict[str, dict[str, tuple[str, ...]]] = {
             "_create_module_forward_post_hook", "_create_module_forward_pre_hook", "_get_ckpt_name",
             "_get_zero_ckpt_name", "curriculum_learning_enabled", "dynamic_loss_scale", "dynamic_loss_scale_args",
             "get_data_types", "gradient_accumulation_steps", "is_gradient_accumulation_boundary", "loss_scale",
-            "managed_gradient_accumulation", "use_node_local_storage", "zero_allgather_sequential",
-            "zero_optimization_stage",
+            "use_node_local_storage", "zero_allgather_sequential", "zero_optimization_stage",
         ),
     },
     "deepspeed.runtime.lr_schedules": {"": ("VALID_LR_SCHEDULES",)},
@@ -52,7 +53,7 @@ SURFACE: dict[str, dict[str, tuple[str, ...]]] = {
         "ZeROOptimizer": (
             "backward_prologue", "clear_backward_seen_flag", "enter_backward", "exit_backward",
             "queue_post_backward_callback", "register_grad_acc_post_hook", "scale_if_loss",
-            "set_gradient_accumulation_boundary", "unregister_grad_acc_post_hooks",
+            "unregister_grad_acc_post_hooks",
         ),
     },
     "deepspeed.runtime.fp16.loss_scaler": {
@@ -62,9 +63,7 @@ SURFACE: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "deepspeed.runtime.zero.parameter_offload": {
         "": ("FWD_MODULE_STACK", "PartitionedParameterCoordinator"),
-        "DeepSpeedZeRoOffload": (
-            "destroy", "mark_persistent_parameters", "partition_all_parameters", "release_backward_leftovers",
-        ),
+        "DeepSpeedZeRoOffload": ("destroy", "mark_persistent_parameters", "partition_all_parameters"),
     },
 }  # fmt: skip
 
@@ -79,8 +78,8 @@ INSTANCE_SURFACE: dict[str, dict[str, tuple[str, ...]]] = {
     "deepspeed.runtime.config": {
         "DeepSpeedConfig": (
             "communication_data_type", "grad_accum_dtype", "gradient_accumulation_steps", "gradient_clipping",
-            "gradient_predivide_factor", "managed_gradient_accumulation", "optimizer_params", "prescale_gradients",
-            "train_micro_batch_size_per_gpu", "zero_config", "zero_optimization_stage",
+            "gradient_predivide_factor", "optimizer_params", "prescale_gradients", "train_micro_batch_size_per_gpu",
+            "zero_config", "zero_optimization_stage",
         ),
     },
     "deepspeed.runtime.zero.parameter_offload": {
@@ -141,5 +140,5 @@ def require() -> None:
 
         raise RuntimeError(
             f"deepspeed {deepspeed.__version__} lacks {', '.join(lacking)}, which hift_ds relies on: install "
-            "deepspeed>=0.19.8,<0.20"
+            f"{SUPPORTED}"
         )

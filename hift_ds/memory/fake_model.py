@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from hift_ds.extras import needs_recipes
 from hift_ds.zero.activations import use_non_reentrant_checkpointing
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class FakeModel:
         ValueError: transformers cannot build it.
     """
 
+    @needs_recipes()
     def __init__(
         self,
         config: Any,

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hift_ds.extras import needs_recipes
+
 
 def local_model(name: str, instead: str, files: bool = False) -> Path | None:
     """The folder that a name stands for; `None`: a name that only the hub can know.
@@ -46,6 +48,7 @@ def asking_the_hub(name: str, instead: str) -> Iterator[None]:
         ) from error
 
 
+@needs_recipes()
 def load_config(name: str) -> Any:
     """The transformers config of a hub name, a folder or a config.json.
 

@@ -13,6 +13,7 @@ import torch
 from deepspeed import comm as dist
 
 from hift_ds.distributed import MPI_VARIABLES, of_all_ranks
+from hift_ds.extras import needs_recipes
 from hift_ds.memory.figures import PHASES
 from hift_ds.memory.peaks import OF_ALLOCATOR, ON_CPU, ON_CUDA, RankRecord, Report, Sample
 from hift_ds.memory.storages import StorageMeter
@@ -207,6 +208,7 @@ def _bytes(tensors: Iterable[torch.Tensor], device: torch.device) -> int:
     return sum(storages.values())
 
 
+@needs_recipes()
 def _all_ranks(record: RankRecord) -> list[RankRecord]:
     if any(name in os.environ for name in MPI_VARIABLES):
         from mpi4py import MPI

@@ -12,6 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from hift_ds.extras import needs_recipes
 from hift_ds.memory.advice import Advice
 from hift_ds.memory.figures import COLOURS, ROLES, Figures, Forecast, gib
 from hift_ds.memory.request import RESERVE_BYTES
@@ -88,6 +89,7 @@ def verdict(forecast: Forecast) -> str:
     return sentence
 
 
+@needs_recipes()
 def plot(forecast: Forecast, path: Path) -> None:
     """Stacked bars, one a block, with full fine-tuning beside and the card as a line."""
     from matplotlib.figure import Figure

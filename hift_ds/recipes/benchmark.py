@@ -109,9 +109,9 @@ def _train(
         if count == cycle:
             seconds.append(each)
         dist.all_reduce(totals)
-        for total in totals.tolist():
-            losses.append(total / dist.get_world_size())
-            progress.update(losses[-1], engine.get_lr()[0], "", tokens / each)
+        for mean in totals.tolist():
+            losses.append(mean)
+            progress.update(mean, engine.get_lr()[0], "", tokens / each)
     return losses, seconds
 
 

@@ -15,19 +15,28 @@ from deepspeed import comm as dist
 from hift_ds.config.batch import MICRO, TRAIN
 from hift_ds.config.resolve import set_precision, set_stage
 from hift_ds.memory.figures import Forecast
+from hift_ds.memory.model_names import load_config
 from hift_ds.memory.planner import Planner
 from hift_ds.memory.request import Request, parse_bytes
 from hift_ds.recipes.arguments import override_batch, read_ds_config
+from hift_ds.recipes.auto import without_auto
+from hift_ds.recipes.models import source_of
 from hift_ds.state.block_state import card_bytes
 
 
 def request_of(args: argparse.Namespace) -> Request:
-    """What the options ask for.
+    """What the options ask for; a config may be one for the Trainer, with "auto" in it.
 
     Raises:
         ValueError, TypeError: An option, or a key of the config, that cannot be.
     """
-    source = None if args.deepspeed_config is None else read_ds_config(args.deepspeed_config)
+    source: dict[str, Any] | None = None
+    assumed: list[str] = []
+    if args.deepspeed_config is not None:
+        source, assumed = without_auto(
+            read_ds_config(args.deepspeed_config), args.precision, args.stage, args.micro_batch,
+            lambda: load_config(source_of(args.model)),
+        )  # fmt: skip
     config = complete_config(source, args.precision, args.stage, args.micro_batch, args.gpus * args.nodes)
     if args.layers_per_block is not None:
         config["hift"]["layers_per_block"] = args.layers_per_block
@@ -39,7 +48,7 @@ def request_of(args: argparse.Namespace) -> Request:
         config, args.seq_len, args.attn_implementation, args.gradient_checkpointing, args.padded, args.gpus, args.nodes,
         card, host,
     )  # fmt: skip
-    for note in request.config.notes:
+    for note in (*assumed, *request.config.notes):
         print(f"DeepSpeed config: {note}", file=sys.stderr)
     return request
 

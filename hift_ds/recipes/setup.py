@@ -163,8 +163,11 @@ def run_script(
     import torch
     from deepspeed import comm as dist
 
+    from hift_ds.extras import needs_recipes
+
     try:
-        work(args)
+        with needs_recipes():
+            work(args)
     except torch.OutOfMemoryError as error:
         return fail(error, args.verbose, OUT_OF_MEMORY)
     except (ValueError, TypeError, OSError, RuntimeError) as error:

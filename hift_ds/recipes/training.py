@@ -45,18 +45,34 @@ def batches(
 
 
 def optimizer_step(engine: Any, stream: Iterator[dict[str, torch.Tensor]]) -> torch.Tensor:
-    """One step with all its micro steps: this rank's mean loss and its tokens but for padding, fp64 on the device."""
-    accumulation = engine.gradient_accumulation_steps()
+    """One step with all its micro steps; every token that counts, of all micro steps and ranks, weighs the same.
+
+    So rows of unlike lengths give the gradient of one big batch, as in the Hugging Face Trainer. Collective.
+
+    Returns:
+        fp64 on the device: this rank's part of the mean loss, whose sum over the ranks is the mean, and its tokens but
+        for padding.
+    """
+    window = [next(stream) for _ in range(engine.gradient_accumulation_steps())]
+    shares = torch.stack([_counted(batch) for batch in window]).double()
+    total = shares.sum()
+    dist.all_reduce(total)
+    shares /= total
+    as_averaged = shares * len(window) * dist.get_world_size()  # DeepSpeed divides by both
     sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
-    for _ in range(accumulation):
-        batch = next(stream)
+    for batch, share, factor in zip(window, shares, as_averaged, strict=True):
         loss = engine(**batch).loss
-        engine.backward(loss)
+        engine.backward(loss * factor.to(loss.dtype))
         engine.step()
-        sums[0] += loss.detach().double() / accumulation
+        sums[0] += loss.detach().double() * share
         sums[1] += batch["attention_mask"].sum() if "attention_mask" in batch else batch["input_ids"].numel()
         del loss  # with it goes its graph: a forecast has none left over from the step before
     return sums
+
+
+def _counted(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """How many tokens of a batch count in its loss; the first of a row is predicted from nothing."""
+    return (batch["labels"][:, 1:] != IGNORED).sum()
 
 
 @torch.no_grad()
@@ -76,7 +92,7 @@ def held_out_loss(engine: Any, data: TextData, micro_batch: int) -> float | None
         first = (index * world + rank) * micro_batch
         rows = [data.eval[i] for i in range(first, min(first + micro_batch, len(data.eval)))]
         batch = {key: tensor.to(device) for key, tensor in data.collate(rows or [data.eval[0]]).items()}
-        tokens = (batch["labels"][:, 1:] != IGNORED).sum() if rows else 0
+        tokens = _counted(batch) if rows else 0
         sums += torch.stack([engine(**batch).loss.double() * tokens, torch.as_tensor(tokens, device=device).double()])
     engine.train()
     dist.all_reduce(sums)

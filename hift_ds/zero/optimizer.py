@@ -272,7 +272,9 @@ class HiFTOptimizer(ZeROOptimizer):
     def backward_epilogue(self, **kwargs: Any) -> None:
         """Stage 3: releases what a backward that stopped early has left gathered."""
         if self.offload is not None:
-            self.offload.release_backward_leftovers()
+            # DeepSpeed 0.18 has nothing finer than the release of everything.
+            release = getattr(self.offload, "release_backward_leftovers", self.checkpoint_event_prologue)
+            release()
 
     def finalize_gradient_accumulation_boundary(self) -> None:
         """Called at the boundary with `managed_gradient_accumulation: false`; each backward has already reduced."""

@@ -10,6 +10,7 @@ import os
 
 import triton
 import triton.language as tl
+from triton.language import core  # whose mul is not in triton.language before Triton 3.6
 
 # Read when a kernel is decorated: TRITON_INTERPRET must be set before this package (and triton) is imported.
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -70,9 +71,9 @@ def random32(offsets, seed, STREAM: tl.constexpr):
     """32 mixed bits for each (offset, seed, stream). Source: "lowbias32", C. Wellons's hash of two multiplications."""
     h = offsets.to(tl.uint32) ^ seed.to(tl.uint32, bitcast=True) ^ (STREAM * 0x632BE5AB)
     h = h ^ (h >> 16)
-    h = tl.mul(h, 0x7FEB352D, sanitize_overflow=False)
+    h = core.mul(h, 0x7FEB352D, sanitize_overflow=False)
     h = h ^ (h >> 15)
-    h = tl.mul(h, 0x846CA68B, sanitize_overflow=False)
+    h = core.mul(h, 0x846CA68B, sanitize_overflow=False)
     return h ^ (h >> 16)
 
 

@@ -20,9 +20,9 @@ class Tolerance:
 EXACT = Tolerance(0.0, "the same operations in the same order")
 
 NORM = Tolerance(
-    1e-5,
+    2e-5,
     "relative, of the gradient norm: the engine sums squares in fp32 and combines ranks in fp64, the reference sums in "
-    "fp64; measured 4e-6",
+    "fp64; measured 4e-6, and 1.4e-5 with torch 2.8 in bf16, where Lion has turned the sign of an update",
 )
 
 STAGE3 = Tolerance(
@@ -61,6 +61,10 @@ FOUR_RANKS_STAGE3 = Tolerance(2e-5, "STAGE3 and FOUR_RANKS together. Measured 7.
 
 ADAFACTOR = Tolerance(
     5e-6, "fp32: row and column means and root mean squares are sums over slices and ranks. Measured 3.6e-7"
+)
+
+ONE_BIG_BATCH = Tolerance(
+    1e-6, "fp32, of weights after one step of SGD at rate 0.1: a sum over rows is split over micro steps and ranks"
 )
 
 FULL_CLIPPED = Tolerance(

@@ -12,6 +12,7 @@ import deepspeed
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime import constants
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hift_ds
@@ -36,7 +37,12 @@ def small_llama(seed: int = 0, layers: int = 4, tied: bool = False) -> LlamaForC
 
 
 def cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
-    """As DeepSpeed casts a model: parameters only, buffers (rotary frequencies) stay fp32."""
+    """As DeepSpeed casts a model: parameters only, buffers (rotary frequencies) stay fp32.
+
+    DeepSpeed 0.18 casts buffers, too.
+    """
+    if not hasattr(constants, "BUFFER_DTYPE"):
+        return model.to(dtype)
     for param in model.parameters():
         param.data = param.data.to(dtype)
     return model

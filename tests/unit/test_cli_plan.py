@@ -307,6 +307,96 @@ def test_the_old_name_of_bf16_is_read_as_deepspeed_reads_it(request_for, tmp_pat
     assert request_for("--deepspeed_config", path).config.precision == "bf16"
 
 
+# A config for the Trainer, whose "auto" its arguments would fill in.
+
+
+TRAINERS = {
+    "bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto", "loss_scale": 0},
+    "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}},
+    "scheduler": {"type": "WarmupDecayLR", "params": {
+        "warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": "auto", "total_num_steps": "auto"}},
+    "zero_optimization": {
+        "stage": 3, "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto",
+        "stage3_param_persistence_threshold": "auto"},
+    "gradient_clipping": "auto", TRAIN: "auto", MICRO: "auto", ACCUMULATION: "auto",
+}  # fmt: skip
+
+
+def test_auto_is_planned_as_the_trainer_fills_it_in(tiny, capsys, tmp_path):
+    numbers = {
+        "bf16": {"enabled": True}, "optimizer": {"type": "AdamW"}, MICRO: 2, ACCUMULATION: 1, "gradient_clipping": 1.0,
+        "zero_optimization": {
+            "stage": 3, "reduce_bucket_size": 256, "stage3_prefetch_bucket_size": 230,
+            "stage3_param_persistence_threshold": 160},
+    }  # fmt: skip
+    found = []
+    for config, more in ((TRAINERS, ("--micro_batch", 2)), (numbers, ())):
+        path = written(tmp_path, config)
+        assert plan("--model", tiny, "--seq_len", 8, "--gpus", 2, "--deepspeed_config", path, "--json", *more) == 0
+        found.append(capsys.readouterr())
+    assert json.loads(found[0].out)["blocks"] == json.loads(found[1].out)["blocks"]
+    assert found[1].err == ""
+    assert [line.partition(":")[2].partition(":")[0] for line in found[0].err.splitlines()] == [
+        f' {ACCUMULATION}="auto"', ' bf16.enabled="auto"', ' gradient_clipping="auto"',
+    ]  # fmt: skip
+
+
+def test_a_plan_is_the_same_as_with_the_numbers_that_transformers_itself_fills_in(tiny):
+    from types import SimpleNamespace
+
+    from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+
+    from hift_ds.recipes.auto import without_auto
+
+    theirs = HfTrainerDeepSpeedConfig(json.loads(json.dumps(TRAINERS)))
+    steps = {"get_warmup_steps": lambda total: 1, "warmup_steps": 1}
+    arguments = SimpleNamespace(
+        world_size=2, per_device_train_batch_size=2, gradient_accumulation_steps=1, max_grad_norm=1.0, learning_rate=1,
+        adam_beta1=0.9, adam_beta2=0.999, adam_epsilon=1e-8, weight_decay=0.0, save_on_each_node=False, fp16=False,
+        fp16_full_eval=False, bf16=True, bf16_full_eval=False, fp16_backend=None, half_precision_backend=None, **steps,
+    )  # fmt: skip
+    theirs.trainer_config_process(arguments)
+    config = hf.AutoConfig.from_pretrained(tiny)
+    theirs.trainer_config_finalize(arguments, SimpleNamespace(config=config), 10)
+    ours, _ = without_auto(TRAINERS, None, None, 2, lambda: config)
+    for key in ("zero_optimization", "gradient_clipping", "bf16", "fp16", ACCUMULATION):
+        assert ours[key] == theirs.config[key], key
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "precision"),
+    [
+        ({}, (), "bf16"),
+        ({"bf16": {"enabled": False}}, (), "fp16"),
+        ({"fp16": {"enabled": True}}, (), "fp16"),
+        ({}, ("--precision", "fp32"), "fp32"),
+    ],
+    ids=["both auto", "one auto", "one on", "option"],
+)
+def test_the_precision_of_auto(request_for, tmp_path, change, options, precision):
+    change = {**change, "zero_optimization": {"stage": 2}}
+    path = written(tmp_path, {**TRAINERS, **change})
+    request = request_for("--micro_batch", 1, "--deepspeed_config", path, *options)
+    assert request.config.precision == precision
+
+
+def test_auto_below_stage_3_and_micro_steps_of_a_known_batch(request_for, tmp_path, tiny):
+    path = written(tmp_path, {**TRAINERS, TRAIN: 8})
+    request = request_for("--model", tiny, "--micro_batch", 2, "--stage", 2, "--deepspeed_config", path)
+    assert request.ds_config["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 256}
+    assert (request.config.micro_batch, request.config.micro_steps) == (2, 4)
+
+
+def test_rows_that_only_the_trainer_knows_must_be_given(tiny, capsys, tmp_path):
+    message = error_of(capsys, "--model", tiny, "--deepspeed_config", written(tmp_path, TRAINERS))
+    assert message == f'{MICRO}="auto": only the Trainer\'s arguments have the number; add --micro_batch'
+
+
+def test_an_auto_that_the_trainer_does_not_fill_in_is_refused(tiny, capsys, tmp_path):
+    path = written(tmp_path, {**OPTIMIZER, MICRO: 1, "steps_per_print": "auto"})
+    assert "steps_per_print='auto'" in error_of(capsys, "--model", tiny, "--deepspeed_config", path)
+
+
 def test_the_card_that_is_here_counts_if_none_is_named(request_for, monkeypatch):
     monkeypatch.setattr(planning, "_card_here", lambda: 123)
     assert request_for().gpu_memory == 123

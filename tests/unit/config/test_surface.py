@@ -12,7 +12,9 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 
 import hift_ds
+from hift_ds.config import resolve as resolving
 from hift_ds.config import surface
+from hift_ds.config.batch import MICRO
 
 PACKAGE = Path(hift_ds.__file__).parent
 
@@ -43,7 +45,7 @@ def test_a_lacking_attribute_is_named(monkeypatch, owner, attribute, named):
     message = str(caught.value)
     assert message.startswith(f"deepspeed {deepspeed.__version__} lacks ")
     assert named in message
-    assert "deepspeed>=0.19.8,<0.20" in message
+    assert message.endswith(f"install {surface.SUPPORTED}")
 
 
 def test_a_lacking_class_is_named_once(monkeypatch):
@@ -147,3 +149,16 @@ def test_the_surface_of_the_engine_names_nothing_that_nobody_uses():
     known = [d["deepspeed.runtime.engine"]["DeepSpeedEngine"] for d in (surface.SURFACE, surface.INSTANCE_SURFACE)]
     used = set(re.findall(r"(?:self|engine|super\(\)|super\(HiFTEngine, self\))\.(\w+)|def (\w+)", source))
     assert {name for names in known for name in names} - {name for pair in used for name in pair} == set()
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "config"),
+    [("", "future", {"future": False}), ("data_types", "some_dtype", {"data_types": {"some_dtype": "fp32"}})],
+)
+def test_a_key_that_the_installed_deepspeed_would_pass_over_is_refused(monkeypatch, section, name, config):
+    monkeypatch.setattr(resolving, "_NEWER", {section: (name,)})
+    config = {MICRO: 1, "optimizer": {"type": "AdamW"}, "hift": {"enabled": True}, **config}
+    with pytest.raises(ValueError, match=rf"{name}=.* deepspeed {re.escape(deepspeed.__version__)} does not know it"):
+        resolving.resolve(config, world=1)
+    del config[section or name]
+    assert resolving.resolve(config, world=1).managed

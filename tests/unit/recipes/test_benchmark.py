@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hift_ds.recipes import benchmark
+from hift_ds.recipes import benchmark, training
 from hift_ds.recipes.results import join_rounds, step_times
 
 
@@ -37,14 +37,15 @@ def train(monkeypatch):
     """`_train` by a clock that a step advances by its number; waits are noted by the step before which they come."""
     engine, waits, shown = Engine(), [], []
     ranks = SimpleNamespace(all_reduce=lambda tensor: tensor.mul_(2), get_world_size=lambda: 2)
-    monkeypatch.setattr(benchmark, "dist", ranks)
+    for module in (benchmark, training):
+        monkeypatch.setattr(module, "dist", ranks)
     monkeypatch.setattr(benchmark, "_wait", lambda engine: waits.append(engine.steps))
     clock = SimpleNamespace(perf_counter=lambda: engine.steps * (engine.steps - 1) / 2)
     monkeypatch.setattr(benchmark, "time", clock)
     progress = SimpleNamespace(update=lambda *values: shown.append(values))
 
     def run(steps, cycle):
-        stream = itertools.repeat({"input_ids": torch.zeros(1, 6)})
+        stream = itertools.repeat({"input_ids": torch.zeros(1, 6), "labels": torch.zeros(1, 6)})
         found = benchmark._train(engine, stream, steps, cycle, progress, 6)
         return *found, waits, shown
 
