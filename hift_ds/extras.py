@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 # By the names that are imported.
 RECIPES = frozenset(
-    {"accelerate", "datasets", "filelock", "gguf", "matplotlib", "mpi4py", "tensorboard", "transformers"}
+    {"accelerate", "datasets", "filelock", "gguf", "matplotlib", "mpi4py", "peft", "tensorboard", "transformers"}
 )
 
 

@@ -7,9 +7,12 @@ import sys
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback
 
 from hift_ds.engine import LIVING, HiFTEngine
+from hift_ds.extras import needs_recipes
+
+with needs_recipes():
+    from transformers import Trainer, TrainerCallback
 
 logger = logging.getLogger(__name__)
 
