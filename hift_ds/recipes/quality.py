@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +92,7 @@ def search(of_place: Callable[[int], tuple[float, float]], middle: int, plan: Pl
 def methods_of(task: Task, plan: Plan) -> list[Method]:
     """The plan's contestants in a task; where nothing is fresh, there is no head that could take turns."""
     methods = [METHODS[name] for name in plan.methods]
-    return [method for method in methods if task.fresh_head or method.fresh_active is not False]
+    return [method for method in methods if task.fresh_head or method.always_active != ()]
 
 
 def study(
@@ -121,7 +120,7 @@ def study(
 
 def cost_settings(task: Task, method: Method) -> Settings:
     """Of the measurement of a method's costs."""
-    return {"kind": "costs", "task": task.name, **task.recipe, "method": _described(method)}
+    return {"kind": "costs", "task": task.name, **task.recipe, "method": described(method)}
 
 
 def chosen_rate(
@@ -142,12 +141,16 @@ def settings_of(
 ) -> Settings:
     """Of one run; without a method, of the model as it comes."""
     return {
-        "kind": "run", "task": task.name, **task.recipe, "method": _described(method), "part": part, "budget": budget,
+        "kind": "run", "task": task.name, **task.recipe, "method": described(method), "part": part, "budget": budget,
         "steps": steps, "rate": rate, "seed": seed,
     }  # fmt: skip
 
 
-def _described(method: Method | None) -> Settings:
+def described(method: Method | None) -> Settings:
+    """A method as settings say it."""
     if method is None:
         return {"name": UNTRAINED}
-    return {key: asdict(method)[key] for key in ("name", "layers_per_block", "fresh_active", "rank")}
+    active = list(method.always_active) if isinstance(method.always_active, tuple) else method.always_active
+    return {
+        "name": method.name, "layers_per_block": method.layers_per_block, "always_active": active, "rank": method.rank,
+    }  # fmt: skip

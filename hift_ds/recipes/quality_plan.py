@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from typing import Any
 
+from hift_ds.config.keys import FRESH
 from hift_ds.recipes.samples import MINILM, SAMPLE
 
 
@@ -18,7 +19,7 @@ class Method:
         kind: "full", "hift", "lora" or "last" (the last layer and the head).
         places_above: Of its middle rate on the ladder, over full fine-tuning's.
         layers_per_block: HiFT's m.
-        fresh_active: HiFT trains what the checkpoint did not hold at every step (its default), not in its turn.
+        always_active: HiFT's key: what it trains at every step.
         rank: LoRA's r.
     """
 
@@ -27,7 +28,7 @@ class Method:
     kind: str
     places_above: int = 0
     layers_per_block: int | None = None
-    fresh_active: bool | None = None
+    always_active: str | tuple[str, ...] | None = None
     rank: int | None = None
 
 
@@ -36,12 +37,13 @@ METHODS = {
     method.name: method
     for method in (
         Method("full", "full fine-tuning", "full"),
-        Method("hift_m1", "HiFT, m = 1", "hift", 1, 1, True),
-        Method("hift_m2", "HiFT, m = 2", "hift", 1, 2, True),
-        Method("hift_m4", "HiFT, m = 4", "hift", 0, 4, True),
-        Method("hift_m1_head_in_turn", "HiFT, m = 1, head in turn", "hift", 1, 1, False),
-        Method("hift_m2_head_in_turn", "HiFT, m = 2, head in turn", "hift", 1, 2, False),
-        Method("hift_m4_head_in_turn", "HiFT, m = 4, head in turn", "hift", 0, 4, False),
+        Method("hift_m1", "HiFT, m = 1", "hift", 1, 1, FRESH),
+        Method("hift_m2", "HiFT, m = 2", "hift", 1, 2, FRESH),
+        Method("hift_m4", "HiFT, m = 4", "hift", 0, 4, FRESH),
+        Method("hift_m1_last_unit", "HiFT, m = 1, last unit always", "hift", 1, 1, ("unit:last",)),
+        Method("hift_m1_head_in_turn", "HiFT, m = 1, head in turn", "hift", 1, 1, ()),
+        Method("hift_m2_head_in_turn", "HiFT, m = 2, head in turn", "hift", 1, 2, ()),
+        Method("hift_m4_head_in_turn", "HiFT, m = 4, head in turn", "hift", 0, 4, ()),
         Method("lora_r8", "LoRA, r = 8", "lora", 2, rank=8),
         Method("lora_r16", "LoRA, r = 16", "lora", 2, rank=16),
         Method("last_layer", "last layer and head", "last", 2),

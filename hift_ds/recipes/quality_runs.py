@@ -20,10 +20,9 @@ from typing import Any
 import torch
 
 import hift_ds
-from hift_ds.config.keys import FRESH
 from hift_ds.memory import MemoryMeter
 from hift_ds.recipes import training
-from hift_ds.recipes.quality import Result, Settings
+from hift_ds.recipes.quality import Result, Settings, described
 from hift_ds.recipes.quality_plan import METHODS, OPTIMIZER, Method, Task
 from hift_ds.recipes.quality_tasks import TaskData, TokenRow, in_groups, load_network, sums_of
 from hift_ds.recipes.results import provenance
@@ -146,10 +145,8 @@ def _config(task: Task, method: Method, rate: float, steps: int) -> dict[str, An
         "steps_per_print": None,
     }  # fmt: skip
     if method.kind == "hift":
-        config["hift"] = {
-            "enabled": True, "layers_per_block": method.layers_per_block,
-            "always_active": FRESH if method.fresh_active else [],
-        }  # fmt: skip
+        keys = described(method)
+        config["hift"] = {"enabled": True, **{key: keys[key] for key in ("layers_per_block", "always_active")}}
     return config
 
 

@@ -71,8 +71,9 @@ def optimizer_step(engine: Any, stream: Iterator[dict[str, torch.Tensor]]) -> to
 
 
 def _counted(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """How many tokens of a batch count in its loss; the first of a row is predicted from nothing."""
-    return (batch["labels"][:, 1:] != IGNORED).sum()
+    """How many labels of a batch count in its loss: classes, or tokens but a row's first, predicted from nothing."""
+    labels = batch["labels"]
+    return ((labels[:, 1:] if labels.ndim == 2 else labels) != IGNORED).sum()
 
 
 @torch.no_grad()
