@@ -7,7 +7,7 @@ READY = $(VENV)/.ready
 RUN = PATH="$(abspath $(BIN)):$$PATH"
 
 .PHONY: demo demo-results test slow gpu gpu-kernels gpu-streaming gpu-training gpu-peers gpu-forecast gpu-benchmarks
-.PHONY: lint docs speed compare clean
+.PHONY: oldest lint docs speed compare clean
 
 demo: $(READY)
 	$(RUN) launch/demo.sh
@@ -22,6 +22,18 @@ test: lint
 # Long proofs, and DeepSpeed's own optimizers, each of which compiles a C++ op at the first run
 slow: $(READY)
 	$(RUN) python -m pytest -q -m slow -n 2 --dist loadfile
+
+# The tests of the core with the oldest packages of tests/oldest.txt, in an environment of its own: make oldest PYTHON=python3.10
+OLDEST = .venv-oldest
+oldest: $(OLDEST)/.ready
+	PATH="$(abspath $(OLDEST)/bin):$$PATH" python -m pytest -q -n 2 --dist loadfile -p no:cacheprovider \
+		tests/unit tests/multi_rank tests/fused tests/peers
+
+$(OLDEST)/.ready: pyproject.toml tests/oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
+	$(OLDEST)/bin/python -m pip install --quiet --constraint tests/oldest.txt --editable '.[test]'
+	touch $@
 
 # On a machine with a CUDA device: kernels compiled instead of interpreted, real streams, measured peaks. Nothing is set up
 # and no network is asked: PYTHON must have the packages of pyproject.toml, and Triton compiles a launcher for each kernel
@@ -86,4 +98,4 @@ $(READY): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) outputs
+	rm -rf $(VENV) $(OLDEST) outputs

@@ -107,8 +107,9 @@ class HiFTConfig:
     always_active: tuple[str, ...] | str | None = key(
         FRESH, regexes_or(FRESH),
         "parameters that train at every step beside the active block, their state on the device: `fresh` = those that "
-        "the checkpoint of `from_pretrained` did not hold (a new classifier), where they are under a tenth of what is "
-        "trained; or regexes; `module:PATH` is a whole module, `unit:last` the last layer unit, `[]` nothing",
+        "the checkpoint of `from_pretrained` did not hold (a new classifier) and what is above the last layer beside "
+        "them, where they are under a tenth of what is trained; or regexes; `module:PATH` is a whole module, "
+        "`unit:last` the last layer unit, `[]` nothing",
     )  # fmt: skip
     seq_len: int | None = key(
         None, whole(1).or_null(),

@@ -18,7 +18,10 @@ logger = logging.getLogger(__name__)
 
 
 class HiFTCallback(TrainerCallback):
-    """For a Trainer whose model HiFT trains; with any other it does nothing. `hift_ds.enable` adds it by itself.
+    """For a Trainer whose model HiFT trains; `hift_ds.enable` adds it by itself.
+
+    Added by hand without `enable` it raises where the config has a "hift" section that nobody honours; with any other
+    config it does nothing.
 
     - Lends the rotation the schedule that Trainer steps, and the run's length, which `lr_update` needs.
     - Adds to each line of the training log: `hift_block`, index of the block that the last step updated; `hift_cycle`,
@@ -35,6 +38,11 @@ class HiFTCallback(TrainerCallback):
         self._engine = next((engine for engine in LIVING if engine.module is given.get("model")), None)
         if self._engine is not None:
             self._engine.follow_schedule(given.get("lr_scheduler"), state.max_steps)
+        elif _asks_for_hift(args):
+            raise RuntimeError(
+                'the DeepSpeed config has a "hift" section, but DeepSpeed\'s own engine would train, in full: call '
+                "hift_ds.enable() before trainer.train(), or take the section out"
+            )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._engine is not None:
@@ -54,6 +62,11 @@ class HiFTCallback(TrainerCallback):
         if self._engine is not None:
             self._engine.rest()
             self._engine, self._shown = None, {}
+
+
+def _asks_for_hift(args: Any) -> bool:
+    config = getattr(getattr(args, "hf_deepspeed_config", None), "config", None) or {}
+    return bool((config.get("hift") or {}).get("enabled"))
 
 
 def adopt(engine: HiFTEngine) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 import inspect
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -49,13 +50,11 @@ class FakeModel:
         checkpointing: bool = False,
         model_class: type[PreTrainedModel] | None = None,
     ) -> None:
-        from transformers import initialization
-
         self.config = config = copy.deepcopy(config)  # building writes into it, the attention for one
         config.use_cache = text_config(config).use_cache = False  # as in training
         self.mode = FakeTensorMode()
         try:
-            with self.mode, _quiet(), initialization.no_init_weights():  # there is no data to initialise
+            with self.mode, _quiet(), _no_init_weights():  # there is no data to initialise
                 self.module = _cast(_build(config, dtype, attn_implementation, model_class), dtype).train()
         except (ValueError, ImportError, AttributeError, RuntimeError) as error:
             raise ValueError(
@@ -145,6 +144,14 @@ def _cast(module: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
                         made[tensor] = torch.nn.Parameter(cast) if isinstance(tensor, torch.nn.Parameter) else cast
                     tensors[name] = made[tensor]
     return module
+
+
+def _no_init_weights() -> contextlib.AbstractContextManager[None]:
+    try:
+        home = importlib.import_module("transformers.initialization")
+    except ModuleNotFoundError:  # transformers 4
+        home = importlib.import_module("transformers.modeling_utils")
+    return home.no_init_weights()
 
 
 @contextlib.contextmanager

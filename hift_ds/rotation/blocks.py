@@ -79,6 +79,17 @@ def find_layer_units(module: nn.Module) -> list[LayerUnit]:
     return _layer_units(module, {fqn for fqn, p in module.named_parameters() if p.requires_grad})
 
 
+def find_top(module: nn.Module) -> tuple[str, ...]:
+    """Names of the parameters above the last stack, trainable or not: final norm, pooler, head. Without a stack: none.
+
+    Unlike a layer unit it is never joined with the last layer.
+    """
+    sizes = _owned_sizes(module)
+    stacks, numels = _stack_paths(module, sizes), _numels(module)
+    last = list(_runs(_pieces(module, "", sizes, stacks), numels))[-1:] if stacks else []
+    return () if not last or last[0][0].in_stack else _unit(last[0], numels).fqns
+
+
 def plan_blocks(
     module: nn.Module,
     *,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from torch import nn
+
+from hift_ds.rotation.blocks import find_top
 
 _SHARE = 0.1
 # transformers marks what from_pretrained has loaded, so that its own initialisation leaves it alone.
@@ -32,7 +34,8 @@ def find_fresh(module: nn.Module, trained: Collection[str]) -> Fresh:
 
     They are those that `module._hift_fresh` names, a collection of fqns that a loader of one's own may set; else those
     of a model of `from_pretrained` that the checkpoint did not hold. Input and output embeddings are none, because
-    resizing replaces them. Where they are more than a tenth of what is trained, nothing is taken for fresh.
+    resizing replaces them. With a new head comes all that lies above the last layer: a loaded pooler that takes its
+    turns holds the head back as if it were new. Where they are more than a tenth of what is trained, nothing is fresh.
     """
     params = {name: param for name, param in module.named_parameters() if name in trained}
     sizes = {name: getattr(param, "ds_numel", param.numel()) for name, param in params.items()}
@@ -46,14 +49,25 @@ def find_fresh(module: nn.Module, trained: Collection[str]) -> Fresh:
     found = tuple(name for name, param in params.items() if name not in loaded and id(param) not in embeddings)
     if not found:
         return Fresh()
-    share = sum(map(sizes.__getitem__, found)) / sum(sizes.values())
+    share = _share(found, sizes)
     if share > _SHARE:
         return Fresh(note=(
             f"hift.always_active='fresh': the checkpoint did not hold {_some(found)}, {share:.0%} of what is trained, "
             f"and these wait for their turn; over {_SHARE:.0%} name them in hift.always_active yourself"
         ))  # fmt: skip
-    names = _some(found)
-    return Fresh(found, f"hift.always_active='fresh': the checkpoint did not hold {names}: trained at every step")
+    top = set(find_top(module)) if set(find_top(module)) & set(found) else set()
+    beside = tuple(name for name in params if name in top and name not in found and id(params[name]) not in embeddings)
+    if _share(found + beside, sizes) > _SHARE:
+        beside = ()
+    note = f"hift.always_active='fresh': the checkpoint did not hold {_some(found)}: trained at every step"
+    return Fresh(
+        tuple(name for name in params if name in {*found, *beside}),
+        f"{note}, with {_some(beside)} above the last layer" if beside else note,
+    )
+
+
+def _share(names: Collection[str], sizes: Mapping[str, int]) -> float:
+    return sum(map(sizes.__getitem__, names)) / sum(sizes.values())
 
 
 def _embeddings(module: nn.Module) -> set[int]:

@@ -150,6 +150,7 @@ def test_help_and_what_is_not_there_are_said_in_a_sentence(tmp_path):
     assert found.returncode == 2 and found.stderr.startswith("usage: ")
 
 
+@pytest.mark.slow
 def test_the_exit_code_and_an_error_are_the_script_s(tmp_path):
     (tmp_path / "leaves.py").write_text("import sys\nsys.exit(7)\n")
     (tmp_path / "fails.py").write_text("raise KeyError('here')\n")

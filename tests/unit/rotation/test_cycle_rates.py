@@ -202,3 +202,33 @@ def test_a_scheduler_that_needs_a_metric_and_begins_at_0_is_read_until_it_does_n
         rates += rate.update(at, scheduler)
         scheduler.step(float(at > 0))
     assert rates == [0.0, 0.0, 1.0, 1.0, 3.0, 3.0]
+
+
+def never_zero(optimizer):
+    return LR.LambdaLR(optimizer, lambda step: 1 - 0.01 * step)
+
+
+@pytest.mark.parametrize(("total", "rates"), [(None, [0.83] * 20), (20, [0.90] * 20), (50, [0.83] * 34 + [0.58] * 16)])
+def test_a_run_whose_length_is_told_has_the_rate_of_the_middle_of_what_is_left(total, rates):
+    """Of a schedule that does not say by a 0 where the run ends."""
+    optimizer = holder(1.0)
+    scheduler = never_zero(optimizer)
+    rate = DelayedRate(optimizer.param_groups, "cycle", 34)
+    rate.total_steps = total
+    seen = []
+    for step in range(len(rates)):
+        seen += rate.update(step, scheduler)
+        scheduler.step()
+    assert seen == pytest.approx(rates)
+
+
+@pytest.mark.parametrize(("lr_update", "warns"), [("cycle", True), ("paper", True), ("step", False)])
+def test_a_scheduler_that_the_engine_does_not_know_is_said_once(caplog, lr_update, warns):
+    optimizer = holder()
+    scheduler = never_zero(optimizer)
+    rate = DelayedRate(optimizer.param_groups, lr_update, 4)
+    for step in range(9):
+        rate.update(step, None)
+        scheduler.step()
+    found = [record for record in caplog.records if "a scheduler that the engine does not step" in record.getMessage()]
+    assert len(found) == warns

@@ -64,7 +64,15 @@ def test_a_head_that_has_been_trained_and_saved_is_fresh_no_more(bert, tmp_path)
 def test_a_head_of_another_size_is_fresh_again(bert, tmp_path):
     AutoModelForSequenceClassification.from_pretrained(bert, num_labels=3).save_pretrained(tmp_path)
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=5, ignore_mismatched_sizes=True)
-    assert fresh_of(model).fqns == HEAD
+    assert fresh_of(model).fqns[-2:] == HEAD
+
+
+def test_a_pooler_that_the_checkpoint_held_trains_with_the_new_head(bert, tmp_path):
+    AutoModelForSequenceClassification.from_pretrained(bert, num_labels=3).save_pretrained(tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=5, ignore_mismatched_sizes=True)
+    found = fresh_of(model)
+    assert found.fqns == (*POOLER, *HEAD)
+    assert found.note.endswith("with bert.pooler.dense.weight, bert.pooler.dense.bias above the last layer")
 
 
 def test_resized_embeddings_are_not_fresh(llama):
@@ -76,7 +84,8 @@ def test_resized_embeddings_are_not_fresh(llama):
 def test_a_layer_of_one_s_own_on_a_loaded_model_is_fresh(llama):
     model = AutoModelForSequenceClassification.from_pretrained(llama, num_labels=2)
     model.score = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 2))
-    assert fresh_of(model).fqns == ("score.0.weight", "score.0.bias", "score.1.weight", "score.1.bias")
+    own = ("score.0.weight", "score.0.bias", "score.1.weight", "score.1.bias")
+    assert set(fresh_of(model).fqns) == {*own, "model.norm.weight"}
 
 
 def test_what_is_frozen_is_not_trained_and_so_not_fresh(bert):
