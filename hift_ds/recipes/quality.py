@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hift_ds.config.keys import FRESH
 from hift_ds.recipes.quality_plan import METHODS, Method, Plan, Task
 
 Settings = dict[str, Any]
@@ -92,7 +93,7 @@ def search(of_place: Callable[[int], tuple[float, float]], middle: int, plan: Pl
 def methods_of(task: Task, plan: Plan) -> list[Method]:
     """The plan's contestants in a task; where nothing is fresh, there is no head that could take turns."""
     methods = [METHODS[name] for name in plan.methods]
-    return [method for method in methods if task.fresh_head or method.always_active != ()]
+    return [method for method in methods if task.fresh_head or method.always_active in (None, FRESH)]
 
 
 def study(

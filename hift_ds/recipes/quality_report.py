@@ -152,6 +152,11 @@ def draw(groups: Sequence[Group], path: Path) -> Path:
     return path
 
 
+def _seeds(groups: Sequence[Group]) -> str:
+    numbers = sorted({len(group.runs) for group in groups})
+    return f"{' to '.join(map(str, dict.fromkeys((numbers[0], numbers[-1]))))} seed(s)"
+
+
 def _panel(axes: Any, task: str, groups: Sequence[Group]) -> None:
     names = [name for name in (UNTRAINED, *METHODS) if name in {group.method for group in groups}]
     colours = {"steps": COLOURS["weights"], "seconds": COLOURS["gradients"]}
@@ -177,7 +182,7 @@ def _panel(axes: Any, task: str, groups: Sequence[Group]) -> None:
     axes.set_axisbelow(True)
     metric = "accuracy on test rows, %" if groups[0].metric == "accuracy" else "loss on test rows (lower is better)"
     axes.set_xlabel(f"{metric}: mean of the seeds, and a line from lowest to highest", fontsize=8)
-    axes.set_title(task, fontsize=10, loc="left")
+    axes.set_title(f"{task}, {_seeds(groups)}", fontsize=10, loc="left")
     budgets = [budget for budget in _BUDGETS if any(group.budget == budget for group in groups)]
     for number, budget in enumerate(budgets):
         axes.text(0.02 + 0.3 * number, 1 - 0.012, _BUDGETS[budget], color=colours[budget], fontsize=8,

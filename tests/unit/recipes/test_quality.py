@@ -154,7 +154,7 @@ def test_more_seeds_run_nothing_again(runs, rows):
 
 
 def test_without_fresh_parameters_no_head_takes_turns_and_the_untrained_model_is_tested(runs, rows):
-    plan = replace(PLAN, methods=("full", "hift_m1", "hift_m1_head_in_turn"))
+    plan = replace(PLAN, methods=("full", "hift_m1", "hift_m1_classifier", "hift_m1_head_in_turn"))
     study(replace(TASK, fresh_head=False), plan, rows, runs.train, runs.cost)
     assert {s["method"]["name"] for s in runs.made} == {"full", "hift_m1", UNTRAINED}
     assert [s["steps"] for s in runs.made if s["method"]["name"] == UNTRAINED] == [0]

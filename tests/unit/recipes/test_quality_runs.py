@@ -140,7 +140,7 @@ def test_a_cycle_of_a_contestant_moves_what_it_trains_and_nothing_else(task, dat
 
 def test_what_is_always_active_moves_at_each_step_and_what_takes_turns_once_a_cycle(task, data):
     moves = {}
-    for name in ("hift_m1", "hift_m1_last_unit", "hift_m1_head_in_turn"):
+    for name in ("hift_m1", "hift_m1_classifier", "hift_m1_head_in_turn"):
         engine = quality_runs._engine(task, data, METHODS[name], 1e-2, 16, seed=0)
         stream = quality_runs._stream(task, data, 0, engine.device)
         engine.train()
@@ -151,7 +151,7 @@ def test_what_is_always_active_moves_at_each_step_and_what_takes_turns_once_a_cy
             after = weights(engine)
             for place, fqn in enumerate(("classifier.weight", "bert.pooler.dense.weight")):
                 moves[name][place] += not torch.equal(after[fqn], before[fqn])
-    assert moves == {"hift_m1": [8, 1], "hift_m1_last_unit": [8, 8], "hift_m1_head_in_turn": [1, 1]}
+    assert moves == {"hift_m1": [8, 8], "hift_m1_classifier": [8, 1], "hift_m1_head_in_turn": [1, 1]}
 
 
 def test_a_run_is_the_same_again_and_another_with_another_seed(task, data):
