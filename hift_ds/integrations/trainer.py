@@ -33,12 +33,14 @@ class HiFTCallback(TrainerCallback):
     def __init__(self) -> None:
         self._engine: HiFTEngine | None = None
         self._shown: dict[str, float] = {}
+        self._had_an_engine = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         self._engine = next((engine for engine in LIVING if engine.module is given.get("model")), None)
         if self._engine is not None:
+            self._had_an_engine = True
             self._engine.follow_schedule(given.get("lr_scheduler"), state.max_steps)
-        elif _asks_for_hift(args):
+        elif not self._had_an_engine and _asks_for_hift(args):  # at a second train() the ended engine itself says so
             raise RuntimeError(
                 'the DeepSpeed config has a "hift" section, but DeepSpeed\'s own engine would train, in full: call '
                 "hift_ds.enable() before trainer.train(), or take the section out"

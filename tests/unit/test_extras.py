@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from hift_ds import extras
+from hift_ds.distributed import RANK_VARIABLES
 from hift_ds.config import surface
 
 ROOT = Path(__file__).parents[2]
@@ -41,7 +42,8 @@ print("changed", changed, "loaded", loaded, engine.hift.summary())
 def without_extra(code, *arguments, names=extras.RECIPES - {"filelock"}):  # which torch brings
     """The outcome of `code` in an interpreter that finds none of `names`."""
     hidden = sorted(names)
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    alone = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}  # of no earlier test's run
+    environment = {**alone, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
     return subprocess.run(
         [sys.executable, "-c", f"{_HIDE.format(names=hidden)}HIDDEN = {hidden!r}\n{code}", *arguments],
         capture_output=True, text=True, env=environment, cwd=ROOT, timeout=200,
