@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from hift_ds import extras
-from hift_ds.distributed import RANK_VARIABLES
 from hift_ds.config import surface
+from hift_ds.distributed import RANK_VARIABLES
 
 ROOT = Path(__file__).parents[2]
 PROJECT = (ROOT / "pyproject.toml").read_text()
@@ -42,7 +42,7 @@ print("changed", changed, "loaded", loaded, engine.hift.summary())
 def without_extra(code, *arguments, names=extras.RECIPES - {"filelock"}):  # which torch brings
     """The outcome of `code` in an interpreter that finds none of `names`."""
     hidden = sorted(names)
-    alone = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}  # of no earlier test's run
+    alone = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
     environment = {**alone, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
     return subprocess.run(
         [sys.executable, "-c", f"{_HIDE.format(names=hidden)}HIDDEN = {hidden!r}\n{code}", *arguments],
