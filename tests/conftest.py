@@ -8,8 +8,22 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from importlib.metadata import version
+
 import pytest
 from hift_testing.ranks import RankPool
+
+from hift_ds.config import surface
+
+
+def pytest_collection_modifyitems(items):
+    if surface.gathers_on_cpu(version("deepspeed")):
+        return
+    reason = "ZeRO-3 of this DeepSpeed gathers wrong weights now and then on CPU ranks"
+    for item in items:
+        params = getattr(getattr(item, "callspec", None), "params", {})
+        if params.get("stage") == 3 or "zero3" in str(params.get("run")):
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def _pool(world: int):

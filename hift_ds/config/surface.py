@@ -8,6 +8,7 @@ from __future__ import annotations
 import dis
 import functools
 import importlib
+import re
 import types
 
 SUPPORTED = "deepspeed>=0.18.5,<0.20"
@@ -130,6 +131,14 @@ def _set_by_methods(owner: type) -> set[str]:
 @functools.cache  # all of DeepSpeed's engine takes 0.1 s
 def _assigned(code: types.CodeType) -> frozenset[str]:
     return frozenset(step.argval for step in dis.get_instructions(code) if step.opname == "STORE_ATTR")
+
+
+def gathers_on_cpu(version: str) -> bool:
+    """Whether ZeRO-3 of this DeepSpeed gathers the right weights on CPU ranks.
+
+    0.18.5 to 0.19.5 have given wrong ones in 2 to 5 % of plain `GatheredParameters`, on two gloo ranks; 0.19.8 in none.
+    """
+    return tuple(map(int, re.findall(r"\d+", version)[:3])) >= (0, 19, 8)
 
 
 def require() -> None:

@@ -162,3 +162,14 @@ def test_a_key_that_the_installed_deepspeed_would_pass_over_is_refused(monkeypat
         resolving.resolve(config, world=1)
     del config[section or name]
     assert resolving.resolve(config, world=1).managed
+
+
+def test_zero_3_on_cpu_ranks_of_an_older_deepspeed_is_noted(monkeypatch):
+    config = {MICRO: 1, "optimizer": {"type": "AdamW"}, "hift": {"enabled": True}}
+    monkeypatch.setattr(resolving, "version", "0.18.9")
+    noted = []
+    for stage, device in ((3, "cpu"), (2, "cpu"), (3, "cuda")):
+        found = resolving.resolve({**config, "zero_optimization": {"stage": stage}}, world=2, device_type=device)
+        noted.append(any("gathers wrong weights" in note for note in found.notes))
+    assert noted == [True, False, False]
+    assert [surface.gathers_on_cpu(one) for one in ("0.19.8", "0.20.0+x", "0.19.5")] == [True, True, False]
