@@ -107,6 +107,7 @@ def _serve(rank: int, world: int, port: int, pipe: Any) -> None:
 
     torch.set_num_threads(1)
     import hift_ds
+    from hift_ds.engine import LIVING
 
     hift_ds.init_distributed()
     # The files' names begin with `tests`, a folder: a package of that name in the environment would hide it.
@@ -120,6 +121,7 @@ def _serve(rank: int, world: int, port: int, pipe: Any) -> None:
             return
         try:
             case, args, kwargs = pickle.loads(call)  # which imports the test's file
+            LIVING.clear()  # of engines that an earlier case has not ended
             pipe.send((True, case(*args, **kwargs)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))

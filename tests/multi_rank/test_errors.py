@@ -170,8 +170,8 @@ def test_bad_input_is_refused_with_the_same_sentence_on_every_rank(two_ranks):
         assert words in found[name], (name, found[name])
 
 
-# What is refused of a model or an argument, which a plan does not see.
-NOT_IN_A_PLAN = {"nothing to train", "transformers", "subclass", "mpu", "no model", "half a param group"}
+# What is refused of a model or an argument, which a plan does not see; "auto" it answers, as the Trainer would.
+NOT_IN_A_PLAN = {"nothing to train", "transformers", "subclass", "mpu", "no model", "half a param group", "auto"}
 
 
 def refused_by_plan(names: list[str], folder: str) -> None:
