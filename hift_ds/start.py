@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -26,7 +25,7 @@ from hift_ds.distributed import agree, init_distributed, of_all_ranks, require_a
 from hift_ds.engine import LIVING, HiFTEngine
 from hift_ds.memory.choose import agreed_layers_per_block
 from hift_ds.rotation.blocks import BlockPlan, plan_blocks
-from hift_ds.rotation.fresh import Fresh, find_fresh
+from hift_ds.rotation.fresh import Fresh, find_fresh, new_parameters
 from hift_ds.rotation.param_groups import check_inside, check_step, check_trainable, freeze_left_out
 from hift_ds.zero.attachment import unchanged_on_failure
 
@@ -76,7 +75,9 @@ def initialize(
     if isinstance(ds_config, Mapping) and "hift" in ds_config:
         init_distributed(distributed_port, dist_init_required)
         with _detached(living), unchanged_on_failure(model) as as_found:
-            prepared = agree(lambda: _prepare(ds_config, model, optimizer, mpu, mesh_param))
+            # Rank 0's weights are what all ranks get, so what it knows of them holds for all.
+            new = of_all_ranks(agree(lambda: _new_parameters(model)))[0]
+            prepared = agree(lambda: _prepare(ds_config, model, new, optimizer, mpu, mesh_param))
             require_alike("hift section or model", None if prepared is None else (prepared[0].hift, prepared[1]))
             if prepared is not None and model is not None:
                 chosen = _chosen(*prepared, ds_config, model, optimizer)
@@ -122,7 +123,7 @@ def _chosen(
     kernel = _agreed_kernel(choice)
     resolved = replace(resolved, kernel=kernel, hift=replace(resolved.hift, kernel=kernel))
     if resolved.hift.layers_per_block is None and resolved.hift.blocks is None:
-        always = list(resolved.hift.always_active or ())
+        always = list(resolved.hift.always_active)
         told = {**ds_config, "hift": {**ds_config["hift"], "kernel": kernel, "always_active": always}}
         layers = agreed_layers_per_block(model, told, optimizer)
         resolved = replace(resolved, hift=replace(resolved.hift, layers_per_block=layers))
@@ -150,7 +151,7 @@ def _detached(engines: list[HiFTEngine]) -> Iterator[None]:
 
 
 def _prepare(
-    ds_config: Mapping[str, Any], model: Any, optimizer: Any, mpu: Any, mesh_param: Any
+    ds_config: Mapping[str, Any], model: Any, new: Collection[str] | None, optimizer: Any, mpu: Any, mesh_param: Any
 ) -> tuple[ResolvedConfig, BlockPlan, KernelChoice] | None:
     """Every check that needs no engine, so that what is not supported is refused before anything is built."""
     resolved = resolve(
@@ -169,7 +170,7 @@ def _prepare(
         check_inside(optimizer, model)
         check_step(optimizer)
         freeze_left_out(model, optimizer)
-    resolved = _with_fresh(resolved, model)
+    resolved = _with_fresh(resolved, model, new)
     choice = choose_kernel(
         resolved.hift.kernel, resolved.device_type, resolved.hift.state.compact, resolved.home == "host"
     )
@@ -182,18 +183,21 @@ def _prepare(
     return resolved, plan, choice
 
 
-def _with_fresh(resolved: ResolvedConfig, model: torch.nn.Module) -> ResolvedConfig:
-    """`"always_active": "fresh"` by name; where `hift.blocks` places every parameter nothing is left to find."""
+def _new_parameters(model: Any) -> tuple[str, ...] | None:
+    return new_parameters(model) if isinstance(model, torch.nn.Module) else None
+
+
+def _with_fresh(resolved: ResolvedConfig, model: torch.nn.Module, new: Collection[str] | None) -> ResolvedConfig:
+    """`fresh` in `always_active` by names; where `hift.blocks` places every parameter nothing is left to find."""
     hift = resolved.hift
-    if hift.always_active != FRESH:
+    if FRESH not in hift.always_active:
         return resolved
     fresh = Fresh()
     if hift.blocks is None:
         plan = plan_blocks(model, **{**hift.block_keys, "layers_per_block": 1})
-        fresh = find_fresh(model, {fqn for block in plan.blocks for fqn in block.fqns})
-    named = tuple(f"^{re.escape(fqn)}$" for fqn in fresh.fqns) or None
+        fresh = find_fresh(model, {fqn for block in plan.blocks for fqn in block.fqns}, new)
     notes = (*resolved.notes, fresh.note) if fresh.note else resolved.notes
-    return replace(resolved, hift=replace(hift, always_active=named), notes=notes)
+    return replace(resolved, hift=hift.with_fresh(fresh.fqns), notes=notes)
 
 
 def _agreed_kernel(mine: KernelChoice) -> str:

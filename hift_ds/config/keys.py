@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hift_ds.config.kinds import (
@@ -19,7 +20,7 @@ from hift_ds.config.kinds import (
     whole,
 )
 
-FRESH = "fresh"  # the value of `always_active` that `initialize` replaces by names
+FRESH = "fresh"  # the entry of `always_active` that `initialize` replaces by names
 
 
 @document
@@ -104,12 +105,12 @@ class HiFTConfig:
         "model",
     )  # fmt: skip
     frozen: tuple[str, ...] | None = key(None, regexes().or_null(), "regexes of parameters that are never trained")
-    always_active: tuple[str, ...] | str | None = key(
-        FRESH, regexes_or(FRESH),
+    always_active: tuple[str, ...] = key(
+        (FRESH,), regexes_or(FRESH),
         "parameters that train at every step beside the active block, their state on the device: `fresh` = those that "
         "the checkpoint of `from_pretrained` did not hold (a new classifier) and what is above the last layer beside "
-        "them, where they are under a tenth of what is trained; or regexes; `module:PATH` is a whole module, "
-        "`unit:last` the last layer unit, `[]` nothing",
+        "them, where they are under a tenth of what is trained; regexes, beside it or instead; `module:PATH` is a "
+        "whole module, `unit:last` the last layer unit, `[]` nothing",
     )  # fmt: skip
     seq_len: int | None = key(
         None, whole(1).or_null(),
@@ -138,8 +139,13 @@ class HiFTConfig:
         """The arguments of `hift_ds.rotation.blocks.plan_blocks`; what is fresh, only `initialize` knows."""
         return {
             "layers_per_block": self.layers_per_block or 1, "blocks": self.blocks, "frozen": self.frozen,
-            "always_active": None if self.always_active == FRESH else self.always_active,
+            "always_active": [entry for entry in self.always_active if entry != FRESH],
         }  # fmt: skip
+
+    def with_fresh(self, fqns: Iterable[str]) -> HiFTConfig:
+        """With the names that `fresh` stands for in a model, instead of the word."""
+        named = (rf"^{re.escape(fqn)}$" for fqn in fqns)
+        return replace(self, always_active=(*self.block_keys["always_active"], *named))
 
     @classmethod
     def from_ds_config(cls, ds_config: Mapping[str, Any]) -> HiFTConfig | None:

@@ -59,7 +59,9 @@ def default_of(part: Field) -> str:
     """A key's default as JSON."""
     if part.default is MISSING:
         return "(required)"
-    return "{}" if is_dataclass(part.default) else json.dumps(part.default)
+    if is_dataclass(part.default):
+        return "{}"
+    return json.dumps(part.default[0] if part.default and isinstance(part.default, tuple) else part.default)
 
 
 def read_section(cls: type, name: str, section: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,17 +127,16 @@ def regexes() -> Kind:
 
 
 def regexes_or(word: str) -> Kind:
-    """A list of regexes, or a word that stands alone; null is the word."""
-    lists = regexes()
+    """A list of regexes, in which a word may stand, too; the word alone, or null, is a list of it."""
 
-    def check(key: str, value: Any) -> tuple[str, ...] | str | None:
-        if value is None or value in (word, [word], (word,)):
-            return word
-        if isinstance(value, str):
+    def check(key: str, value: Any) -> tuple[str, ...]:
+        if value is None or value == word:
+            return (word,)
+        if not _is_list_of_strings(value):
             raise TypeError(f"{key}={value!r}: must be null, {word!r} or a list of regexes on parameter names")
-        return lists.check(key, value)
+        return tuple(value)
 
-    return Kind(check, f'"{word}" (null, too), or {lists.allowed}', several=True)
+    return Kind(check, f'"{word}" (null, too), or a list of regexes with or without "{word}"', several=True)
 
 
 def lists_of_regexes() -> Kind:

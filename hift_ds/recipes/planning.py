@@ -103,7 +103,7 @@ def forecasts_of_run(
     config = complete_config(ds_config, None, None, None, world)
     if hift is not None:
         config["hift"]["layers_per_block"] = hift.layers_per_block or 1
-        config["hift"]["always_active"] = list(hift.always_active or ())
+        config["hift"]["always_active"] = list(hift.always_active)
     nodes = max(1, world // int(os.environ.get("LOCAL_WORLD_SIZE", world)))
     try:
         planner = Planner.of(engine.module)

@@ -20,7 +20,6 @@ How layer units are found:
 Stacks are found over all parameters, frozen ones too, so that freezing moves no boundary; units hold what is trained.
 """
 
-import difflib
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -28,6 +27,8 @@ from statistics import median
 from typing import Any
 
 from torch import nn
+
+from hift_ds.rotation.names import inside_module, is_inside, join, matches, numels_of, some, tied_names
 
 _STAGE_SHARE = 0.9
 _JOIN_SHARE = 0.01
@@ -85,7 +86,7 @@ def find_top(module: nn.Module) -> tuple[str, ...]:
     Unlike a layer unit it is never joined with the last layer.
     """
     sizes = _owned_sizes(module)
-    stacks, numels = _stack_paths(module, sizes), _numels(module)
+    stacks, numels = _stack_paths(module, sizes), numels_of(module)
     last = list(_runs(_pieces(module, "", sizes, stacks), numels))[-1:] if stacks else []
     return () if not last or last[0][0].in_stack else _unit(last[0], numels).fqns
 
@@ -115,24 +116,24 @@ def plan_blocks(
         ValueError: no trainable parameter, or none left to rotate; an invalid regex, or one without a match; an empty
             list in `blocks`; a parameter placed twice or nowhere.
     """
-    numels = _numels(module)
+    numels = numels_of(module)
     names = list(numels)
     trainable = [fqn for fqn, p in module.named_parameters() if p.requires_grad]
     if not trainable:
         raise ValueError("No parameter of the model has requires_grad=True: set it on what should be trained.")
 
-    hits = _matches("hift.frozen", frozen, names, module, _aliases(module))
+    hits = matches("hift.frozen", frozen, names, module, tied_names(module))
     trained = [fqn for fqn in trainable if fqn not in hits]
     patterns = _expanded(always_active, trainable, module)
-    active = _matches("hift.always_active", patterns, trainable, module)
-    for owner, names_of in _aliases(module).items():
+    active = matches("hift.always_active", patterns, trainable, module)
+    for owner, names_of in tied_names(module).items():
         other = next((n for n in names_of for pattern in patterns or () if re.search(pattern, n)), None)
         if other and owner in trainable and owner not in active:
             raise ValueError(f"hift.always_active={always_active!r}: {other!r} is tied to {owner!r}: use that name.")
     both = [fqn for fqn in active if fqn in hits]
     if both:
         raise ValueError(
-            f"hift.frozen={hits[both[0]]!r} and hift.always_active={active[both[0]]!r} both match {_some(both)}: "
+            f"hift.frozen={hits[both[0]]!r} and hift.always_active={active[both[0]]!r} both match {some(both)}: "
             "a parameter has one role; narrow one of the two regexes."
         )
     if not trained:
@@ -169,35 +170,23 @@ def _expanded(entries: list[str] | None, trainable: list[str], module: nn.Module
             unit = _layer_units(module, set(trainable))[-1]
             patterns += [f"^{re.escape(fqn)}$" for fqn in unit.fqns]
         elif colon and kind == "module":
-            if not any(_is_inside(fqn, name) for fqn in trainable):
-                paths = [path for path, part in module.named_modules() if path and any(True for _ in part.parameters())]
-                close = difflib.get_close_matches(name, paths, n=3) or paths[-3:]
-                raise ValueError(
-                    f"hift.always_active={entry!r}: no module of that path has trainable parameters; the closest are "
-                    f"{_some(close)}; correct it."
-                )
-            patterns.append(rf"^{re.escape(name)}(\.|$)")
+            patterns.append(inside_module(entry, name, trainable, module))
         else:
             patterns.append(entry)
     return patterns
-
-
-def _numels(module: nn.Module) -> dict[str, int]:
-    # ZeRO-3 leaves an empty placeholder; ds_numel is the size of the whole parameter.
-    return {fqn: getattr(p, "ds_numel", p.numel()) for fqn, p in module.named_parameters()}
 
 
 def _check_exactly_once(plan: BlockPlan, names: list[str]) -> None:
     placed = [fqn for block in plan.blocks for fqn in block.fqns] + [*plan.always_active, *plan.frozen]
     if sorted(placed) != sorted(names) or not all(block.fqns for block in plan.blocks):
         wrong = sorted(set(names) ^ set(placed)) or [fqn for fqn in names if placed.count(fqn) > 1]
-        raise RuntimeError(f"Bug in hift_ds: the block plan must hold {_some(wrong)} exactly once; please report it.")
+        raise RuntimeError(f"Bug in hift_ds: the block plan must hold {some(wrong)} exactly once; please report it.")
 
 
 def _owned_sizes(module: nn.Module) -> dict[str, int]:
     """Map path to size; a path that is missing owns no parameter (it has none, or they are tied to others)."""
     sizes: dict[str, int] = {}
-    for fqn, numel in _numels(module).items():
+    for fqn, numel in numels_of(module).items():
         parts = fqn.split(".")
         for end in range(len(parts) + 1):
             path = ".".join(parts[:end])
@@ -205,16 +194,8 @@ def _owned_sizes(module: nn.Module) -> dict[str, int]:
     return sizes
 
 
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
-
-
-def _is_inside(fqn: str, path: str) -> bool:
-    return not path or fqn == path or fqn.startswith(path + ".")
-
-
 def _owners(module: nn.Module, path: str, sizes: dict[str, int]) -> list[tuple[str, nn.Module]]:
-    paths = ((_join(path, name), child) for name, child in module.named_children())
+    paths = ((join(path, name), child) for name, child in module.named_children())
     return [(child_path, child) for child_path, child in paths if child_path in sizes]
 
 
@@ -271,10 +252,10 @@ def _stack_paths(module: nn.Module, sizes: dict[str, int]) -> list[str]:
 def _pieces(module: nn.Module, path: str, sizes: dict[str, int], stacks: list[str]) -> Iterator[_Piece]:
     """Yield the model's pieces from the bottom up: the children of stacks, and the loose modules around them."""
     for name, _ in module.named_parameters(recurse=False):
-        if _join(path, name) in sizes:
-            yield _Piece(_join(path, name), in_stack=False)
+        if join(path, name) in sizes:
+            yield _Piece(join(path, name), in_stack=False)
     owners = _owners(module, path, sizes)
-    opened = [any(_is_inside(stack, child_path) for stack in stacks) for child_path, _ in owners]
+    opened = [any(is_inside(stack, child_path) for stack in stacks) for child_path, _ in owners]
     late: list[_Piece] = []
     for i, (child_path, child) in enumerate(owners):
         piece = _Piece(child_path, in_stack=path in stacks)
@@ -291,7 +272,7 @@ def _pieces(module: nn.Module, path: str, sizes: dict[str, int], stacks: list[st
 def _layer_units(module: nn.Module, kept: set[str]) -> list[LayerUnit]:
     sizes = _owned_sizes(module)
     stacks = _stack_paths(module, sizes)
-    numels = {fqn: numel for fqn, numel in _numels(module).items() if fqn in kept}
+    numels = {fqn: numel for fqn, numel in numels_of(module).items() if fqn in kept}
     runs = list(_runs(_pieces(module, "", sizes, stacks or [_inside_wrappers(module, sizes)]), numels))
     units = [_unit(run, numels) for run in runs]
     if not stacks or not units:
@@ -314,7 +295,7 @@ def _runs(pieces: Iterable[_Piece], numels: dict[str, int]) -> Iterator[list[_Pi
     """Group pieces that hold a kept parameter: a stack's child is alone, neighbouring loose pieces go together."""
     run: list[_Piece] = []
     for piece in pieces:
-        if not any(_is_inside(fqn, piece.path) for fqn in numels):
+        if not any(is_inside(fqn, piece.path) for fqn in numels):
             continue
         if run and (piece.in_stack or run[0].in_stack):
             yield run
@@ -325,14 +306,14 @@ def _runs(pieces: Iterable[_Piece], numels: dict[str, int]) -> Iterator[list[_Pi
 
 
 def _unit(run: list[_Piece], numels: dict[str, int]) -> LayerUnit:
-    fqns = tuple(fqn for piece in run for fqn in numels if _is_inside(fqn, piece.path))
+    fqns = tuple(fqn for piece in run for fqn in numels if is_inside(fqn, piece.path))
     return LayerUnit(_run_name([piece.path for piece in run]), fqns, sum(numels[fqn] for fqn in fqns))
 
 
 def _run_name(paths: list[str]) -> str:
     parents, lasts = zip(*((path.rpartition(".")[0], path.rpartition(".")[2]) for path in paths), strict=True)
     name = "+".join(lasts) if len(lasts) <= 3 else f"{lasts[0]}..{lasts[-1]}"
-    return _join(parents[0], name) if len(set(parents)) == 1 else name
+    return join(parents[0], name) if len(set(parents)) == 1 else name
 
 
 def _join_small(units: list[LayerUnit], floor: float) -> list[LayerUnit]:
@@ -368,18 +349,18 @@ def _explicit_groups(
         key = f"hift.blocks[{index}]"
         if not patterns:
             raise ValueError(f"{key}=[]: must hold at least one regex; remove the empty list or fill it.")
-        hits = _matches(key, patterns, trained, module)
+        hits = matches(key, patterns, trained, module)
         fixed = [fqn for fqn in hits if fqn in active]
         if fixed:
             raise ValueError(
-                f"{key}={hits[fixed[0]]!r} and hift.always_active={active[fixed[0]]!r} both match {_some(fixed)}: "
+                f"{key}={hits[fixed[0]]!r} and hift.always_active={active[fixed[0]]!r} both match {some(fixed)}: "
                 "what trains at every step is in no block; narrow one of the two regexes."
             )
         twice = [fqn for fqn in hits if fqn in taken]
         if twice:
             other, pattern = taken[twice[0]]
             raise ValueError(
-                f"hift.blocks[{other}]={pattern!r} and {key}={hits[twice[0]]!r} both match {_some(twice)}: "
+                f"hift.blocks[{other}]={pattern!r} and {key}={hits[twice[0]]!r} both match {some(twice)}: "
                 "a parameter is in one block; narrow one of the two regexes."
             )
         taken.update((fqn, (index, pattern)) for fqn, pattern in hits.items())
@@ -387,69 +368,7 @@ def _explicit_groups(
     missing = [fqn for fqn in trained if fqn not in taken and fqn not in active]
     if missing:
         raise ValueError(
-            f"hift.blocks: {len(missing)} trainable parameters are in no block ({_some(missing)}); "
+            f"hift.blocks: {len(missing)} trainable parameters are in no block ({some(missing)}); "
             "add a regex for them to a block, to hift.always_active or to hift.frozen."
         )
     return groups
-
-
-def _aliases(module: nn.Module) -> dict[str, list[str]]:
-    """The other names of tied parameters."""
-    owner = {id(p): fqn for fqn, p in module.named_parameters()}
-    aliases: dict[str, list[str]] = {}
-    for fqn, p in module.named_parameters(remove_duplicate=False):
-        if owner[id(p)] != fqn:
-            aliases.setdefault(owner[id(p)], []).append(fqn)
-    return aliases
-
-
-def _matches(
-    key: str,
-    patterns: list[str] | None,
-    fqns: list[str],
-    module: nn.Module,
-    aliases: dict[str, list[str]] | None = None,
-) -> dict[str, str]:
-    """Map each of `fqns` that a pattern matches, in definition order, to the first that does; each must match.
-
-    With `aliases` any name of a tied parameter counts.
-    """
-    if isinstance(patterns, str):
-        raise TypeError(f"{key}={patterns!r}: must be a list of regexes; write [{patterns!r}].")
-    found: dict[str, str] = {}
-    for pattern in patterns or []:
-        try:
-            regex = re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"{key}={pattern!r}: is not a regex ({error}); correct it (Python's re syntax).") from None
-        hits = [fqn for fqn in fqns if any(map(regex.search, (fqn, *(aliases or {}).get(fqn, ()))))]
-        if not hits:
-            advice = _advice(pattern, regex, fqns, module)
-            raise ValueError(f"{key}={pattern!r}: matches no trainable parameter; {advice}.")
-        for fqn in hits:
-            found.setdefault(fqn, pattern)
-    return {fqn: found[fqn] for fqn in fqns if fqn in found}
-
-
-def _advice(pattern: str, regex: re.Pattern[str], fqns: list[str], module: nn.Module) -> str:
-    named = list(module.named_parameters())
-    frozen = [fqn for fqn, _ in named if regex.search(fqn)]
-    if frozen:
-        return f"{_some(frozen)} is frozen: unfreeze it or remove the regex"
-    owner = {id(p): fqn for fqn, p in named}
-    tied = [(fqn, owner[id(p)]) for fqn, p in module.named_parameters(remove_duplicate=False) if regex.search(fqn)]
-    if tied:
-        return f"{tied[0][0]!r} is tied to {tied[0][1]!r}: use that name"
-    words = re.sub(r"[\\^$()\[\]?*+|]", "", pattern)
-    matcher = difflib.SequenceMatcher(None, b=words, autojunk=False)
-
-    def overlap(fqn: str) -> int:
-        matcher.set_seq1(fqn)
-        return matcher.find_longest_match().size
-
-    return f"the closest are {_some(sorted(fqns, key=overlap, reverse=True)[:3])}; correct the regex"
-
-
-def _some(fqns: list[str]) -> str:
-    shown = ", ".join(repr(fqn) for fqn in fqns[:3])
-    return shown if len(fqns) <= 3 else f"{shown} and {len(fqns) - 3} more"

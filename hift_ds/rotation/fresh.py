@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from hift_ds.rotation.blocks import find_top
+from hift_ds.rotation.names import numels_of, shortest, some
 
 _SHARE = 0.1
 # transformers marks what from_pretrained has loaded, so that its own initialisation leaves it alone.
@@ -29,40 +30,54 @@ class Fresh:
     note: str | None = None
 
 
-def find_fresh(module: nn.Module, trained: Collection[str]) -> Fresh:
-    """Finds them among `trained` (fqns).
+def new_parameters(module: nn.Module) -> tuple[str, ...] | None:
+    """Names of the parameters that the checkpoint did not hold; `None` where nothing is known of the model.
 
     They are those that `module._hift_fresh` names, a collection of fqns that a loader of one's own may set; else those
-    of a model of `from_pretrained` that the checkpoint did not hold. Input and output embeddings are none, because
-    resizing replaces them. With a new head comes all that lies above the last layer: a loaded pooler that takes its
-    turns holds the head back as if it were new. Where they are more than a tenth of what is trained, nothing is fresh.
+    of a model of `from_pretrained` without the mark of what was loaded. Word embeddings are none of these: resizing
+    replaces them.
     """
-    params = {name: param for name, param in module.named_parameters() if name in trained}
-    sizes = {name: getattr(param, "ds_numel", param.numel()) for name, param in params.items()}
+    params = dict(module.named_parameters())
     told = getattr(module, "_hift_fresh", None)
     if told is not None:
-        return Fresh(tuple(name for name in params if name in set(told)))
-    loaded = {name for name, param in params.items() if getattr(param, _LOADED, False)}
-    if not loaded:
-        return Fresh(note=_unknown(module, params))
-    embeddings = _embeddings(module)
-    found = tuple(name for name, param in params.items() if name not in loaded and id(param) not in embeddings)
-    if not found:
+        return tuple(name for name in params if name in set(told))
+    found = [name for name, param in params.items() if not getattr(param, _LOADED, False)]
+    if len(found) == len(params):
+        return None
+    embeddings = _word_embeddings(module) if found else set()
+    return tuple(name for name in found if id(params[name]) not in embeddings)
+
+
+def find_fresh(module: nn.Module, trained: Collection[str], new: Collection[str] | None) -> Fresh:
+    """Finds what is fresh among `trained` (fqns).
+
+    With a new head comes all that lies above the last layer: a loaded pooler that takes its turns holds the head back
+    as if it were new. Where they are more than a tenth of what is trained, nothing is fresh.
+
+    Args:
+        new: Of `new_parameters`.
+    """
+    if new is None:
+        return Fresh(note=_unknown(module, trained))
+    sizes = {name: numel for name, numel in numels_of(module).items() if name in trained}
+    found = [name for name in sizes if name in new]
+    if not found or len(found) == len(sizes):
         return Fresh()
     share = _share(found, sizes)
+    lacked = f"hift.always_active='fresh': the checkpoint did not hold {some(shortest(found, module))}"
     if share > _SHARE:
         return Fresh(note=(
-            f"hift.always_active='fresh': the checkpoint did not hold {_some(found)}, {share:.0%} of what is trained, "
-            f"and these wait for their turn; over {_SHARE:.0%} name them in hift.always_active yourself"
+            f"{lacked}, {share:.0%} of what is trained, and these wait for their turn; over {_SHARE:.0%} name them in "
+            "hift.always_active yourself"
         ))  # fmt: skip
-    top = set(find_top(module)) if set(find_top(module)) & set(found) else set()
-    beside = tuple(name for name in params if name in top and name not in found and id(params[name]) not in embeddings)
-    if _share(found + beside, sizes) > _SHARE:
-        beside = ()
-    note = f"hift.always_active='fresh': the checkpoint did not hold {_some(found)}: trained at every step"
+    top = set(find_top(module))
+    beside = [name for name in sizes if name in top and name not in found] if top & set(found) else []
+    if _share([*found, *beside], sizes) > _SHARE:
+        beside = []
+    note = f"{lacked}: trained at every step"
     return Fresh(
-        tuple(name for name in params if name in {*found, *beside}),
-        f"{note}, with {_some(beside)} above the last layer" if beside else note,
+        tuple(name for name in sizes if name in {*found, *beside}),
+        f"{note}, with {some(shortest(beside, module))} above the last layer" if beside else note,
     )
 
 
@@ -70,12 +85,15 @@ def _share(names: Collection[str], sizes: Mapping[str, int]) -> float:
     return sum(map(sizes.__getitem__, names)) / sum(sizes.values())
 
 
-def _embeddings(module: nn.Module) -> set[int]:
+def _word_embeddings(module: nn.Module) -> set[int]:
+    """Ids of parameters; the output's only where the checkpoint is of this class, else it may be a new head."""
     found = set()
     for part in module.modules():
-        for get in ("get_input_embeddings", "get_output_embeddings"):
+        saved_as = getattr(getattr(part, "config", None), "architectures", None) or ()
+        getters = ["get_input_embeddings", *(["get_output_embeddings"] if type(part).__name__ in saved_as else [])]
+        for getter in getters:
             try:
-                layer = getattr(part, get)()
+                layer = getattr(part, getter)()
             except (AttributeError, NotImplementedError):
                 continue
             found |= {id(param) for param in layer.parameters()} if isinstance(layer, nn.Module) else set()
@@ -91,15 +109,10 @@ def _unknown(module: nn.Module, names: Collection[str]) -> str | None:
     if not heads or len(heads) == len(list(module.children())):
         return None
     return (
-        f"hift.always_active='fresh': whether {_some(heads)} is freshly initialised is not known of this model; if so, "
+        f"hift.always_active='fresh': whether {some(heads)} is freshly initialised is not known of this model; if so, "
         f'write "always_active": {_as_json(heads)}, or it learns in its turns alone; else []'
     )
 
 
 def _as_json(paths: list[str]) -> str:
     return "[" + ", ".join(f'"module:{path}"' for path in paths) + "]"
-
-
-def _some(names: Collection[str]) -> str:
-    shown = ", ".join(list(names)[:4])
-    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"

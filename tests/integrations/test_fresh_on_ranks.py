@@ -8,7 +8,7 @@ from deepspeed import comm as dist
 from hift_testing.selection import slow
 from hift_testing.trainers import arguments, assert_equal, auto_config, forget, losses_of, rows, trainer_of
 from hift_testing.training import ds_config, whole_weights
-from transformers import AutoModelForSequenceClassification, BertConfig, BertForMaskedLM
+from transformers import AutoModelForSequenceClassification, BertConfig, BertForMaskedLM, BertForSequenceClassification
 
 import hift_ds
 
@@ -69,6 +69,20 @@ def assert_head_at_each_step(folder, stage, rate):
 @pytest.mark.parametrize(("stage", "rate"), [(3, 1e-2), *map(slow, (0, 0, 2, 2, 3), (None, 1e-2, None, 1e-2, None))])
 def test_the_fresh_head_moves_at_each_step_and_the_body_in_turn(two_ranks, bert, stage, rate):
     two_ranks.run(assert_head_at_each_step, bert, stage, rate)
+
+
+def assert_rank_0_decides(folder):
+    """Rank 0 has loaded the model, the other has made it and gets the weights."""
+    model = classifier(folder) if dist.get_rank() == 0 else BertForSequenceClassification(classifier(folder).config)
+    told = ds_config(2, hift={"always_active": [r"layer\.2\.output\.LayerNorm", "fresh"]})
+    engine = hift_ds.initialize(model=model, config=told)[0]
+    norm = {f"bert.encoder.layer.2.output.LayerNorm.{name}" for name in ("weight", "bias")}
+    assert set(engine.block_plan.always_active) == HEAD | norm
+    engine.destroy()
+
+
+def test_what_rank_0_has_loaded_decides_for_all_ranks_beside_what_the_config_names(two_ranks, bert):
+    two_ranks.run(assert_rank_0_decides, bert)
 
 
 def assert_resumes(base, folder, stage):

@@ -15,7 +15,7 @@ def test_enabled_alone_gives_the_documented_defaults():
     config = HiFTConfig.from_ds_config({"train_batch_size": 8, "hift": {"enabled": True}})
     assert config == HiFTConfig(
         enabled=True, layers_per_block=1, order="bottom2up", seed=42, steps_per_block=1, lr_update="cycle",
-        inactive_state="keep", blocks=None, frozen=None, always_active="fresh", kernel=None,
+        inactive_state="keep", blocks=None, frozen=None, always_active=("fresh",), kernel=None,
         state=StateConfig(master="fp32", moments="fp32", residency="stream", ring_bytes=None, pin_memory=True),
     )  # fmt: skip
 
@@ -46,7 +46,7 @@ GOOD = {
     "inactive_state": [("keep", "keep"), ("reset", "reset")],
     "blocks": [(None, None), ([["a"], ["b", "c"]], (("a",), ("b", "c")))],
     "frozen": [(None, None), (["embed"], ("embed",)), ([], None)],
-    "always_active": [(None, "fresh"), (["fresh"], "fresh"), ([], None), (["norm", "bias$"], ("norm", "bias$"))],
+    "always_active": [(None, ("fresh",)), ("fresh", ("fresh",)), ([], ()), (["norm", "fresh"], ("norm", "fresh"))],
     "kernel": [(None, None), ("torch", "torch"), ("triton", "triton")],
     "no_gradient": [("error", "error"), ("skip", "skip")],
     "state": [

@@ -416,8 +416,10 @@ def test_model_without_trainable_parameter_is_refused():
         plan_blocks(module)
 
 
-def test_blocks_imports_only_the_standard_library_and_torch():
-    tree = ast.parse(Path(hift_ds.rotation.blocks.__file__).read_text())
+@pytest.mark.parametrize(("file", "packages"), [("names", {"torch"}), ("blocks", {"torch", "hift_ds"})])
+def test_blocks_are_found_with_torch_and_the_names_of_parameters_alone(file, packages):
+    tree = ast.parse(Path(hift_ds.rotation.blocks.__file__).with_name(f"{file}.py").read_text())
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert {name.split(".")[0] for name in imported} - sys.stdlib_module_names == {"torch"}
+    assert {name.split(".")[0] for name in imported} - sys.stdlib_module_names == packages
+    assert {name for name in imported if name.startswith("hift_ds.")} <= {"hift_ds.rotation.names"}

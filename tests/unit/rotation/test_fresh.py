@@ -14,10 +14,11 @@ from transformers import (
     BertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaModel,
 )
 
 from hift_ds.rotation.blocks import plan_blocks
-from hift_ds.rotation.fresh import find_fresh
+from hift_ds.rotation.fresh import find_fresh, new_parameters
 
 SIZE = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 64}
 POOLER = ("bert.pooler.dense.weight", "bert.pooler.dense.bias")
@@ -25,7 +26,8 @@ HEAD = ("classifier.weight", "classifier.bias")
 
 
 def fresh_of(model):
-    return find_fresh(model, {name for name, param in model.named_parameters() if param.requires_grad})
+    trained = {name for name, param in model.named_parameters() if param.requires_grad}
+    return find_fresh(model, trained, new_parameters(model))
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +49,7 @@ def llama(tmp_path_factory):
 def test_all_that_the_checkpoint_did_not_hold_is_fresh(bert, dtype):
     found = fresh_of(AutoModelForSequenceClassification.from_pretrained(bert, num_labels=3, dtype=dtype))
     assert found.fqns == (*POOLER, *HEAD)
-    assert found.note.endswith("bert.pooler.dense.weight, bert.pooler.dense.bias, classifier.weight, classifier.bias: "
-                               "trained at every step")  # fmt: skip
+    assert found.note.endswith("did not hold 'bert.pooler', 'classifier': trained at every step")
 
 
 def test_a_model_that_the_checkpoint_held_whole_has_nothing_fresh(bert, llama):
@@ -72,13 +73,27 @@ def test_a_pooler_that_the_checkpoint_held_trains_with_the_new_head(bert, tmp_pa
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=5, ignore_mismatched_sizes=True)
     found = fresh_of(model)
     assert found.fqns == (*POOLER, *HEAD)
-    assert found.note.endswith("with bert.pooler.dense.weight, bert.pooler.dense.bias above the last layer")
+    assert found.note.endswith("'classifier': trained at every step, with 'bert.pooler' above the last layer")
 
 
 def test_resized_embeddings_are_not_fresh(llama):
     model = AutoModelForCausalLM.from_pretrained(llama)
     model.resize_token_embeddings(80)
     assert fresh_of(model).fqns == ()
+
+
+def test_an_output_that_a_base_model_s_checkpoint_lacks_is_new_and_no_resized_embedding(tmp_path):
+    LlamaModel(LlamaConfig(**SIZE, num_key_value_heads=1)).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    model.resize_token_embeddings(80)
+    assert new_parameters(model) == ("lm_head.weight",)
+
+
+def test_where_all_that_trains_is_new_nothing_is_fresh(bert):
+    model = AutoModelForSequenceClassification.from_pretrained(bert, num_labels=3)
+    for name, param in model.named_parameters():
+        param.requires_grad_(name.startswith(("bert.pooler", "classifier")))
+    assert fresh_of(model) == type(fresh_of(model))()
 
 
 def test_a_layer_of_one_s_own_on_a_loaded_model_is_fresh(llama):
@@ -119,8 +134,8 @@ def test_of_a_model_without_marks_a_note_names_heads_and_what_to_write(bert):
 
 def test_a_loader_of_one_s_own_may_name_what_is_fresh(llama):
     model = LlamaForCausalLM(LlamaConfig(**SIZE, num_key_value_heads=1))
-    model._hift_fresh = {"lm_head.weight"}
-    assert fresh_of(model).fqns == ("lm_head.weight",)
+    model._hift_fresh = {"model.layers.2.mlp.up_proj.weight"}
+    assert fresh_of(model).fqns == ("model.layers.2.mlp.up_proj.weight",)
 
 
 def test_a_module_or_the_last_unit_can_be_always_active():
