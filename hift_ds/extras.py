@@ -21,9 +21,10 @@ def needs_recipes() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in RECIPES:
+        package = (error.name or "").partition(".")[0]
+        if package not in RECIPES:
             raise
         raise RuntimeError(
-            f"{error.name}: not installed, and training alone does without it; run "
+            f"{package}: not installed, and training alone does without it; run "
             'pip install "hift_ds[recipes]" (in a checkout: pip install ".[recipes]")'
         ) from error

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hift_testing.selection import slow
 
 DEVICE = os.environ.get("HIFT_TEST_DEVICE", "cpu")
 FOLDER = Path(__file__).resolve().parents[2] / "kernels" / "benchmarks"
@@ -25,7 +26,7 @@ def test_each_kernel_has_a_benchmark_of_its_name():
         assert (FOLDER / f"benchmark_{kernel}.py").is_file()
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", [name if name in ("adamw", "grad_norm") else slow(name) for name in KERNELS])
 def test_a_benchmark_writes_a_row_for_each_contestant_and_size(kernel, tmp_path, monkeypatch):
     path = FOLDER / f"benchmark_{kernel}.py"
     options = ["--device", DEVICE, "--sizes", "64", "80", "--repeats", "2", "--results_dir", str(tmp_path)]

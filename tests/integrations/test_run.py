@@ -129,7 +129,7 @@ num_processes: 2
 """
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed", slow("torchrun"), slow("accelerate")])
+@pytest.mark.parametrize("launcher", [slow("deepspeed"), slow("torchrun"), slow("accelerate")])
 def test_a_script_runs_on_two_ranks_under_a_launcher(script, launcher):
     (script.parent / "accelerate.yaml").write_text(ACCELERATE)
     command = [free_port() if word == "PORT" else word for word in LAUNCHERS[launcher]]

@@ -23,7 +23,7 @@ VARIANTS = {
     "paper": {"optimizer": False, "hift": {"lr_update": "paper"}},
     "step": {"optimizer": False, "hift": {"lr_update": "step", "layers_per_block": 2, "order": "top2down"}},
 }
-QUICK = {("config", 2), ("trainers", 3), ("bf16", 2), ("paper", 2), ("step", 0)}
+QUICK = {("config", 2), ("trainers", 3), ("bf16", 2), ("step", 0)}
 CASES = [
     (name, stage) if (name, stage) in QUICK else slow(name, stage) for name in VARIANTS for stage in (0, 1, 2, 3)
 ]

@@ -13,6 +13,7 @@ import pytest
 import torch
 from deepspeed import comm as dist
 from hift_testing.measured_model import LLAMA, ROWS, SEQ, ZERO, measured_llama, tokens_of
+from hift_testing.selection import slow
 from hift_testing.training import ds_config, engine_of
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -91,7 +92,7 @@ def metered(two_ranks):
     return of
 
 
-@pytest.mark.parametrize(("stage", "dtype"), [(2, "bf16"), (3, "fp32")])
+@pytest.mark.parametrize(("stage", "dtype"), [slow(2, "bf16"), (3, "fp32")])
 def test_roles_add_up_to_the_peak_and_weights_and_state_are_the_tensors(metered, stage, dtype):
     for facts in metered(stage, dtype, True):
         for sample in facts["samples"]:

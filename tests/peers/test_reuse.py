@@ -33,6 +33,7 @@ from hift_testing.contestants import (
     unmoved,
 )
 from hift_testing.messages import error_of, is_clear, messages
+from hift_testing.selection import diagonal, slow
 from hift_testing.training import largest_difference, whole_weights
 from torch import nn
 
@@ -88,8 +89,7 @@ def refuses(ask: Callable[[], Any]) -> None:
     assert error.startswith("RuntimeError") and is_clear(error), error
 
 
-@pytest.mark.parametrize("destroy", (False, True), ids=("living", "destroyed"))
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("stage", "destroy"), diagonal(STAGES, (False, True)))
 def test_a_second_engine_trains_the_module_as_a_fresh_one(ranks, stage, destroy):
     on(ranks, engine_after_engine, stage, "fp32", destroy)
 
@@ -101,7 +101,7 @@ def test_a_second_engine_in_bf16_trains_the_module_as_a_fresh_one(ranks, stage, 
     on(ranks, engine_after_engine, stage, "bf16", destroy)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [0, slow(1), slow(2), 3])
 def test_a_plain_engine_after_destroy_trains_the_module_as_a_fresh_one(ranks, stage):
     on(ranks, engine_after_engine, stage, "fp32", True, second="plain")
 

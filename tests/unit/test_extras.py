@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from hift_testing.selection import slow
 
 from hift_ds import extras
 from hift_ds.config import surface
 from hift_ds.distributed import RANK_VARIABLES
+from hift_ds.memory import report
 
 ROOT = Path(__file__).parents[2]
 PROJECT = (ROOT / "pyproject.toml").read_text()
@@ -67,7 +69,7 @@ def test_training_needs_no_package_of_the_extra():
     "start",
     [
         "from hift_ds.cli import main; sys.exit(main(['plan', '--model', '/nowhere/config.json']))",
-        "import runpy; sys.argv = ['train.py']; runpy.run_path('launch/train.py', None, '__main__')",
+        slow("import runpy; sys.argv = ['train.py']; runpy.run_path('launch/train.py', None, '__main__')"),
     ],
     ids=["hift-ds plan", "train.py"],
 )
@@ -79,9 +81,11 @@ def test_what_needs_the_extra_says_so_in_one_sentence_and_exits_2(start):
     assert 'pip install "hift_ds[recipes]"' in line
 
 
-def test_a_picture_alone_needs_matplotlib():
-    code = "from hift_ds.memory.report import plot; plot(None, None)"
-    assert "RuntimeError: matplotlib: not installed" in without_extra(code, names=["matplotlib"]).stderr
+def test_a_picture_alone_needs_matplotlib(monkeypatch):
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(RuntimeError, match="matplotlib: not installed"):
+        report.plot(None, None)
 
 
 def test_another_missing_module_keeps_its_own_error():

@@ -4,13 +4,17 @@ import pytest
 import torch
 from hift_testing import gpu_cases as cases
 from hift_testing.ranks import RankError
+from hift_testing.selection import slow
 
 from hift_ds.config.keys import StateConfig
 
 TURNS = [0, 1, 1, 2]
 
 
-@pytest.mark.parametrize("form", [StateConfig(), StateConfig("split16", "bf16"), StateConfig("none", "int8")], ids=str)
+FORMS = [slow(StateConfig()), StateConfig("split16", "bf16"), slow(StateConfig("none", "int8"))]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
 def test_streamed_state_has_the_bits_of_the_same_state_streamed_again(form):
     streamed = cases.trained(form, True, TURNS, 3 * 3 * 4 * 1024 * 8)
     again = cases.trained(form, True, TURNS, 3 * 3 * 4 * 1024 * 8)

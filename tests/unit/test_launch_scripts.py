@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hift_testing.selection import slow
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(path.name for path in (ROOT / "launch").glob("*.py"))
@@ -25,7 +26,7 @@ def test_without_a_script_the_package_is_hidden(tmp_path):
     assert str(ROOT / "hift_ds") not in alone(WHERE, tmp_path).stdout
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", [name if name == "train.py" else slow(name) for name in SCRIPTS])
 def test_a_script_finds_the_packages_of_its_checkout(name, tmp_path):
     path = str(ROOT / "launch" / name)
     code = f"import runpy; sys.argv[0] = {path!r}\ntry: runpy.run_path({path!r}, run_name='__main__')\n"

@@ -42,7 +42,9 @@ def test_slices_of_all_ranks_are_the_parameter_once(world):
 def test_slices_have_zero_3_s_size(world):
     init = object.__new__(Init)  # its __init__ needs a process group
     init._partition_world_size = lambda param: world
-    init.dp_world_size = init.num_partitions = world  # DeepSpeed 0.18's names
+    init.dp_world_size = world
+    if not hasattr(Init, "num_partitions"):  # DeepSpeed 0.18's name, no property there
+        init.num_partitions = world
     for shard in shards(world):
         for segment in shard.segments:
             numel = segment.shape.numel()
