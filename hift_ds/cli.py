@@ -64,6 +64,8 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     add("--layers_per_block", type=positive, metavar="M", help="instead of the config's (default: 1)")
     add("--attn_implementation", choices=ATTENTIONS, help="attention (default: transformers' choice, mostly sdpa)")
     add("--gradient_checkpointing", action="store_true", help="recompute activations in backward")
+    add("--checkpoint_frozen", choices=("yes", "no"), default="yes",
+        help="no: layers in which nothing is trained keep their activations, as with LlamaFactory")  # fmt: skip
     add("--padded", action="store_true", help="rows have padding (default: they are full, as packed rows are)")
     add("--every_block", action="store_true", help="trace each block: slower; by default alike blocks are interpolated")
     add("--json", nargs="?", const="-", metavar="FILE", help="everything in bytes, to a file or instead of the table")

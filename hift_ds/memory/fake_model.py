@@ -6,7 +6,7 @@ import contextlib
 import copy
 import importlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +31,7 @@ class FakeModel:
         dtype: Of weights and buffers.
         attn_implementation: `None` = transformers' choice.
         checkpointing: Recompute activations in backward (non-reentrant, as HiFT does).
+        checkpoint_frozen: Those of layers in which nothing is trained, too; LlamaFactory keeps them.
         model_class: `None` = that of the config.
 
     Attributes:
@@ -48,6 +49,7 @@ class FakeModel:
         dtype: torch.dtype,
         attn_implementation: str | None = None,
         checkpointing: bool = False,
+        checkpoint_frozen: bool = True,
         model_class: type[PreTrainedModel] | None = None,
     ) -> None:
         self.config = config = copy.deepcopy(config)  # building writes into it, the attention for one
@@ -61,6 +63,7 @@ class FakeModel:
                 f"model of type {config.model_type!r}: transformers cannot build it "
                 f"({str(error).strip().splitlines()[0]})"
             ) from error
+        self._checkpointed: list[Any] = []  # where something is trained
         if checkpointing:
             if not getattr(self.module, "supports_gradient_checkpointing", False):
                 raise ValueError(
@@ -68,6 +71,16 @@ class FakeModel:
                 )
             self.module.gradient_checkpointing_enable({"use_reentrant": False})
             use_non_reentrant_checkpointing(self.module)
+            if not checkpoint_frozen:
+                parts: list[Any] = list(self.module.modules())
+                self._checkpointed = [part for part in parts if getattr(part, "gradient_checkpointing", False)]
+
+    def train_only(self, trained: Collection[str]) -> None:
+        """Lets the parameters `trained` (fqns) require gradients, and no others."""
+        for fqn, param in self.module.named_parameters():
+            param.requires_grad_(fqn in trained)
+        for part in self._checkpointed:
+            part.gradient_checkpointing = any(param.requires_grad for param in part.parameters())
 
     @property
     def takes_images(self) -> bool:

@@ -119,12 +119,12 @@ class Planner:
         if key not in self._models:
             self._models[key] = FakeModel(
                 self.config, request.config.dtype, request.attn_implementation, request.checkpointing,
-                self._model_class,
+                request.checkpoint_frozen, self._model_class,
             )  # fmt: skip
         return self._models[key]
 
     def _key(self, request: Request) -> tuple:
-        return request.config.precision, request.attn_implementation, request.checkpointing
+        return request.config.precision, request.attn_implementation, request.checkpointing, request.checkpoint_frozen
 
 
 def _ends(layout: Layout) -> list[int]:

@@ -133,6 +133,7 @@ def _heading(forecast: Forecast) -> str:
         ranks = f"{request.nodes} nodes of {ranks}"
     size = f"{numel / 1e9:.2f} B parameters" if numel >= 1e8 else f"{numel:,} parameters"
     checkpointing = ", activation checkpointing" if request.checkpointing else ""
+    checkpointing += " of layers that train" if checkpointing and not request.checkpoint_frozen else ""
     return f"{forecast.model}, {size}, {request.config.precision}, ZeRO-{request.config.stage}, {ranks}{checkpointing}"
 
 

@@ -34,6 +34,7 @@ class Request:
         device_type: Where the ranks train.
         separate_host: As of `resolve`.
         optimizer: The client's, instead of the config's.
+        checkpoint_frozen: Activation checkpointing of layers in which nothing is trained, too.
     """
 
     ds_config: Mapping[str, Any]
@@ -48,6 +49,7 @@ class Request:
     device_type: str = "cuda"
     separate_host: bool | None = None
     optimizer: Any = None
+    checkpoint_frozen: bool = True
 
     @classmethod
     def of(cls, module: Any, ds_config: Mapping[str, Any], seq: int, **others: Any) -> Request:

@@ -58,8 +58,7 @@ def trace_micro_step(
         ValueError: The model's forward depends on its data, or its loss not on `trained`.
     """
     tracer = _Tracer(model)
-    for fqn, param in model.module.named_parameters():
-        param.requires_grad_(fqn in trained)
+    model.train_only(trained)
     with model.mode, tracer.hooked(modules), _one_sequence_a_row():
         batch = model.batch(micro_batch, seq, padded)
         with tracer.meter:

@@ -53,11 +53,19 @@ class RealModel:
             self.module.gradient_checkpointing_enable({"use_reentrant": False})
             use_non_reentrant_checkpointing(self.module)
 
+    def train_only(self, trained):
+        train_only(self.module, trained)
+
     def batch(self, micro_batch, seq, padded=False):
         batch = FakeModel.batch(self, micro_batch, seq, padded)
         if padded:
             batch["attention_mask"][0, -3:] = 0  # a mask of ones alone transformers drops
         return batch
+
+
+def train_only(module, trained):
+    for fqn, param in module.named_parameters():
+        param.requires_grad_(fqn in trained)
 
 
 class Two(nn.Module):
@@ -78,7 +86,7 @@ def two(mode=None, cls=Two):
     with mode:
         module = cls()
     return SimpleNamespace(module=module, mode=mode, batch=lambda rows, seq, padded: {"rows": torch.ones(rows, 8)},
-                           takes_images=False)  # fmt: skip
+                           takes_images=False, train_only=lambda trained: train_only(module, trained))  # fmt: skip
 
 
 # Bytes for 2 rows: 64 of the rows, of each product and of its gradient; 256 of a weight's gradient; 4 of the loss and
@@ -230,6 +238,21 @@ def test_a_fake_step_has_the_events_of_a_real_one(family, dtype, attention, chec
     assert forecast == measured
     gradients = [{name for e in events if e.kind == GRADIENT for name in e.names} for events in measured]
     assert gradients == [everything, second]
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_layers_that_are_checkpointed_where_something_is_trained_keep_their_activations_elsewhere(family):
+    kinds = ((False, True), (True, False), (True, True))
+    models = [FakeModel(CONFIGS[family](), torch.float32, "sdpa", *kind) for kind in kinds]
+    everything = {fqn for fqn, _ in models[0].module.named_parameters()}
+    first, *_, last = plan_blocks(models[0].module).blocks
+    plain, where_trained, everywhere = (
+        [trace_micro_step(model, set(trained), ROWS, SEQ)[0].peak for trained in (everything, first.fqns, last.fqns)]
+        for model in models
+    )
+    assert everywhere[0] == where_trained[0] < plain[0], "all layers are trained"
+    assert everywhere[1] < where_trained[1] == plain[1], "the layers above the embedding have nothing that is trained"
+    assert everywhere[2] >= where_trained[2], "nothing is above the last block"
 
 
 def test_a_mask_of_padding_costs_memory():
