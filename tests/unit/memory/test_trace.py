@@ -240,7 +240,7 @@ def test_a_fake_step_has_the_events_of_a_real_one(family, dtype, attention, chec
     assert gradients == [everything, second]
 
 
-@pytest.mark.parametrize("family", ["llama", "t5"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("t5", marks=pytest.mark.slow)])
 def test_layers_that_are_checkpointed_where_something_is_trained_keep_their_activations_elsewhere(family):
     kinds = ((False, True), (True, False), (True, True))
     models = [FakeModel(CONFIGS[family](), torch.float32, "sdpa", *kind) for kind in kinds]
