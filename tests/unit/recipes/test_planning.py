@@ -15,7 +15,7 @@ def forecast_of(state, monkeypatch):
     monkeypatch.setattr(module, "dist", SimpleNamespace(get_world_size=lambda: 1))
     ds_config = {"train_batch_size": 1, "optimizer": {"type": "AdamW"}, "bf16": {"enabled": True}}
     ds_config["hift"] = {"enabled": True, "state": state}
-    hift = SimpleNamespace(layers_per_block=1, always_active=None)
+    hift = SimpleNamespace(layers_per_block=1, always_active=())
     engine = SimpleNamespace(device=torch.device("cpu"), hift_config=hift, module=LlamaForCausalLM(config))
     forecasts = module.forecasts_of_run(engine, ds_config, 8, "cpu", padded=False)
     assert not isinstance(forecasts, str), forecasts
