@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from hift_ds.rotation.blocks import find_top
-from hift_ds.rotation.names import numels_of, shortest, some
+from hift_ds.rotation.names import is_inside, numels_of, shortest, some
 
 _SHARE = 0.1
 # transformers marks what from_pretrained has loaded, so that its own initialisation leaves it alone.
@@ -61,7 +61,9 @@ def find_fresh(module: nn.Module, trained: Collection[str], new: Collection[str]
         return Fresh(note=_unknown(module, trained))
     sizes = {name: numel for name, numel in numels_of(module).items() if name in trained}
     found = [name for name in sizes if name in new]
-    if not found or len(found) == len(sizes):
+    if len(found) == len(sizes):  # adapters, or a head alone
+        return Fresh(note=_unknown(module, trained))
+    if not found:
         return Fresh()
     share = _share(found, sizes)
     lacked = f"hift.always_active='fresh': the checkpoint did not hold {some(shortest(found, module))}"
@@ -101,12 +103,12 @@ def _word_embeddings(module: nn.Module) -> set[int]:
 
 
 def _unknown(module: nn.Module, names: Collection[str]) -> str | None:
-    """A model whose parameters have no mark: built from a config, copied, or no model of transformers."""
+    """Of parameters without a mark: adapters, a model built from a config, copied, or no model of transformers."""
     heads = [
         path for path, _ in module.named_modules()
-        if _HEAD.match(path.rpartition(".")[2]) and any(name.startswith(f"{path}.") for name in names)
+        if _HEAD.match(path.rpartition(".")[2]) and any(is_inside(name, path) for name in names)
     ]  # fmt: skip
-    if not heads or len(heads) == len(list(module.children())):
+    if not heads or all(any(is_inside(name, path) for path in heads) for name in names):
         return None
     return (
         f"hift.always_active='fresh': whether {some(heads)} is freshly initialised is not known of this model; if so, "

@@ -122,6 +122,18 @@ def test_adapters_alone_are_not_fresh(llama):
     assert fresh_of(model).fqns == ()
 
 
+def test_of_a_new_head_beside_adapters_a_note_says_what_to_write(bert):
+    from peft import LoraConfig, get_peft_model
+
+    model = AutoModelForSequenceClassification.from_pretrained(bert, num_labels=3)
+    model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", target_modules=["query"]))
+    found = fresh_of(model)
+    assert found.fqns == () and 'write "always_active": ["module:base_model.model.classifier"]' in found.note
+    trained = [name for name, param in model.named_parameters() if param.requires_grad]
+    active = plan_blocks(model, always_active=["module:base_model.model.classifier"]).always_active
+    assert active and set(active) < set(trained) and all("classifier" in name for name in active)
+
+
 def test_of_a_model_without_marks_a_note_names_heads_and_what_to_write(bert):
     loaded = AutoModelForSequenceClassification.from_pretrained(bert, num_labels=3)
     for model in (copy.deepcopy(loaded), BertForSequenceClassification(BertConfig(**SIZE))):
