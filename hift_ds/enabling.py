@@ -12,24 +12,33 @@ from typing import Any
 from deepspeed import comm as dist
 
 from hift_ds import start
+from hift_ds.config.keys import check_spelling
+from hift_ds.config.optimizers import guarded_type
 from hift_ds.distributed import skip_shared_memory_operator
 from hift_ds.engine import HiFTEngine
+from hift_ds.integrations.interrupted import watch
 
 logger = logging.getLogger(__name__)
 _enabled = False
+_open: list[Enabled] = []  # blocks of `with`
 
 
 class Enabled:
-    """What `enable` returns: as a context manager it puts back, at the block's end, what was before."""
+    """What `enable` returns: as a context manager it puts back, at the end of the last open block, what was before."""
 
     def __init__(self, before: bool) -> None:
         self._before = before
 
     def __enter__(self) -> Enabled:
+        _set(True)
+        _open.append(self)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if not self._before:
+        _open.remove(self)
+        for other in _open:
+            other._before = other._before and self._before
+        if not self._before and not _open:
             disable()
 
 
@@ -64,18 +73,25 @@ def _set(enabled: bool) -> None:
     old, new = start.DEEPSPEED_INITIALIZE, initialize
     if not enabled:
         old, new = new, old
-    # Not in deepspeed alone: `from deepspeed import initialize` has made the name one of the script's, too.
+    watch(enabled)
+    # Not in deepspeed alone: `from deepspeed import initialize` has made it one of the script's names, too.
     for name, module in list(sys.modules.items()):
-        space = getattr(module, "__dict__", {})
-        if space.get("initialize") is old and module is not start and name != __name__:
-            space["initialize"] = new
+        if module is not start and name != __name__:
+            space = getattr(module, "__dict__", {})
+            for key in [key for key, value in list(space.items()) if value is old]:
+                space[key] = new
 
 
 @functools.wraps(start.DEEPSPEED_INITIALIZE)
 def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     """`deepspeed.initialize` while `enable` is in force."""
     given = inspect.signature(start.DEEPSPEED_INITIALIZE).bind_partial(*args, **kwargs).arguments
-    if not (_enabled and _trains_with_hift(given)):
+    config = _training_config(given) if _enabled else None
+    if config is None:
+        return start.DEEPSPEED_INITIALIZE(*args, **kwargs)
+    check_spelling(config)
+    if "hift" not in config and guarded_type(config) is None:
+        start.end_engines_of(given.get("model"))
         return start.DEEPSPEED_INITIALIZE(*args, **kwargs)
     found = start.initialize(**given)
     if isinstance(found[0], HiFTEngine):
@@ -87,20 +103,16 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     return found
 
 
-def _trains_with_hift(given: Mapping[str, Any]) -> bool:
+def _training_config(given: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The DeepSpeed config, if the model is trained and not only run."""
     try:
         config = start.given_config(**given)
     except ValueError:  # no JSON: DeepSpeed says so
-        return False
-    if not isinstance(config, Mapping):
-        return False
-    if not any(isinstance(key, str) and key.lower() == "hift" for key in config):
-        return False
-    if not (config.get("optimizer") or given.get("optimizer")):
-        return False
-    model = given.get("model")
-    parameters = getattr(model, "parameters", None)
-    return parameters is None or any(param.requires_grad for param in parameters())
+        return None
+    if not isinstance(config, Mapping) or not (config.get("optimizer") or given.get("optimizer")):
+        return None
+    parameters = getattr(given.get("model"), "parameters", None)
+    return config if parameters is None or any(param.requires_grad for param in parameters()) else None
 
 
 def _announce(engine: HiFTEngine) -> None:

@@ -157,6 +157,12 @@ class HiFTEngine(DeepSpeedEngine):
             total_steps: Optimizer steps of the whole run; `None` = not known.
         """
         self.optimizer.rate.total_steps = total_steps
+        cycle = self.optimizer.rate.steps_per_cycle
+        if total_steps is not None and total_steps < cycle and self.global_rank == 0:
+            logger.warning(
+                "the run has %d steps, and a cycle through all blocks has %d: the blocks that have no turn are not "
+                "trained; train longer, or set hift.layers_per_block higher", total_steps, cycle,
+            )  # fmt: skip
         if self.lr_scheduler is None and scheduler is not None:
             if self.resolved.hift.lr_update == "paper":
                 step_once_per_cycle(scheduler, self.optimizer.rotation)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import builtins
+import io
 import os
 import runpy
 import sys
+import types
+import zipfile
 
 USAGE = """usage: python -m hift_ds.run SCRIPT [arguments of its own]
        python -m hift_ds.run -m MODULE [arguments of its own]"""
@@ -43,11 +47,37 @@ def main(argv: list[str]) -> None:
     enable()
     sys.argv = [target[0], *ahead, *rest]
     if as_module:
-        runpy.run_module(target[0], run_name="__main__", alter_sys=True)
+        _new_main()
+        runpy._run_module_as_main(target[0])  # type: ignore[attr-defined]  # what `python -m` calls
         return
-    if not getattr(sys.flags, "safe_path", False):
-        sys.path[0] = os.path.dirname(os.path.realpath(target[0]))  # where `-m` has put the working directory
-    runpy.run_path(target[0], run_name="__main__")
+    path = os.path.abspath(target[0])
+    if not getattr(sys.flags, "safe_path", False):  # where `-m` has put the working directory
+        sys.path[0] = path if _is_package(path) else os.path.dirname(os.path.realpath(path))
+    if _is_package(path):
+        _new_main()
+        runpy._run_module_as_main("__main__", False)  # type: ignore[attr-defined]
+        return
+    with io.open_code(path) as file:
+        code = compile(file.read(), path, "exec", dont_inherit=True)
+    exec(code, vars(_new_main(path)))
+
+
+def _is_package(path: str) -> bool:
+    """Whether it is a folder or an archive with a `__main__.py`."""
+    return os.path.isdir(path) or zipfile.is_zipfile(path)
+
+
+def _new_main(path: str | None = None) -> types.ModuleType:
+    """A `__main__` for the target, which stays: its classes are pickled by that name, also while Python ends."""
+    main_module = types.ModuleType("__main__")
+    if path is not None:
+        main_module.__file__, main_module.__package__ = path, None
+    main_module.__dict__["__builtins__"] = builtins
+    sys.modules["hift_ds.run"] = sys.modules["__main__"]
+    sys.modules["__main__"] = main_module
+    if "__mp_main__" in sys.modules:
+        sys.modules["__mp_main__"] = main_module
+    return main_module
 
 
 if __name__ == "__main__":

@@ -71,10 +71,12 @@ def initialize(
     if isinstance(ds_config, Mapping):
         check_spelling(ds_config)
     chosen = None
-    living = [engine for engine in list(LIVING) if _share_parameters(engine.module, model)]
+    living = _engines_of(model)
     if isinstance(ds_config, Mapping) and "hift" in ds_config:
         init_distributed(distributed_port, dist_init_required)
+        active = {param for engine in living for param in engine.module.parameters() if param.requires_grad}
         with _detached(living), unchanged_on_failure(model) as as_found:
+            agree(lambda: _check_whole(model, optimizer, active) if living else None)
             # Rank 0's weights are what all ranks get, so what it knows of them holds for all.
             new = of_all_ranks(agree(lambda: _new_parameters(model)))[0]
             prepared = agree(lambda: _prepare(ds_config, model, new, optimizer, mpu, mesh_param))
@@ -131,8 +133,27 @@ def _chosen(
     return resolved, plan
 
 
-def _share_parameters(trained: torch.nn.Module, model: Any) -> bool:
-    return isinstance(model, torch.nn.Module) and not set(trained.parameters()).isdisjoint(model.parameters())
+def end_engines_of(model: Any) -> None:
+    """Destroys the engines that train parameters of a model. Collective where one does."""
+    for engine in _engines_of(model):
+        engine.destroy()
+
+
+def _engines_of(model: Any) -> list[HiFTEngine]:
+    mine = set(model.parameters()) if isinstance(model, torch.nn.Module) else set()
+    return [engine for engine in list(LIVING) if not mine.isdisjoint(engine.module.parameters())]
+
+
+def _check_whole(model: Any, optimizer: Any, active: set[torch.nn.Parameter]) -> None:
+    """An optimizer made meanwhile of what requires a gradient has the active block of the engine before, no more."""
+    inside = {param for group in getattr(optimizer, "param_groups", ()) for param in group["params"]}
+    whole = {param for param in model.parameters() if param.requires_grad}
+    if inside and inside <= active and active < whole:
+        raise ValueError(
+            f"optimizer={type(optimizer).__name__}: has the {len(inside)} parameters of one block alone, which another "
+            "engine on this model had active: end that engine (engine.destroy(), or accelerator.free_memory()) before "
+            "the optimizer is made"
+        )
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -179,7 +180,7 @@ class HiFTConfig:
 
 
 def check_spelling(ds_config: Mapping[str, Any]) -> None:
-    """Raises ValueError for a section such as "HiFT", which DeepSpeed would overlook."""
+    """Raises ValueError for a section such as "HiFT" or "hitf", which DeepSpeed would overlook."""
     for name in ds_config:
-        if isinstance(name, str) and name.lower() == "hift" and name != "hift":
+        if isinstance(name, str) and name != "hift" and difflib.get_close_matches(name.lower(), ["hift"], cutoff=0.75):
             raise ValueError(f'{name}: unknown key; write it "hift", or leave it out to train without HiFT')

@@ -20,13 +20,13 @@ logger = logging.getLogger(__name__)
 class HiFTCallback(TrainerCallback):
     """For a Trainer whose model HiFT trains; `hift_ds.enable` adds it by itself.
 
-    Added by hand without `enable` it raises where the config has a "hift" section that nobody honours; with any other
-    config it does nothing.
+    Added by hand without `enable` it raises where the config has a "hift" section that nobody honours; without such a
+    section it warns and does nothing.
 
     - Lends the rotation the schedule that Trainer steps, and the run's length, which `lr_update` needs.
     - Adds to each line of the training log: `hift_block`, index of the block that the last step updated; `hift_cycle`,
-      completed cycles; `hift_lr`, the rate in force, of the first param group (`learning_rate` is the schedule's); on
-      a CUDA device `hift_peak_gib`, the highest allocation of this process so far.
+      the cycle of that step, from 0; `hift_lr`, the rate in force, of the first param group (`learning_rate` is the
+      schedule's); on a CUDA device `hift_peak_gib`, the highest allocation of this process so far.
     - At the end the parameters' `requires_grad` is as it was before, so that another Trainer takes all of them.
     """
 
@@ -45,6 +45,8 @@ class HiFTCallback(TrainerCallback):
                 'the DeepSpeed config has a "hift" section, but DeepSpeed\'s own engine would train, in full: call '
                 "hift_ds.enable() before trainer.train(), or take the section out"
             )
+        elif not self._had_an_engine and state.is_world_process_zero:
+            logger.warning('HiFTCallback: this run trains in full; HiFT needs deepspeed=, a config with "hift" in it')
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._engine is not None:

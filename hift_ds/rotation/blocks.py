@@ -169,6 +169,8 @@ def _expanded(entries: list[str] | None, trainable: list[str], module: nn.Module
         if entry == "unit:last":
             unit = _layer_units(module, set(trainable))[-1]
             patterns += [f"^{re.escape(fqn)}$" for fqn in unit.fqns]
+        elif colon and kind == "unit":
+            raise ValueError(f"hift.always_active={entry!r}: the only unit that can be named so is 'unit:last'")
         elif colon and kind == "module":
             patterns.append(inside_module(entry, name, trainable, module))
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from hift_ds.rotation.blocks import find_top
-from hift_ds.rotation.names import is_inside, numels_of, shortest, some
+from hift_ds.rotation.names import is_inside, numels_of, others_than, shortest, some
 
 _SHARE = 0.1
 # transformers marks what from_pretrained has loaded, so that its own initialisation leaves it alone.
@@ -40,6 +41,11 @@ def new_parameters(module: nn.Module) -> tuple[str, ...] | None:
     params = dict(module.named_parameters())
     told = getattr(module, "_hift_fresh", None)
     if told is not None:
+        unknown = sorted(set(told) - params.keys())
+        if unknown:
+            close = difflib.get_close_matches(unknown[0], params, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise ValueError(f"model._hift_fresh={unknown[0]!r}: no parameter has that name; {hint}correct it")
         return tuple(name for name in params if name in set(told))
     found = [name for name, param in params.items() if not getattr(param, _LOADED, False)]
     if len(found) == len(params):
@@ -66,7 +72,7 @@ def find_fresh(module: nn.Module, trained: Collection[str], new: Collection[str]
     if not found:
         return Fresh()
     share = _share(found, sizes)
-    lacked = f"hift.always_active='fresh': the checkpoint did not hold {some(shortest(found, module))}"
+    lacked = f"hift.always_active='fresh': the checkpoint did not hold {_paths(found, module)}"
     if share > _SHARE:
         return Fresh(note=(
             f"{lacked}, {share:.0%} of what is trained, and these wait for their turn; over {_SHARE:.0%} name them in "
@@ -79,7 +85,7 @@ def find_fresh(module: nn.Module, trained: Collection[str], new: Collection[str]
     note = f"{lacked}: trained at every step"
     return Fresh(
         tuple(name for name in sizes if name in {*found, *beside}),
-        f"{note}, with {some(shortest(beside, module))} above the last layer" if beside else note,
+        f"{note}, with {_paths(beside, module)} above the last layer" if beside else note,
     )
 
 
@@ -114,6 +120,10 @@ def _unknown(module: nn.Module, names: Collection[str]) -> str | None:
         f"hift.always_active='fresh': whether {some(heads)} is freshly initialised is not known of this model; if so, "
         f'write "always_active": {_as_json(heads)}, or it learns in its turns alone; else []'
     )
+
+
+def _paths(names: Collection[str], module: nn.Module) -> str:
+    return some(shortest(names, others_than(names, module)))
 
 
 def _as_json(paths: list[str]) -> str:

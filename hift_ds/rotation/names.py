@@ -81,7 +81,7 @@ def _advice(pattern: str, regex: re.Pattern[str], fqns: list[str], module: nn.Mo
 
 def inside_module(entry: str, path: str, fqns: list[str], module: nn.Module) -> str:
     """The regex of `module:PATH` in `hift.always_active`; one of `fqns` must be inside."""
-    if not any(is_inside(fqn, path) for fqn in fqns):
+    if not path or not any(is_inside(fqn, path) for fqn in fqns):
         paths = [found for found, part in module.named_modules() if found and any(True for _ in part.parameters())]
         close = difflib.get_close_matches(path, paths, n=3) or paths[-3:]
         raise ValueError(
@@ -97,11 +97,15 @@ def some(names: Collection[str]) -> str:
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
-def shortest(fqns: Collection[str], module: nn.Module) -> list[str]:
-    """The shortest names for some parameters of a model: a module's path where no other parameter is inside."""
+def others_than(fqns: Collection[str], module: nn.Module) -> list[str]:
+    """All names of the other parameters of a model."""
     named = list(module.named_parameters(remove_duplicate=False))
     chosen = {id(param) for fqn, param in named if fqn in fqns}
-    others = [fqn for fqn, param in named if id(param) not in chosen]
+    return [fqn for fqn, param in named if id(param) not in chosen]
+
+
+def shortest(fqns: Collection[str], others: Collection[str]) -> list[str]:
+    """The shortest names for some parameters of a model: a module's path where none of the others is inside."""
     paths: dict[str, None] = {}
     for fqn in fqns:
         parts = fqn.split(".")

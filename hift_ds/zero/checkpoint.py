@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from hift_ds.rotation.names import shortest, some
 from hift_ds.rotation.rewind import CannotRewind, Rewind
 from hift_ds.rotation.rotation import Rotation
 from hift_ds.rotation.schedule import CycleScheduler, DelayedRate
@@ -30,7 +31,7 @@ MANIFEST = "hift.json"
 MARK = "hift_save"  # its key in the model files
 STAGE, RANKS = "zero_optimization.stage", "number of data-parallel ranks"
 DTYPES = "fp16 or bf16"
-ALWAYS = "hift.always_active, or fresh parameters where that is null"
+ALWAYS = "hift.always_active, or fresh parameters in its place"
 BLOCKS = "hift.layers_per_block, hift.blocks, hift.frozen, hift.always_active and the param groups"
 
 
@@ -271,12 +272,35 @@ _DAMAGED = "it was cut off or damaged; load another tag"
 def _require_same(saved: Mapping[str, Any], run: RunState, whole: bool) -> None:
     present = _identity(run)
     fits = _weights_fit(saved, present)
-    advice = f"resume with the same, or {_WEIGHTS_ALONE}" if fits else "resume with the same"
     for key, value in present.items():
         before = saved.get(key, value)  # what an older version did not write
         if before != value and (whole or not fits):
-            then, now = (repr(v) if len(repr(v)) < 60 else "others" for v in (before, value))
-            raise RuntimeError(f"the checkpoint was written with another {key} ({then}; this run: {now}): {advice}")
+            same = "the same"
+            if key == ALWAYS:
+                same = f'"always_active": {_entries(before, present)}'
+            then, now = _values(key, before, value, bool(present[ALWAYS]))
+            raise RuntimeError(
+                f"the checkpoint was written with another {key} ({then}; this run: {now}): resume with {same}"
+                + (f", or {_WEIGHTS_ALONE}" if fits else "")
+            )
+
+
+def _entries(fqns: Sequence[str], present: Mapping[str, Any]) -> str:
+    """A value of `hift.always_active` that names parameters."""
+    others = [fqn for block in present[BLOCKS] for fqn in block if fqn not in fqns]
+    return json.dumps([f"module:{path}" for path in shortest(fqns, others)])
+
+
+def _values(key: str, before: Any, now: Any, always: bool) -> tuple[str, str]:
+    """What differs, short enough for a sentence; with what is always active, which is in the list of blocks."""
+    if key == BLOCKS and len(before) != len(now):
+        return f"{len(before) - always} blocks", f"{len(now) - always} blocks"
+    if key == BLOCKS:
+        before, now = next((then, new) for then, new in zip(before, now, strict=True) if then != new)
+    if key in (BLOCKS, ALWAYS):
+        return some(before) or "none", some(now) or "none"
+    then, new = (repr(value) if len(repr(value)) < 60 else "others" for value in (before, now))
+    return then, new
 
 
 def _opened(path: Path) -> dict[str, Any]:

@@ -17,45 +17,63 @@ from hift_ds import start
 from hift_ds.engine import LIVING, HiFTEngine
 
 pytestmark = pytest.mark.multi_rank
-OWN = start.DEEPSPEED_INITIALIZE
+
+
+def own():
+    return start.DEEPSPEED_INITIALIZE  # a global of this module would be replaced
 
 
 # Without an engine: which function stands where.
 
 
 def test_enable_and_disable_may_be_called_again_and_leave_deepspeed_s_own_function():
-    assert deepspeed.initialize is OWN
+    assert deepspeed.initialize is own()
     hift_ds.enable()
     hift_ds.enable()
-    assert deepspeed.initialize is not OWN
+    assert deepspeed.initialize is not own()
     hift_ds.disable()
-    assert deepspeed.initialize is OWN
+    assert deepspeed.initialize is own()
     hift_ds.disable()
-    assert deepspeed.initialize is OWN
+    assert deepspeed.initialize is own()
 
 
 def test_the_context_puts_back_what_was_before_also_after_an_error():
     with pytest.raises(KeyError), hift_ds.enable():
-        assert deepspeed.initialize is not OWN
+        assert deepspeed.initialize is not own()
         raise KeyError
-    assert deepspeed.initialize is OWN
+    assert deepspeed.initialize is own()
     hift_ds.enable()
     try:
         with hift_ds.enable():
             pass
-        assert deepspeed.initialize is not OWN, "it was enabled before the block"
+        assert deepspeed.initialize is not own(), "it was enabled before the block"
     finally:
         hift_ds.disable()
 
 
+def test_a_block_may_be_entered_again_and_blocks_may_end_in_any_order():
+    block = hift_ds.enable()
+    for _ in range(2):
+        with block:
+            assert deepspeed.initialize is not own()
+        assert deepspeed.initialize is own()
+    first, second = hift_ds.enable(), hift_ds.enable()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert deepspeed.initialize is not own(), "the second block is open"
+    second.__exit__(None, None, None)
+    assert deepspeed.initialize is own()
+
+
 def test_a_name_that_a_script_has_imported_before_is_replaced_too_and_put_back(monkeypatch):
     script = types.ModuleType("a_users_script")
-    script.initialize = deepspeed.initialize
+    script.initialize = script.other_name = deepspeed.initialize
     monkeypatch.setitem(sys.modules, "a_users_script", script)
     with hift_ds.enable():
-        assert script.initialize is deepspeed.initialize is not OWN
+        assert script.initialize is script.other_name is deepspeed.initialize is not own()
         kept = script.initialize
-    assert script.initialize is OWN
+    assert script.initialize is script.other_name is own()
     given = {}
     monkeypatch.setattr(start, "DEEPSPEED_INITIALIZE", lambda *args, **more: given.update(more) or "deepspeed's")
     assert kept(config={"hift": {"enabled": True}, "optimizer": {"type": "AdamW"}}) == "deepspeed's", "it has ended"
@@ -126,7 +144,7 @@ def test_whatever_hift_does_not_train_stays_deepspeed_s_own(one_rank, what):
 
 def assert_refusals():
     with hift_ds.enable():
-        for name in ("HiFT", "Hift"):
+        for name in ("HiFT", "Hift", "hifts", "hitf"):
             config = {**ds_config(0), name: {"enabled": True}}
             with pytest.raises(ValueError, match=f"{name}: unknown key; write it \"hift\""):
                 engine_from_deepspeed(config)
@@ -137,6 +155,8 @@ def assert_refusals():
     for config in (guarded, {**guarded, "hift": {"enabled": False}}):
         with pytest.raises(ValueError, match=r"optimizer.type='HiFT_AdamW': only HiFT trains with it"):
             hift_ds.initialize(model=small_llama(), config=config)
+        with hift_ds.enable(), pytest.raises(ValueError, match=r"optimizer.type='HiFT_AdamW': only HiFT trains"):
+            engine_from_deepspeed(config)
     assert not LIVING
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+
 import pytest
 import torch
 from deepspeed import comm as dist
@@ -132,10 +135,12 @@ def assert_other_plan_refused(base, folder):
     engine.destroy()
     again = hift_ds.initialize(model=classifier(folder / "trained"), config=ds_config(0, hift={}))[0]
     assert again.block_plan.always_active == ()
-    with pytest.raises(RuntimeError, match=r"hift.always_active"):
+    with pytest.raises(RuntimeError, match=r"always_active.*; this run: none\): resume with .*, or load") as refusal:
         again.load_checkpoint(str(folder), tag="here")
+    advised = json.loads(re.search(r'"always_active": (\[.*?\])', str(refusal.value))[1])
+    assert advised == ["module:bert.pooler", "module:classifier"]
     again.destroy()
-    told = ds_config(0, hift={"always_active": ["module:bert.pooler", "module:classifier"]})
+    told = ds_config(0, hift={"always_active": advised})
     again = hift_ds.initialize(model=classifier(folder / "trained"), config=told)[0]
     assert again.load_checkpoint(str(folder), tag="here")[0] is not None
     again.destroy()

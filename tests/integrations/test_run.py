@@ -94,6 +94,33 @@ def test_a_script_runs_as_python_would_run_it(script):
     assert len(facts["argv"]) == 5
 
 
+MAIN = """
+import atexit, multiprocessing, os, pickle, sys
+
+class Ours:
+    pass
+
+def made(_):
+    return Ours()
+
+if __name__ == "__main__":
+    assert os.path.isabs(__file__) and __spec__ is None and __package__ is None
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert type(pool.map(made, [0])[0]) is Ours
+    atexit.register(lambda: print(type(pickle.loads(pickle.dumps(Ours()))) is Ours))
+"""
+
+
+@pytest.mark.parametrize("target", [("main.py",), slow(("-m", "main")), slow(("folder",))])
+def test_its_classes_are_those_of_main_in_spawned_processes_and_while_python_ends(tmp_path, target):
+    of_a_script = " and __spec__ is None and __package__ is None"
+    (tmp_path / "main.py").write_text(MAIN if target[0] == "main.py" else MAIN.replace(of_a_script, ""))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "__main__.py").write_text("import os\nassert os.path.isabs(__file__)\nprint(True)\n")
+    found = run([sys.executable, "-m", "hift_ds.run", *target], tmp_path)
+    assert (found.returncode, found.stdout) == (0, "True\n"), found.stderr
+
+
 @pytest.mark.slow
 def test_a_module_runs_as_python_would_run_it(script):
     package = script.parent / "elsewhere" / "ours"  # in the working directory

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from deepspeed import comm as dist
+from deepspeed.utils import safe_get_full_fp32_param
+from hift_testing.messages import messages
 from hift_testing.selection import slow
 from hift_testing.tiny_models import tiny_model
 from hift_testing.trainers import (
@@ -17,8 +20,14 @@ from hift_testing.trainers import (
     rows,
     trainer_of,
 )
-from hift_testing.training import small_llama, whole_weights
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, Seq2SeqTrainer, Seq2SeqTrainingArguments
+from hift_testing.training import ds_config, small_llama, whole_weights
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaForCausalLM,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    TrainerCallback,
+)
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import hift_ds
@@ -276,6 +285,56 @@ def test_two_trainers_after_one_another_each_train_all_blocks(two_ranks, tmp_pat
     two_ranks.run(assert_two_trainers, tmp_path, stage, same_model)
 
 
+class Interrupts(TrainerCallback):
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+
+def assert_trains_after_an_interruption(folder, stage, optimizer, then):
+    model, config = small_llama(), auto_config(stage, optimizer=optimizer)
+    with pytest.raises(KeyboardInterrupt):
+        trained(folder / "first", config, 8, model=model, trainer_takes={"callbacks": [Interrupts()]})
+    assert all(param.requires_grad for param in model.parameters())
+    forget()
+    if then == "plain":
+        del config["hift"]
+        config["optimizer"] = {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}}
+    before = {name: safe_get_full_fp32_param(param).clone() if stage == 3 else param.detach().clone()
+              for name, param in model.named_parameters()}  # fmt: skip
+    second = trained(folder / "second", config, 6, model=model)
+    assert isinstance(second.model_wrapped, HiFTEngine) == (then == "hift")
+    after = whole_weights(second.model_wrapped)
+    assert not [name for name in before if torch.equal(before[name], after[name])]
+    second.model_wrapped.destroy()
+
+
+@pytest.mark.parametrize(
+    ("stage", "optimizer", "then"),
+    [(0, False, "hift"), slow(3, False, "hift"), slow(2, True, "hift"), slow(0, True, "plain")],
+)
+def test_a_trainer_after_an_interrupted_one_trains_the_whole_model(one_rank, tmp_path, stage, optimizer, then):
+    one_rank.run(assert_trains_after_an_interruption, tmp_path, stage, optimizer, then)
+
+
+def assert_a_block_for_the_model_is_refused():
+    model, config = small_llama(), ds_config(0, hift={})
+    first = hift_ds.initialize(model=model, config=config)[0]
+    del config["optimizer"]
+    some = torch.optim.AdamW([param for param in model.parameters() if param.requires_grad], lr=1e-3)
+    with pytest.raises(ValueError, match=r"optimizer=AdamW: has the \d+ parameters of one block alone.*destroy"):
+        hift_ds.initialize(model=model, config=config, optimizer=some)
+    first.destroy()
+    whole = torch.optim.AdamW([param for param in model.parameters() if param.requires_grad], lr=1e-3)
+    engine = hift_ds.initialize(model=model, config=config, optimizer=whole)[0]
+    assert len(engine.hift.blocks) == 6
+    engine.destroy()
+
+
+def test_an_optimizer_of_the_block_that_an_engine_has_active_is_refused_for_the_whole_model(one_rank):
+    one_rank.run(assert_a_block_for_the_model_is_refused)
+
+
 def assert_zero_init(folder):
     small_llama().save_pretrained(folder / f"base{dist.get_rank()}")
     config = auto_config(3)
@@ -318,8 +377,21 @@ def assert_callback_guards(folder):
     plain = auto_config(0) | {"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}}
     del plain["hift"]
     trainer = trainer_of(small_llama(), arguments(folder, plain, 2), data(), callbacks=[HiFTCallback()])
-    trainer.train()
+    with messages() as said:
+        trainer.train()
     assert "hift_block" not in trainer.state.log_history[0]
+    assert sum("this run trains in full" in line for line in said) == 1
+
+
+def assert_short_run_is_said(folder, steps, said_of):
+    with messages() as said:
+        finished(trained(folder, auto_config(0), steps))
+    assert sum("a cycle through all blocks has 6" in line for line in said) == said_of
+
+
+def test_a_run_of_fewer_steps_than_a_cycle_says_that_blocks_have_no_turn(one_rank, tmp_path):
+    one_rank.run(assert_short_run_is_said, tmp_path / "short", 5, 1)
+    one_rank.run(assert_short_run_is_said, tmp_path / "long", 6, 0)
 
 
 def test_a_callback_without_enable_refuses_a_hift_section_and_leaves_any_other_config(one_rank, tmp_path):

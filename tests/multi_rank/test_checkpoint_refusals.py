@@ -179,7 +179,7 @@ MISFITS: dict[str, Any] = {
     ),
     "momentum on": (1, a_run(**sgd(0.0)), a_run(**sgd(0.9)), "optimizer.params (momentum) decide"),
     "momentum off": (2, a_run(**sgd(0.9)), a_run(**sgd(0.0)), "optimizer.params (momentum) decide"),
-    "other blocks": (2, a_run(), a_run(hift={"layers_per_block": 2}), "another hift.layers_per_block"),
+    "other blocks": (2, a_run(), a_run(hift={"layers_per_block": 2}), "param groups (6 blocks; this run: 3 blocks)"),
     "another shape": (3, a_run(), a_run(larger), SHAPES),
     "another shape below stage 3": (1, a_run(), a_run(larger), SHAPES),
     "another name": (0, a_run(), a_run(with_buffer), "differ in 1 names, first 'extra'"),

@@ -150,6 +150,13 @@ def test_a_loader_of_one_s_own_may_name_what_is_fresh(llama):
     assert fresh_of(model).fqns == ("model.layers.2.mlp.up_proj.weight",)
 
 
+def test_a_name_of_such_a_loader_that_is_no_parameter_is_refused(llama):
+    model = LlamaForCausalLM(LlamaConfig(**SIZE, num_key_value_heads=1))
+    model._hift_fresh = ["lm_head.wieght"]
+    with pytest.raises(ValueError, match=r"_hift_fresh='lm_head.wieght': .* did you mean 'lm_head.weight'\?"):
+        new_parameters(model)
+
+
 def test_a_module_or_the_last_unit_can_be_always_active():
     model = BertForSequenceClassification(BertConfig(**SIZE))
     assert plan_blocks(model, always_active=["module:bert.pooler"]).always_active == POOLER
@@ -157,3 +164,7 @@ def test_a_module_or_the_last_unit_can_be_always_active():
     assert plan_blocks(model, always_active=["module:classifier", r"layer\.0\.output.*bias"]).always_active[-2:] == HEAD
     with pytest.raises(ValueError, match=r"hift.always_active='module:pooler': no module of that path .*'bert.pooler'"):
         plan_blocks(model, always_active=["module:pooler"])
+    with pytest.raises(ValueError, match=r"hift.always_active='module:': no module of that path"):
+        plan_blocks(model, always_active=["module:"])
+    with pytest.raises(ValueError, match=r"hift.always_active='unit:frist': the only unit .* 'unit:last'"):
+        plan_blocks(model, always_active=["unit:frist"])
