@@ -93,8 +93,8 @@ def initialize(
                 'write "hift": {"enabled": true}, or the type without "HiFT_"'
             )
         return DEEPSPEED_INITIALIZE(**forwarded)
-    if guarded is not None:
-        forwarded.update(args=_without_config(args), config=without_guard(ds_config), config_params=None)
+    # As it was read: DeepSpeed before 0.19.8 leaves a path where the engine keeps its config.
+    forwarded.update(args=_without_config(args), config=without_guard(ds_config), config_params=None)
     resolved, plan = chosen
     for note in resolved.notes:
         if dist.get_rank() == 0:

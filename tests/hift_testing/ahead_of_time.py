@@ -173,8 +173,9 @@ def facts(kernel: Any, machine_code: bool) -> dict[str, Any]:
         "shared": kernel.metadata.shared,
         **(_of_machine_code(told) if machine_code else _of_ptx(ptx)),
         "fused_multiply_add": bool(re.search(r"\bfma\.rn\.f32", ptx)),
-        "exact_division": "div.rn.f32" in ptx,
-        "exact_root": "sqrt.rn.f32" in ptx,
+        "exact_division": bool(re.search(r"\bdiv\.rn\.(ftz\.)?f32", ptx)),
+        "exact_root": bool(re.search(r"\bsqrt\.rn\.(ftz\.)?f32", ptx)),
+        "flushes_subnormals": ".ftz." in ptx,
     }
 
 

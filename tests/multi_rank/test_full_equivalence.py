@@ -4,7 +4,7 @@ import pytest
 import torch
 from hift_testing import tolerances
 from hift_testing.parity import share_that_differs, torch_optimizer
-from hift_testing.selection import slow
+from hift_testing.selection import OWN_WINDOWS_ARE_RIGHT, slow
 from hift_testing.training import ADAMW, ds_config, engine_of, largest_difference, run_steps, small_llama, whole_weights
 
 pytestmark = pytest.mark.multi_rank
@@ -53,6 +53,12 @@ def equal(
     assert off <= tolerances.NORM.bound, tolerances.NORM.reason
 
 
+def hold(two_ranks, stage, dtype, accumulation, *others, **more):
+    if accumulation > 1 and not OWN_WINDOWS_ARE_RIGHT:
+        pytest.skip("this DeepSpeed's own training divides two micro steps twice")
+    two_ranks.run(equal, stage, dtype, accumulation, *others, **more)
+
+
 def stock_stage(stage):
     """At stage 0 in bf16 DeepSpeed 0.19.8 takes an optimizer step with gradient 0 before the first batch
     (fp16/fused_optimizer.py, initialize_optimizer_states: weights decay and Adam's step counts it), so that its runs
@@ -68,32 +74,32 @@ def with_accumulation(*taken):
 
 @pytest.mark.parametrize(("stage", "accumulation"), with_accumulation((0, 1), (3, 2)))
 def test_fp32_equals_full_fine_tuning(two_ranks, stage, accumulation):
-    two_ranks.run(equal, stage, "fp32", accumulation, 0.0)
+    hold(two_ranks, stage, "fp32", accumulation, 0.0)
 
 
 @pytest.mark.parametrize("stage", (slow(0), 1, slow(2), slow(3)))
 def test_fp32_with_clipping_equals_full_fine_tuning(two_ranks, stage):
-    two_ranks.run(equal, stage, "fp32", 2, 1.0, weights=tolerances.FULL_CLIPPED)
+    hold(two_ranks, stage, "fp32", 2, 1.0, weights=tolerances.FULL_CLIPPED)
 
 
 @pytest.mark.parametrize(("stage", "accumulation"), with_accumulation((1, 2), (2, 1)))
 def test_bf16_equals_full_fine_tuning(two_ranks, stage, accumulation):
-    two_ranks.run(equal, stage, "bf16", accumulation, 0.0, stock_stage=stock_stage(stage), **BF16)
+    hold(two_ranks, stage, "bf16", accumulation, 0.0, stock_stage=stock_stage(stage), **BF16)
 
 
 @pytest.mark.parametrize("stage", (2, slow(3)))
 def test_bf16_with_fp32_accumulation_equals_full_fine_tuning(two_ranks, stage):
-    two_ranks.run(equal, stage, "bf16", 2, 0.0, data_types={"grad_accum_dtype": "fp32"})
+    hold(two_ranks, stage, "bf16", 2, 0.0, data_types={"grad_accum_dtype": "fp32"})
 
 
 def test_bf16_with_fp32_accumulation_and_communication_equals_full_fine_tuning_at_stage_1(two_ranks):
     # DeepSpeed's BF16_Optimizer, which serves stage 1 here, always sends fp32.
     keys = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
-    two_ranks.run(equal, 1, "bf16", 2, 0.0, **keys)
+    hold(two_ranks, 1, "bf16", 2, 0.0, **keys)
 
 
 @pytest.mark.parametrize("stage", (slow(0), slow(1), slow(2), 3))
 def test_bf16_with_clipping_equals_full_fine_tuning(two_ranks, stage):
     # Two steps: each weight that rounds to its other neighbour shifts all later gradients.
-    two_ranks.run(equal, stage, "bf16", 2, 1.0, share=tolerances.CLIPPED_BF16_SHARE,
+    hold(two_ranks, stage, "bf16", 2, 1.0, share=tolerances.CLIPPED_BF16_SHARE,
                   stock_stage=stock_stage(stage), steps=2, **BF16)  # fmt: skip

@@ -4,6 +4,7 @@ import pytest
 import torch
 from deepspeed import comm as dist
 from hift_testing import tolerances
+from hift_testing.selection import OWN_WINDOWS_ARE_RIGHT
 from hift_testing.training import ds_config, engine_of, largest_difference, small_llama, whole_weights
 
 from hift_ds.recipes.datasets import IGNORED, TextData, TokenRows
@@ -59,5 +60,6 @@ def test_rows_of_unlike_lengths_step_as_one_big_batch(request, pool, stage):
     request.getfixturevalue(pool).run(one_window, stage, True)
 
 
+@pytest.mark.skipif(not OWN_WINDOWS_ARE_RIGHT, reason="this DeepSpeed divides two micro steps twice")
 def test_full_fine_tuning_weighs_tokens_alike_too(two_ranks):
     two_ranks.run(one_window, 0, False)

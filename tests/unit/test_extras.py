@@ -27,7 +27,7 @@ sys.meta_path.insert(0, Hidden())
 """
 _TRAIN = """
 import torch, hift_ds
-model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 4))
+model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
 config = {"train_micro_batch_size_per_gpu": 1, "optimizer": {"type": "AdamW", "params": {"lr": 0.1}},
           "zero_optimization": {"stage": 2}, "hift": {"enabled": True, "layers_per_block": None}}
 before = [param.detach().clone() for param in model.parameters()]
@@ -61,7 +61,7 @@ def listed(extra):
 def test_training_needs_no_package_of_the_extra():
     result = without_extra(_TRAIN)
     assert result.returncode == 0, result.stderr
-    assert "changed [True, True, True, True] loaded []" in result.stdout
+    assert "changed [True, True, True, True] loaded []" in result.stdout, result.stdout
     assert "parameters" in result.stdout
 
 

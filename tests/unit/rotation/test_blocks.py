@@ -15,7 +15,7 @@ from torch import nn
 import hift_ds.rotation.blocks
 from hift_ds.rotation.blocks import LayerUnit, find_layer_units, plan_blocks
 
-
+OLDER_NAMES = tuple(map(int, hf.__version__.split(".")[:2])) < (5, 17)
 def _layers(path: str, num: int = 3) -> list[str]:
     return [f"{path}.{i}" for i in range(num)]
 
@@ -87,6 +87,8 @@ def family(request) -> tuple[str, nn.Module]:
 
 def test_units_of_each_family_are_those_read_off_its_class(family):
     name, model = family
+    if OLDER_NAMES and name in ("gpt_neox", "vit"):
+        pytest.skip("this transformers names their parts otherwise")
     units = find_layer_units(model)
     expected, last_fqn = UNITS[name]
     assert [unit.name for unit in units] == expected
@@ -188,6 +190,8 @@ LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16
     ids=["roberta-base", "roberta-large", "gpt2-large", "gpt-neo-2.7b", "llama-7b", "llama-13b"],
 )
 def test_units_have_the_sizes_the_paper_prints(model_class, config, num_units, largest, total):
+    if OLDER_NAMES and model_class in (hf.GPT2LMHeadModel, hf.GPTNeoForCausalLM):
+        pytest.skip("this transformers ties no weights without data")
     units = find_layer_units(_meta(model_class, config))
     assert len(units) == num_units
     assert max(unit.numel for unit in units) / 1e6 == pytest.approx(largest, abs=0.005)
