@@ -93,8 +93,9 @@ def initialize(
                 'write "hift": {"enabled": true}, or the type without "HiFT_"'
             )
         return DEEPSPEED_INITIALIZE(**forwarded)
-    # As it was read: DeepSpeed before 0.19.8 leaves a path where the engine keeps its config.
-    forwarded.update(args=_without_config(args), config=without_guard(ds_config), config_params=None)
+    if guarded is not None or isinstance(_source(args, config, config_params), str):
+        # As it was read: DeepSpeed before 0.19.8 leaves a path where the engine keeps its config.
+        forwarded.update(args=_without_config(args), config=without_guard(ds_config), config_params=None)
     resolved, plan = chosen
     for note in resolved.notes:
         if dist.get_rank() == 0:
@@ -106,8 +107,12 @@ def initialize(
 
 def given_config(args: Any = None, config: Any = None, config_params: Any = None, **_: Any) -> Any:
     """The DeepSpeed config among the arguments of `initialize`, read as `load_ds_config` does."""
+    return load_ds_config(_source(args, config, config_params))
+
+
+def _source(args: Any, config: Any, config_params: Any) -> Any:
     source = config if config is not None else config_params
-    return load_ds_config(getattr(args, "deepspeed_config", None) if source is None else source)
+    return getattr(args, "deepspeed_config", None) if source is None else source
 
 
 def _without_config(args: Any) -> Any:

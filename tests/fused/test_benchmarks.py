@@ -46,6 +46,7 @@ def test_a_benchmark_writes_a_row_for_each_contestant_and_size(kernel, tmp_path,
         assert row["p50_ms"].startswith("missing: ") or float(row["p50_ms"]) > 0
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_the_ring_writes_a_row_for_each_ring_and_load(tmp_path, monkeypatch):
     path = FOLDER / "benchmark_stream.py"
     rings = ["3 tiles", "half a block", "a block", "resident"]

@@ -10,7 +10,7 @@ from deepspeed import comm as dist
 from hift_testing.disturbed import Reentrant
 from hift_testing.fingerprints import all_by_block, changed
 from hift_testing.messages import error_of, logged
-from hift_testing.selection import diagonal
+from hift_testing.selection import diagonal, slow
 from hift_testing.training import ds_config, engine_of, run_steps, small_llama
 
 pytestmark = pytest.mark.multi_rank
@@ -48,7 +48,7 @@ def top_down(stage: int, reentrant: bool | None) -> dict[str, str]:
     return all_by_block(engine)
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [0, slow(2), 3])
 def test_checkpointing_trains_the_same_and_stops_at_the_active_block(two_ranks, stage):
     plain = two_ranks.run(top_down, stage, None)
     for reentrant in (True, False):

@@ -238,7 +238,7 @@ def same_training(stage: int, dtype: str, hift: dict[str, Any], rule: dict[str, 
 @pytest.mark.parametrize(
     ("stage", "dtype", "hift", "rule"),
     [
-        (0, "bf16", {}, None),
+        slow(0, "bf16", {}, None),
         slow(1, "fp32", {"always_active": ["layers.0.mlp.down_proj"]}, None),
         slow(2, "bf16", {}, {"type": "Adafactor", "params": {"lr": 1e-2}}),
         (3, "bf16", {"inactive_state": "reset", "steps_per_block": 2, "layers_per_block": 3}, None),

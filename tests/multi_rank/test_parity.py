@@ -20,11 +20,11 @@ SMALL_BUCKETS = {"reduce_bucket_size": 1000, "allgather_bucket_size": 1000}  # a
 
 
 def combinations():
-    """All of stage, dtype, order and size of blocks. Of these `make test` takes twelve, in which every two values meet
-    but for two orders of one size in one dtype; `make slow` runs the rest."""
+    """All of stage, dtype, order and size of blocks. Of these `make test` takes six, in which each value of each is
+    met; `make slow` runs the rest."""
     orders, sizes = ("bottom2up", "top2down", "random"), ((1, 6), (2, 3), (4, 2))
     for stage, dtype, order, size in itertools.product(STAGES, range(2), range(3), range(3)):
-        taken = (dtype, size) == ((stage + order) % 2, (stage + order) % 3)
+        taken = (dtype, size) == ((stage + order) % 2, (stage + order) % 3) and (stage + order) % 4 < 2
         values = (stage, DTYPES[dtype], orders[order], *sizes[size])
         yield values if taken else slow(*values)
 
@@ -105,8 +105,8 @@ AVERAGING = {
 
 
 def averaging():
-    """Each key meets a stage that reduces whole gradients or to one rank each (0, 1), and one that shards (2, 3)."""
-    taken = {"prescale": (0, 3), "predivide": (1, 3), "sum": (0, 2), "communication_fp32": (1, 2)}
+    """`make test` takes each key at one stage, of those that reduce whole gradients (0, 1) or shards (2, 3)."""
+    taken = {"prescale": (0,), "predivide": (3,), "sum": (2,), "communication_fp32": (1,)}
     for stage, case in itertools.product(STAGES, AVERAGING):
         if (stage, case) != (3, "sum"):  # which DeepSpeed refuses
             marks = [newer_keys] if case == "sum" else []
@@ -184,7 +184,7 @@ def test_no_sync_on_one_rank_accumulates(one_rank, stage, dtype):
     agree(one_rank, stage, dtype, PAIR, backward="no_sync", reference={"accumulation_dtype": dtype})
 
 
-@pytest.mark.parametrize("stage", (0, slow(1), slow(2), 3))
+@pytest.mark.parametrize("stage", (slow(0), slow(1), slow(2), 3))
 def test_four_ranks_equal_plain_torch(four_ranks, stage):
     agree(
         four_ranks, stage, "fp32", PAIR,

@@ -27,6 +27,7 @@ from hift_testing.contestants import (
     train_step,
     unmoved,
 )
+from hift_testing.selection import slow
 from hift_testing.tiny_models import tiny_model
 from hift_testing.training import batch_of, largest_difference, whole_weights
 
@@ -178,8 +179,8 @@ def inference_between_steps(stage: int, dtype: str, family: str, hift: dict[str,
     assert largest_difference(*weights) == 0.0
 
 
-@pytest.mark.parametrize(("family", "hift"), (("llama", {}), ("qwen2", {}), ("llama", ONE_BLOCK)))
-@pytest.mark.parametrize("stage", (2, 3))
+@pytest.mark.parametrize(("family", "hift"), (slow("llama", {}), ("qwen2", {}), slow("llama", ONE_BLOCK)))
+@pytest.mark.parametrize("stage", (slow(2), 3))
 def test_generation_under_inference_mode_changes_nothing(two_ranks, stage, family, hift):
     on(two_ranks, inference_between_steps, stage, "bf16", family, hift)
 

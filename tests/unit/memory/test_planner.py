@@ -82,6 +82,7 @@ def test_interpolated_figures_are_those_of_tracing_every_block(config, seq, logi
     assert (every[-1].activations > every[0].activations / 2) == logits, "what dominates, as the name says"
 
 
+@pytest.mark.slow
 def test_a_plan_of_every_block_has_the_traced_figures_of_each(monkeypatch):
     planner, request = Planner(llama(9)), request_of(2, 32)
     traced = []

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers as hf
+from hift_testing.selection import slow
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
@@ -204,21 +205,21 @@ def test_experts_of_a_loop_over_data_are_refused_with_what_to_do():
 # Every family; dtypes, attention, checkpointing and padding in turn.
 STEPS = [
     ("llama", torch.bfloat16, "sdpa", False, False),
-    ("llama", torch.float32, "eager", False, False),
+    slow("llama", torch.float32, "eager", False, False),
     ("llama", torch.float32, "sdpa", True, True),
-    ("llama", torch.bfloat16, "eager", True, False),
+    slow("llama", torch.bfloat16, "eager", True, False),
     ("llama_tied", torch.bfloat16, "sdpa", False, True),
-    ("llama_tied", torch.float32, "eager", True, False),
+    slow("llama_tied", torch.float32, "eager", True, False),
     ("gpt2", torch.bfloat16, "sdpa", False, False),
-    ("gpt2", torch.float32, "sdpa", True, False),
+    slow("gpt2", torch.float32, "sdpa", True, False),
     ("bert", torch.bfloat16, "sdpa", False, True),
-    ("bert", torch.float32, "eager", True, False),
+    slow("bert", torch.float32, "eager", True, False),
     ("bert_qa", torch.float32, "sdpa", False, False),
-    ("roberta", torch.float32, "sdpa", False, False),
+    slow("roberta", torch.float32, "sdpa", False, False),
     ("roberta", torch.bfloat16, "eager", True, True),
-    ("t5", torch.bfloat16, "sdpa", False, False),
+    slow("t5", torch.bfloat16, "sdpa", False, False),
     ("t5", torch.float32, "eager", True, False),
-    ("mixtral", torch.bfloat16, "sdpa", False, False),
+    slow("mixtral", torch.bfloat16, "sdpa", False, False),
     ("mixtral", torch.bfloat16, "eager", True, False),
 ]
 
