@@ -50,12 +50,12 @@ def _then_wrap(execute: Callable[[ModuleType], None]) -> Callable[[ModuleType], 
 
 
 def _wrap(module: ModuleType, enabled: bool) -> None:
-    trainer = module.Trainer
-    original = getattr(trainer.train, "_hift_wraps", None)
-    if enabled and original is None:
-        trainer.train = _resting(trainer.train)
-    elif not enabled and original is not None:
-        trainer.train = original
+    train = module.Trainer.train
+    ours = getattr(train, "_hift_ds", None)  # a wrapper over it that somebody else has made has the attribute, too
+    if enabled and ours is None:
+        module.Trainer.train = _resting(train)
+    elif not enabled and ours is not None and ours is train:
+        module.Trainer.train = ours.__wrapped__
 
 
 def _resting(train: Callable[..., Any]) -> Callable[..., Any]:
@@ -69,5 +69,5 @@ def _resting(train: Callable[..., Any]) -> Callable[..., Any]:
                     engine.rest()
             raise
 
-    wrapped._hift_wraps = train  # type: ignore[attr-defined]
+    wrapped._hift_ds = wrapped  # type: ignore[attr-defined]
     return wrapped

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import types
 from types import SimpleNamespace
@@ -77,6 +78,21 @@ def test_a_name_that_a_script_has_imported_before_is_replaced_too_and_put_back(m
     given = {}
     monkeypatch.setattr(start, "DEEPSPEED_INITIALIZE", lambda *args, **more: given.update(more) or "deepspeed's")
     assert kept(config={"hift": {"enabled": True}, "optimizer": {"type": "AdamW"}}) == "deepspeed's", "it has ended"
+
+
+def test_trainer_s_train_is_its_own_again_after_disable_and_a_wrapper_of_somebody_else_stays(monkeypatch):
+    from transformers import Trainer
+
+    plain = Trainer.train
+    monkeypatch.setattr(Trainer, "train", plain)
+    with hift_ds.enable():
+        assert Trainer.train is not plain
+        with hift_ds.enable():
+            once = Trainer.train
+    assert Trainer.train is plain and once.__wrapped__ is plain, "wrapped once"
+    with hift_ds.enable():
+        Trainer.train = theirs = functools.wraps(Trainer.train)(lambda self: None)
+    assert Trainer.train is theirs
 
 
 def test_the_package_keeps_its_functions_when_its_rooms_are_imported():
