@@ -108,6 +108,7 @@ def refusals(folder: str) -> None:
     assert weights_by_name(plain) == weights_by_name(fresh)
 
 
+@pytest.mark.gathers
 def test_checkpoints_that_do_not_fit_are_refused_on_every_rank(two_ranks, tmp_path):
     two_ranks.run(refusals, str(tmp_path))
 
@@ -215,7 +216,9 @@ def misfits(folder: str, name: str) -> None:
     run_steps(engines[1], 1, start=3)
 
 
-@pytest.mark.parametrize("name", MISFITS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.gathers if run[0] == 3 else ()) for name, run in MISFITS.items()]
+)
 def test_a_run_that_differs_in_one_thing_is_refused_before_anything_is_changed(two_ranks, tmp_path, name):
     two_ranks.run(misfits, str(tmp_path), name)
 

@@ -50,9 +50,9 @@ class Done:
 
     @property
     def own_lines(self) -> list[str]:
-        """Standard output without what the deepspeed launcher says of itself."""
-        launcher = re.compile(r"\[[-\d :,]+\] \[[A-Z]+\] \[(launch|runner)\.py")
-        return [line for line in self.out.splitlines() if not launcher.match(line)]
+        """Standard output without what the deepspeed launcher and torch 2.8's gloo say of themselves."""
+        others = re.compile(r"\[[-\d :,]+\] \[[A-Z]+\] \[(launch|runner)\.py|\[Gloo\]")
+        return [line for line in self.out.splitlines() if not others.match(line)]
 
     @property
     def final_loss(self) -> str:

@@ -151,6 +151,7 @@ def test_offload_param_changes_nothing(two_ranks, dtype):
 
 
 @pytest.mark.parametrize(("dtype", "groups"), [slow("fp32", False), ("bf16", True)])
+@pytest.mark.gathers
 def test_a_model_built_under_zero_init_trains_alike(two_ranks, dtype, groups):
     agree(two_ranks, 3, dtype, PAIR, zero_init=True, groups=groups)
 
