@@ -43,7 +43,7 @@ def test_each_example_is_under_60_lines_and_is_tested():
 
 
 @pytest.mark.parametrize(
-    ("name", "stage"), [("classifier", 0), slow("sft_chat", 2), slow("trainer_causal_lm", 2), slow("dpo", 0)]
+    ("name", "stage"), [slow("classifier", 0), slow("sft_chat", 2), slow("trainer_causal_lm", 2), slow("dpo", 0)]
 )
 def test_an_example_runs_to_its_last_line(name, stage, tmp_path):
     own = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}

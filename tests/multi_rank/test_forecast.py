@@ -175,7 +175,7 @@ BATCHES = {"activations": (ROWS, SEQ), "gradients": (1, 4)}
 @pytest.mark.parametrize(
     ("stage", "dtype", "weighs_more"),
     [
-        (0, "bf16", "gradients"), slow(3, "fp32", "activations"), slow(0, "bf16", "activations"),
+        slow(0, "bf16", "gradients"), slow(3, "fp32", "activations"), slow(0, "bf16", "activations"),
         slow(3, "fp32", "gradients"),
     ],
 )  # fmt: skip

@@ -130,6 +130,7 @@ def test_a_cpu_s_figures_are_never_called_gpu_memory(metered):
     assert max(map(len, table.splitlines())) <= 80
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_is_measured_too_and_takes_more(metered):
     full, hift = metered(2, "bf16", False)[0], metered(2, "bf16", True)[0]
     assert {sample["block"] for sample in full["samples"]} == {-1}

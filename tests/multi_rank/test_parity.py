@@ -185,7 +185,7 @@ def test_no_sync_on_one_rank_accumulates(one_rank, stage, dtype):
     agree(one_rank, stage, dtype, PAIR, backward="no_sync", reference={"accumulation_dtype": dtype})
 
 
-@pytest.mark.parametrize("stage", (slow(0), slow(1), slow(2), 3))
+@pytest.mark.parametrize("stage", (slow(0), slow(1), slow(2), slow(3)))
 def test_four_ranks_equal_plain_torch(four_ranks, stage):
     agree(
         four_ranks, stage, "fp32", PAIR,

@@ -85,7 +85,7 @@ def host_training(
 @pytest.mark.parametrize(
     ("stage", "dtype", "rule", "hift"),
     [
-        (0, "bf16", "adamw", {}), (1, "fp32", "adamw", ALWAYS), (2, "bf16", "adam_l2", {}),
+        slow(0, "bf16", "adamw", {}), (1, "fp32", "adamw", ALWAYS), slow(2, "bf16", "adam_l2", {}),
         (3, "bf16", "adamw", ALWAYS), slow(3, "fp32", "sgd_momentum", {}), (2, "bf16", "adafactor", {}),
         (1, "bf16", "lion", {"inactive_state": "reset"}),
     ],

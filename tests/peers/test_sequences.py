@@ -28,7 +28,7 @@ import hift_ds
 pytestmark = pytest.mark.multi_rank
 
 EACH = 4  # seeds of a case: every stage
-QUICK = 3  # the rest is slow
+QUICK = 2  # the rest is slow
 
 
 @dataclass

@@ -68,7 +68,7 @@ def test_training_needs_no_package_of_the_extra():
 @pytest.mark.parametrize(
     "start",
     [
-        "from hift_ds.cli import main; sys.exit(main(['plan', '--model', '/nowhere/config.json']))",
+        slow("from hift_ds.cli import main; sys.exit(main(['plan', '--model', '/nowhere/config.json']))"),
         slow("import runpy; sys.argv = ['train.py']; runpy.run_path('launch/train.py', None, '__main__')"),
     ],
     ids=["hift-ds plan", "train.py"],

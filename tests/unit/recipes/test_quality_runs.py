@@ -183,6 +183,7 @@ def _network(task, data):
     return quality_runs.load_network(task, data.num_labels)
 
 
+@pytest.mark.slow
 def test_the_last_layer_alone_has_the_smallest_peak_and_full_fine_tuning_the_most_gradients(task, data):
     peaks = {
         name: quality_runs.cost(task, data, cost_settings(task, METHODS[name]))["peak"]
@@ -216,6 +217,7 @@ class Clock:
         return self.now
 
 
+@pytest.mark.slow
 def test_the_script_says_in_one_sentence_what_is_wrong_with_its_data(tmp_path):
     script = [sys.executable, str(ROOT / "launch/quality.py"), "--data", str(tmp_path), "--methods", "full"]
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "MASTER_PORT")}
