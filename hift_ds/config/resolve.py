@@ -165,11 +165,7 @@ def resolve(
     check_kernel(hift.kernel, hift.state.compact, on_host)
     precision = precision_of(ds_config)
     managed = getattr(deepspeed, "managed_gradient_accumulation", True)
-    if deepspeed.zero_optimization_stage == 3 and device_type == "cpu" and not surface.gathers_on_cpu(version):
-        notes += (
-            f"zero_optimization.stage=3: deepspeed {version} gathers wrong weights now and then on CPU ranks; use "
-            "stage 2, or deepspeed 0.19.8",
-        )
+    notes += _of_wrong_gathers(deepspeed.zero_optimization_stage, device_type)
     model_dtype, asked = DTYPES[precision], deepspeed.grad_accum_dtype
     apart = device_type != "cpu" if separate_host is None else separate_host
     resolved = ResolvedConfig(
@@ -200,6 +196,15 @@ def resolve(
         notes=notes,
     )  # fmt: skip
     return resolved.with_optimizer(optimizer) if isinstance(optimizer, torch.optim.Optimizer) else resolved
+
+
+def _of_wrong_gathers(stage: int, device_type: str) -> tuple[str, ...]:
+    if stage < 3 or device_type != "cpu" or surface.gathers_on_cpu(version):
+        return ()
+    return (
+        f"zero_optimization.stage=3: deepspeed {version} gathers wrong weights now and then on CPU ranks; use stage 2, "
+        "or deepspeed 0.19.8",
+    )
 
 
 def precision_of(ds_config: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from hift_ds.rotation.blocks import BlockPlan
+from hift_ds.rotation.names import some
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +121,7 @@ def freeze_left_out(model: torch.nn.Module, optimizer: torch.optim.Optimizer) ->
     for _, param in left_out:
         param.requires_grad_(False)
     if left_out:
-        names = ", ".join(name for name, _ in left_out[:3]) + (" ..." if len(left_out) > 3 else "")
+        names = some([name for name, _ in left_out])
         logger.warning("%d parameters are in no param group of the optimizer and stay frozen: %s", len(left_out), names)
 
 
