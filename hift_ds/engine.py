@@ -33,6 +33,7 @@ from hift_ds.zero.activations import use_non_reentrant_checkpointing
 from hift_ds.zero.attachment import Flags
 from hift_ds.zero.offload import WEIGHTS
 from hift_ds.zero.optimizer import ENDED, HiFTOptimizer
+from hift_ds.zero.unit_gradients import UnitReducer
 
 logger = logging.getLogger(__name__)
 LIVING: weakref.WeakSet[HiFTEngine] = weakref.WeakSet()  # from initialize to destroy
@@ -98,6 +99,8 @@ class HiFTEngine(DeepSpeedEngine):
             config=self.resolved,
         )
         self.optimizer.end_window = self._end_window  # type: ignore[method-assign]
+        if isinstance(self.optimizer.reducer, UnitReducer):
+            self.optimizer.reducer.at_boundary = self._at_boundary
         make_scheduler = getattr(self, "_configure_compression_scheduler", None)
         if make_scheduler is not None:  # DeepSpeed 0.18 asks both at each step, though neither is on
             self.compression_scheduler, self.quantizer = make_scheduler(), None
@@ -281,6 +284,9 @@ class HiFTEngine(DeepSpeedEngine):
             self.micro_steps += 1
             self._running_engine_step = False
             raise
+
+    def _at_boundary(self) -> bool:
+        return self.is_gradient_accumulation_boundary() and not self.inside_no_sync_ctxt
 
     def _end_window(self) -> None:
         """Micro steps that are left of a window whose gradients were dropped must not make an update by themselves."""

@@ -54,7 +54,7 @@ class Run:
     segments: tuple[Segment, ...]
 
 
-class BlockShard:
+class UnitShard:
     """Where each parameter of one block lies in this rank's shard.
 
     Args:

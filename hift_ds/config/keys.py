@@ -95,6 +95,23 @@ class HiFTConfig:
         "`cycle` = constant within a cycle, at the value of the schedule at its middle step (of the last cycle: at the "
         "middle of what is left of the run); `paper` = the scheduler advances once per cycle; `step` = no delay",
     )  # fmt: skip
+    update: str = key(
+        "step", one_of("step", "backward"),
+        "when updates are made: `step`, the whole block in `engine.step()`; `backward`, each layer unit of the block "
+        "as soon as backward has its gradient, so that gradients and state of one unit are on the device at a time, "
+        "whatever `layers_per_block` is (without clipping by the global norm)",
+    )  # fmt: skip
+    clip: str = key(
+        "global", one_of("global", "unit"),
+        "what `gradient_clipping` bounds: the norm of all that trains in a step, or, with `update` `backward` alone, "
+        "that of each layer unit by itself, which is another algorithm",
+    )  # fmt: skip
+    accumulate: str = key(
+        "device", one_of("device", "host"),
+        "where gradients of earlier micro steps wait for the last one's, with `update` `backward`: on the `device`, "
+        "the whole block's, or on the `host`, from where each unit's comes back for its update (2 or 4 bytes a "
+        "parameter, by `data_types.grad_accum_dtype`)",
+    )  # fmt: skip
     inactive_state: str = key(
         "keep", one_of("keep", "reset"),
         "`keep` a block's optimizer state between its turns, or `reset` it at each turn (with `steps_per_block` > 1 "

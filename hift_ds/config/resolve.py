@@ -49,7 +49,8 @@ class ResolvedConfig:
         communication_dtype: Of gradients on their way.
         predivide: `gradient_predivide_factor` (with `prescale_gradients`: the world size).
         mean: `False` for `gradient_allreduce_op: sum`.
-        clip: `gradient_clipping`, the largest global norm of the active block's gradient; 0 = off.
+        clip: `gradient_clipping`, the largest global norm of the active block's gradient (`hift.clip`: of each unit's
+            own); 0 = off.
         zero: DeepSpeed's own reading of `zero_optimization`.
         home: Where masters and moments live: `device`; `stream`, on the host, through a ring on the device; `host`,
             where they are updated, too.
@@ -165,6 +166,9 @@ def resolve(
     check_kernel(hift.kernel, hift.state.compact, on_host)
     precision = precision_of(ds_config)
     managed = getattr(deepspeed, "managed_gradient_accumulation", True)
+    clip, clip_note = _clip(hift, ds_config, deepspeed.gradient_clipping)
+    notes += clip_note
+    _check_update(hift, ds_config, managed)
     notes += _of_wrong_gathers(deepspeed.zero_optimization_stage, device_type)
     model_dtype, asked = DTYPES[precision], deepspeed.grad_accum_dtype
     apart = device_type != "cpu" if separate_host is None else separate_host
@@ -186,7 +190,7 @@ def resolve(
         communication_dtype=deepspeed.communication_data_type or model_dtype,
         predivide=float(world) if deepspeed.prescale_gradients else deepspeed.gradient_predivide_factor,
         mean=getattr(deepspeed, "gradient_allreduce_op", "mean") == "mean",
-        clip=deepspeed.gradient_clipping,
+        clip=clip,
         zero=deepspeed.zero_config,
         home="device" if not apart or hift.state.residency == "device" else "host" if on_host else "stream",
         # Only a written `false` counts: DeepSpeed's own default of the key is false too.
@@ -196,6 +200,49 @@ def resolve(
         notes=notes,
     )  # fmt: skip
     return resolved.with_optimizer(optimizer) if isinstance(optimizer, torch.optim.Optimizer) else resolved
+
+
+def _clip(hift: HiFTConfig, ds_config: Mapping[str, Any], clip: float) -> tuple[float, tuple[str, ...]]:
+    """The bound in force, and what is to be said of it: DeepSpeed's default is not off."""
+    if hift.update == "step":
+        if hift.clip == "unit":
+            raise ValueError(
+                "hift.clip='unit': with hift.update 'step' the norm of the whole block is known before the update; "
+                'leave it out, or write "update": "backward"'
+            )
+        return clip, ()
+    given = ds_config.get("gradient_clipping")
+    if given is None:
+        note = "gradient_clipping: off with hift.update 'backward' where it is not written (DeepSpeed's default is 1.0)"
+        return 0.0, (note,) if clip else ()
+    if clip > 0 and hift.clip != "unit":
+        raise ValueError(
+            f"gradient_clipping={given!r}: with hift.update 'backward' the first layers are updated before the norm of "
+            'all is known; set it to 0, or write "clip": "unit" in the "hift" section to clip each layer unit by its '
+            "own norm"
+        )
+    return clip, ()
+
+
+def _check_update(hift: HiFTConfig, ds_config: Mapping[str, Any], managed: bool) -> None:
+    """Refuses what cannot be with updates in backward."""
+    if hift.update == "step":
+        if hift.accumulate == "host":
+            raise ValueError(
+                "hift.accumulate='host': with hift.update 'step' the whole block's gradient is on the device at its "
+                'update; leave it out, or write "update": "backward"'
+            )
+        return
+    if precision_of(ds_config) == "fp16" and not ds_config["fp16"].get("loss_scale"):
+        raise ValueError(
+            "fp16.loss_scale=0: a dynamic loss scale takes back a whole step, and with hift.update 'backward' a part "
+            'of it is made by then; set a fixed loss_scale, use bf16, or write "update": "step"'
+        )
+    if not managed:
+        raise ValueError(
+            "managed_gradient_accumulation=False: with hift.update 'backward' it must be known in a backward that it "
+            'is the last of its window; leave it out, or write "update": "step"'
+        )
 
 
 def _of_wrong_gathers(stage: int, device_type: str) -> tuple[str, ...]:

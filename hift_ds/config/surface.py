@@ -72,7 +72,8 @@ SURFACE: dict[str, dict[str, tuple[str, ...]]] = {
 INSTANCE_SURFACE: dict[str, dict[str, tuple[str, ...]]] = {
     "deepspeed.runtime.engine": {
         "DeepSpeedEngine": (
-            "_config", "basic_optimizer", "config", "device", "global_rank", "local_rank", "lr_scheduler",
+            "_config", "basic_optimizer", "config", "device", "global_rank", "inside_no_sync_ctxt", "local_rank",
+            "lr_scheduler",
             "seq_data_parallel_group", "tput_timer", "training_dataloader",
         ),
     },

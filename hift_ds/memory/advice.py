@@ -11,7 +11,7 @@ from hift_ds.config.batch import ACCUMULATION, MICRO
 from hift_ds.memory.figures import Forecast
 from hift_ds.memory.planner import Planner
 from hift_ds.memory.request import Request
-from hift_ds.state.block_state import ring_limit
+from hift_ds.state.unit_state import ring_limit
 
 SHORTEST = 128  # tokens
 _STATE, _ZERO = ("hift", "state"), ("zero_optimization",)

@@ -17,7 +17,7 @@ from hift_ds.distributed import agree, of_all_ranks
 from hift_ds.memory.fake_model import positions_of
 from hift_ds.memory.planner import Planner
 from hift_ds.memory.request import RESERVE_BYTES, Request
-from hift_ds.state.block_state import card_bytes
+from hift_ds.state.unit_state import card_bytes
 
 logger = logging.getLogger(__name__)
 

@@ -173,7 +173,7 @@ def _state_bytes(layout: Layout, trained: tuple[str, ...]) -> int:
     """Masters and moments of a rank."""
     sharded = whole = 0
     slots = layout.rule.slots(layout.groups[0])
-    for shard in [*layout.shards, *([layout.always] if layout.always else [])]:
+    for shard in [*layout.units, *([layout.always] if layout.always else [])]:
         whole += sum(tensor.nbytes for tensor in layout.extra(shard).values())
     for fqn in trained:
         param = layout.params[fqn]

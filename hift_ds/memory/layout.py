@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,27 +20,47 @@ from hift_ds.memory.storages import StorageMeter
 from hift_ds.memory.trace import Event
 from hift_ds.rotation.blocks import BlockPlan, plan_blocks
 from hift_ds.rotation.param_groups import check_trainable
-from hift_ds.shards import BlockShard
-from hift_ds.state.block_state import TILE_NUMEL, Storage, extra_bytes, initial_extra, size_ring
+from hift_ds.shards import UnitShard
+from hift_ds.state.host_memory import HostMemory, Shapes
+from hift_ds.state.unit_state import TILE_NUMEL, Storage, extra_bytes, initial_extra, ring_sizes
 from hift_ds.zero.gradients import GradientReducer
+from hift_ds.zero.states import turns
+from hift_ds.zero.unit_gradients import HostGradients, UnitReducer
+
+
+@dataclass(frozen=True)
+class Update:
+    """The worst moment of an update: bytes of gradients, and of new weights with what it takes to make and send them.
+
+    On top of `Layout.device_state`.
+    """
+
+    gradients: int = 0
+    made: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return self.gradients + self.made
 
 
 @dataclass(frozen=True)
 class GradientBytes:
-    """What gradients take on the device in the course of one micro step.
+    """What gradients take on the device in the course of one micro step, and the updates that go with it.
 
     Attributes:
         before: Before its backward (what earlier micro steps have left).
         events: At each gradient: at most while it is taken in, its own bytes included, and afterwards.
+        updates: Those that each gradient brings about (`hift.update` "backward").
         finish: At most while the rest is reduced after backward.
-        after: Left for the update.
+        update: The one after backward.
         sent: Bytes handed to reductions.
     """
 
     before: int
     events: tuple[tuple[int, int], ...]
+    updates: tuple[Update, ...]
     finish: int
-    after: int
+    update: Update
     sent: int
 
 
@@ -54,7 +75,7 @@ class Layout:
 
     Attributes:
         block_plan: Blocks.
-        shards: Of each block, on rank 0.
+        shards: Of each block's units, as `States.blocks` has them, on rank 0.
 
     Raises:
         ValueError: Blocks or parameters that `hift_ds.initialize` refuses, too.
@@ -72,14 +93,15 @@ class Layout:
         self.rule, self.groups = config.rule, [{"params": [], **config.group}]
         self.dtype = next(iter(self.params.values())).dtype
         self.storage = Storage.of(config, torch.device("cuda"), planned=True)
-        self.shards = [self._shard(block.fqns) for block in self.block_plan.blocks]
+        self.shards = [[self._shard(unit.fqns) for unit in reversed(block.units)] for block in self.block_plan.blocks]
         self.always = self._shard(self.block_plan.always_active) if self.block_plan.always_active else None
-        self._factored = extra_bytes(map(self.extra, self.shards))  # on the device while a block is updated
+        self.units = [shard for units in self.shards for shard in units]
+        self._factored = extra_bytes(map(self.extra, self.units))  # on the device while a unit is updated
         self.device_state, self._tile_numel = self._device_state()
 
-    def _shard(self, fqns: Sequence[str]) -> BlockShard:
+    def _shard(self, fqns: Sequence[str]) -> UnitShard:
         params = [(fqn, self.params[fqn]) for fqn in fqns]
-        return BlockShard(params, dict.fromkeys(fqns, 0), self.config.shard_world, 0)
+        return UnitShard(params, dict.fromkeys(fqns, 0), self.config.shard_world, 0)
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -147,14 +169,14 @@ class Layout:
 
     # State.
 
-    def state_bytes(self, shard: BlockShard) -> int:
-        """Masters and moments of a block on this rank, wherever they are."""
+    def state_bytes(self, shard: UnitShard) -> int:
+        """Masters and moments of a unit on this rank, wherever they are."""
         shapes = self.storage.shapes(shard, self.rule, self.groups)
         extra = self.extra(shard)
         return sum(numel * dtype.itemsize for numel, dtype in shapes.values()) + sum(t.nbytes for t in extra.values())
 
-    def extra(self, shard: BlockShard) -> dict[str, torch.Tensor]:
-        """A block's state that is not shaped like its shard (fake tensors)."""
+    def extra(self, shard: UnitShard) -> dict[str, torch.Tensor]:
+        """A unit's state that is not shaped like its shard (fake tensors)."""
         with self.model.mode:
             return initial_extra(shard, self.rule, self.groups)
 
@@ -164,23 +186,28 @@ class Layout:
         if self.config.home == "host":
             return always, 0
         if self.config.home == "device":
-            return always + sum(map(self.state_bytes, self.shards)), TILE_NUMEL
-        shapes = [(shard, self.storage.shapes(shard, self.rule, self.groups)) for shard in self.shards]
-        ring = size_ring(shapes, self.config.hift.state.ring_bytes, self._factored, self._card_bytes)
+            return always + sum(map(self.state_bytes, self.units)), TILE_NUMEL
+        with self.model.mode:
+            ring = ring_sizes(
+                turns(self.shards, self.config), self.rule, self.groups, self.storage,
+                self.config.hift.state.ring_bytes, self._card_bytes,
+            )  # fmt: skip
         return always + ring.num_slots * ring.slot_bytes, ring.tile_numel
 
     def host_state(self) -> int:
-        """Masters and moments on the host, of all blocks."""
-        return 0 if self.config.home == "device" else sum(map(self.state_bytes, self.shards))
+        """Masters and moments on the host, of all blocks, and gradients that wait there."""
+        waiting = self._host_gradient_numel * self.config.accumulation_dtype.itemsize
+        return waiting + (0 if self.config.home == "device" else sum(map(self.state_bytes, self.units)))
 
-    def update_bytes(self, shard: BlockShard, gradients: int) -> tuple[int, int]:
-        """Most bytes during the update of a block, on top of `device_state`.
+    def training(self, block: int) -> list[UnitShard]:
+        """What trains in a block's turn, as `States.training`."""
+        return [*self.shards[block], *(() if self.always is None else (self.always,))]
+
+    def update(self, shard: UnitShard, gradients: int) -> Update:
+        """Of a unit, or of what is always active.
 
         Args:
-            gradients: Bytes of the averaged gradient shards.
-
-        Returns:
-            Of gradients, and of new weights with what it takes to make and send them.
+            gradients: Bytes of all gradients that are there when it begins.
         """
         new = shard.numel * shard.dtype.itemsize
         made = 0 if self.config.home == "host" or self.config.home == "device" else self._factored
@@ -191,12 +218,20 @@ class Layout:
                 made += 4 * (min(self._tile_numel, longest) if self.rule.elementwise else longest)
             if not self.rule.elementwise:  # the estimate of the second moment of the largest slice
                 made += 4 * max(segment.numel for segment in shard.segments)
+        if self.config.hift.update == "backward" and self.config.world == 1 and len(shard.segments) > 1:
+            longest = max(run.stop - run.start for run in shard.runs)  # a tile of several parameters' gradients
+            made += min(self._tile_numel or longest, longest) * self.config.accumulation_dtype.itemsize
         sent = 0
-        if self.config.stage in (1, 2) and shard.world > 1:
+        if self._publishes(shard):
             sent = max(self._packed(shard, bucket) for bucket in shard.buckets(self.config.zero.allgather_bucket_size))
-        return (gradients, new + made) if own + made >= sent else (gradients - own, new + sent)
+        if own + made >= sent:
+            return Update(gradients, new + made)
+        return Update(gradients - own, new + sent)
 
-    def _packed(self, shard: BlockShard, bucket: range) -> int:
+    def _publishes(self, shard: UnitShard) -> bool:
+        return self.config.stage in (1, 2) and shard.world > 1
+
+    def _packed(self, shard: UnitShard, bucket: range) -> int:
         span = shard.span(bucket)
         return (span.stop - span.start) * shard.world * self.params[shard.fqns[bucket[0]]].element_size()
 
@@ -208,27 +243,65 @@ class Layout:
         Args:
             order: fqns in the order in which backward completes their gradients.
         """
-        shards = [self.shards[block]] if self.always is None else [self.shards[block], self.always]
+        shards, coming = self.training(block), {self.params[fqn] for fqn in order}
+        updates: list[Update] = []
+
+        on_its_way: list[torch.Tensor] = []  # new weights to other ranks: the last piece of the unit before
+
+        def give(shard: UnitShard) -> None:
+            updates.append(self.update(shard, meter.current))
+            reducer.take(shard)
+            if self._publishes(shard):
+                received = self._packed(shard, shard.buckets(self.config.zero.allgather_bucket_size)[-1])
+                on_its_way[:] = [torch.empty(received + received // shard.world, dtype=torch.uint8)]
+
         with self.model.mode:
-            meter = StorageMeter()
-            reducer = _SilentReducer(self.config, None)
+            host = self._host_gradients()
+            meter = StorageMeter([] if host is None else [host.buffer])
+            reducer: Any = _SilentReducer(self.config, None)
+            if self.config.hift.update == "backward":
+                reducer = _SilentUnitReducer(self.config, None, give, host)
+                reducer.will_come = coming.__contains__
             with meter:
                 reducer.open(shards)
                 for micro_step in range(min(self.config.micro_steps, 2)):
                     last = micro_step + 1 == min(self.config.micro_steps, 2)
+                    if isinstance(reducer, UnitReducer):
+                        reducer.at_boundary = partial(bool, last)
                     reducer.sent = 0
-                    before = meter.current
-                    events = [self._take(reducer, meter, self.params[fqn]) for fqn in order]
+                    before, events, brought = meter.current, [], []
+                    for fqn in order:
+                        events.append(self._take(reducer, meter, self.params[fqn]))
+                        brought.append(max(updates, key=lambda update: update.nbytes, default=Update()))
+                        updates.clear()
                     meter.restart()
                     reducer.finish_backward(last)
                     finish = meter.peak
-                results = [reducer.take(shard)[0] for shard in shards]
-                after = sum(result.nbytes for result in results)
+                if isinstance(reducer, UnitReducer):
+                    updates.append(Update(meter.current))  # what is on its way, at least
+                    reducer.give_rest()
+                    finish = max(finish, meter.peak)
+                else:
+                    grads = [shard.numel * self.config.accumulation_dtype.itemsize for shard in shards]
+                    updates += [self.update(shard, sum(grads[place:])) for place, shard in enumerate(shards)]
             for fqn in order:
                 self.params[fqn].grad = None
-        return GradientBytes(before, tuple(events), finish, after, reducer.sent)
+        worst = max(updates, key=lambda update: update.nbytes, default=Update())
+        return GradientBytes(before, tuple(events), tuple(brought), finish, worst, reducer.sent)
 
-    def _take(self, reducer: _SilentReducer, meter: StorageMeter, param: torch.nn.Parameter) -> tuple[int, int]:
+    def _host_gradients(self) -> HostGradients | None:
+        if self._host_gradient_numel == 0:
+            return None
+        return HostGradients(_FakeMemory(), self._host_gradient_numel, self.config.accumulation_dtype)
+
+    @property
+    def _host_gradient_numel(self) -> int:
+        """Elements of gradients that wait on the host (`hift.accumulate`)."""
+        if self.config.hift.accumulate == "device" or self.config.micro_steps == 1:
+            return 0
+        return max(sum(shard.numel for shard in self.training(block)) for block in range(len(self.shards)))
+
+    def _take(self, reducer: GradientReducer, meter: StorageMeter, param: torch.nn.Parameter) -> tuple[int, int]:
         meter.restart()
         if param.grad is None:
             param.grad = torch.empty_like(param)
@@ -237,7 +310,7 @@ class Layout:
 
     # Traffic of one optimizer step.
 
-    def bus_bytes(self, shard: BlockShard) -> tuple[int, int]:
+    def bus_bytes(self, shard: UnitShard) -> tuple[int, int]:
         """State and gradients to the device, and back to the host."""
         if self.config.home == "device":
             return 0, 0
@@ -253,28 +326,40 @@ class Layout:
 
         New weights, and sums of factored moments.
         """
-        shards = [self.shards[block]] if self.always is None else [self.shards[block], self.always]
         total = 0
         if self.config.world > 1:  # stage 3 gathers them again after each update
             sizes = self.sizes
             total += sum(sizes[name].padded_bytes for name in self.persistent)
-        for shard in shards:
+        for shard in self.training(block):
             if shard.world > 1:
                 total += sum(tensor.nbytes for tensor in self.extra(shard).values())
-            if shard.world > 1 and self.config.stage < 3:
+            if self._publishes(shard):
                 buckets = shard.buckets(self.config.zero.allgather_bucket_size)
                 total += sum(self._packed(shard, bucket) for bucket in buckets)
         return total
 
 
-class _SilentReducer(GradientReducer):
-    """The training run's reducer, but nothing is sent."""
+class _Silent:
+    """Of the training run's reducers, but nothing is sent."""
 
     sent = 0
 
     def _send(self, packed: torch.Tensor, reduced: torch.Tensor) -> Any:
         self.sent += packed.nbytes
         return _Done()
+
+
+class _SilentReducer(_Silent, GradientReducer):
+    pass
+
+
+class _SilentUnitReducer(_Silent, UnitReducer):
+    pass
+
+
+class _FakeMemory(HostMemory):
+    def arena(self, shapes: Shapes) -> dict[str, torch.Tensor]:
+        return {name: torch.empty(numel, dtype=dtype) for name, (numel, dtype) in shapes.items()}
 
 
 class _Done:

@@ -98,8 +98,7 @@ class Planner:
         order = [name for event in events if event.kind == GRADIENT for name in event.names]
         gradients = layout.gradient_bytes(index, order)
         gathered = layout.gathered(events)
-        left, made = layout.update_bytes(layout.shards[index], gradients.after)
-        moments = {"update": Moment("update", gradients=left, made=made)}
+        moments = {"update": Moment("update", gradients=gradients.update.gradients, made=gradients.update.made)}
         for moment in _moments(events, gradients, gathered):
             if moment.phase not in moments or moment.nbytes > moments[moment.phase].nbytes:
                 moments[moment.phase] = moment
@@ -143,31 +142,33 @@ class Traced:
 
     def figures(self, layout: Layout, index: int) -> Figures:
         """With what the layout says of the block."""
-        block, shard = layout.block_plan.blocks[index], layout.shards[index]
+        block, shards = layout.block_plan.blocks[index], layout.shards[index]
         worst = max(self.moments.values(), key=lambda moment: moment.nbytes)
         micro_steps = layout.config.micro_steps
         network = layout.published_bytes(index)
         if layout.config.world > 1:
             network += self.reduced * (micro_steps if layout.config.stage >= 2 else 1) + self.gathered * micro_steps
-        to_device, to_host = layout.bus_bytes(shard)
+        to_device, to_host = map(sum, zip(*map(layout.bus_bytes, shards), strict=True))
         if layout.config.offloads_params:
             to_device += self.gathered // layout.config.world * micro_steps
-            to_host += shard.numel * shard.dtype.itemsize
+            to_host += sum(shard.numel * shard.dtype.itemsize for shard in shards)
         return Figures(
             block.name, block.numel, layout.weights + worst.weights, layout.device_state + worst.made, worst.gradients,
-            worst.activations, worst.phase, 0 if layout.config.home == "device" else layout.state_bytes(shard),
-            to_device, to_host, network,
+            worst.activations, worst.phase,
+            0 if layout.config.home == "device" else sum(map(layout.state_bytes, shards)), to_device, to_host, network,
         )  # fmt: skip
 
 
 def _moments(events: Sequence[Event], gradients: GradientBytes, gathered: Gathered) -> Iterator[Moment]:
-    held, weights, taken = gradients.before, 0, iter(gradients.events)
+    held, weights, taken = gradients.before, 0, iter(zip(gradients.events, gradients.updates, strict=True))
     for index, event in enumerate(events):
         phase = "forward" if event.forward else "backward"
         yield Moment(phase, weights, held + event.gradient, event.peak - event.gradient)
         if event.kind == GRADIENT:
-            during, held = next(taken)
+            (during, held), update = next(taken)
             yield Moment(phase, weights, during, event.current)
+            if update.nbytes:
+                yield Moment(phase, weights, update.gradients, event.current, update.made)
         elif event.kind == FETCH:
             yield Moment(phase, gathered.during[index], held, event.current)
         weights = gathered.after[index]

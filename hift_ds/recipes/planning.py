@@ -21,7 +21,7 @@ from hift_ds.memory.request import Request, parse_bytes
 from hift_ds.recipes.arguments import override_batch, read_ds_config
 from hift_ds.recipes.auto import without_auto
 from hift_ds.recipes.models import source_of
-from hift_ds.state.block_state import card_bytes
+from hift_ds.state.unit_state import card_bytes
 
 
 def request_of(args: argparse.Namespace) -> Request:

@@ -50,8 +50,17 @@ class Block:
 
     index: int
     name: str
-    fqns: tuple[str, ...]
-    numel: int
+    units: tuple[LayerUnit, ...]
+
+    @property
+    def fqns(self) -> tuple[str, ...]:
+        """Names of its parameters, unit by unit."""
+        return tuple(fqn for unit in self.units for fqn in unit.fqns)
+
+    @property
+    def numel(self) -> int:
+        """Its parameters' elements."""
+        return sum(unit.numel for unit in self.units)
 
 
 @dataclass(frozen=True)
@@ -116,8 +125,7 @@ def plan_blocks(
         ValueError: no trainable parameter, or none left to rotate; an invalid regex, or one without a match; an empty
             list in `blocks`; a parameter placed twice or nowhere.
     """
-    numels = numels_of(module)
-    names = list(numels)
+    names = list(numels_of(module))
     trainable = [fqn for fqn, p in module.named_parameters() if p.requires_grad]
     if not trainable:
         raise ValueError("No parameter of the model has requires_grad=True: set it on what should be trained.")
@@ -149,9 +157,9 @@ def plan_blocks(
     else:
         units = _layer_units(module, rotating)
         chunks = [units[i : i + layers_per_block] for i in range(0, len(units), layers_per_block)]
-        groups = [(_group_name(chunk), [fqn for unit in chunk for fqn in unit.fqns]) for chunk in chunks]
+        groups = [(_group_name(chunk), chunk) for chunk in chunks]
     plan = BlockPlan(
-        tuple(Block(i, name, tuple(fqns), sum(map(numels.__getitem__, fqns))) for i, (name, fqns) in enumerate(groups)),
+        tuple(Block(index, name, tuple(members)) for index, (name, members) in enumerate(groups)),
         tuple(active),
         tuple(fqn for fqn in names if fqn not in rotating and fqn not in active),
     )
@@ -342,10 +350,10 @@ def _group_name(units: list[LayerUnit]) -> str:
 
 def _explicit_groups(
     module: nn.Module, blocks: list[list[str]], trained: list[str], active: dict[str, str]
-) -> list[tuple[str, list[str]]]:
+) -> list[tuple[str, list[LayerUnit]]]:
     if not blocks:
         raise ValueError("hift.blocks=[]: must list at least one block; use null to find the blocks from the model.")
-    groups: list[tuple[str, list[str]]] = []
+    groups: list[tuple[str, list[LayerUnit]]] = []
     taken: dict[str, tuple[int, str]] = {}  # block and regex
     for index, patterns in enumerate(blocks):
         key = f"hift.blocks[{index}]"
@@ -366,7 +374,7 @@ def _explicit_groups(
                 "a parameter is in one block; narrow one of the two regexes."
             )
         taken.update((fqn, (index, pattern)) for fqn, pattern in hits.items())
-        groups.append(("|".join(patterns), list(hits)))
+        groups.append(("|".join(patterns), _layer_units(module, set(hits))))
     missing = [fqn for fqn in trained if fqn not in taken and fqn not in active]
     if missing:
         raise ValueError(

@@ -173,40 +173,42 @@ class Ring:
         self.lanes.copy_out.uses(self.buffer)
         self._slots = [_Slot(part, free=since) for part in self.buffer.split(slot_bytes)] if num_slots else []
         self._turn = 0
-        self._ahead: deque[tuple[Tile, _Slot]] = deque()
-        self._fresh = False  # how those were loaded
+        self._ahead: deque[tuple[Tile, bool, _Slot]] = deque()  # loaded, fresh or not
+        self._coming: deque[tuple[Tile, bool]] = deque()  # to be loaded after those
 
     @property
     def nbytes(self) -> int:
         """Device bytes, all that there ever are."""
         return self.buffer.nbytes
 
-    def prefetch(self, tiles: Sequence[Tile], fresh: bool = False) -> None:
-        """Begins to load the first of `tiles`, as many as there are slots, for the coming `visit` of the same.
+    def prefetch(self, tiles: Iterable[Tile], fresh: bool = False) -> None:
+        """Begins to load `tiles`, as far as there are slots, for the coming visits of them, in this order.
 
         Args:
             fresh: As of `visit`.
         """
         self._ahead.clear()
-        self._fresh = fresh
-        for tile in tiles[: len(self._slots)]:
-            self._load(tile)
+        self._coming = deque((tile, fresh) for tile in tiles)
+        while self._coming and len(self._ahead) < len(self._slots):
+            self._load()
 
     def visit(
         self, tiles: Sequence[Tile], write: bool = True, fresh: bool = False
     ) -> Iterator[tuple[Tile, dict[str, torch.Tensor]]]:
         """Each tile with its tensors on the device, in order; consume it to the end.
 
+        What `prefetch` has been told comes after them is loaded as slots become free.
+
         Args:
             write: What the caller has changed in place goes back to the host.
             fresh: State begins anew: what `Tile.initial` names is filled on the device and not loaded.
         """
         lanes = self.lanes
-        ahead = [tile for tile, _ in self._ahead]
-        if not ahead or ahead != list(tiles[: len(ahead)]) or self._fresh != fresh:
+        told = [(tile, is_fresh) for tile, is_fresh, _ in self._ahead] + list(self._coming)
+        if told[: len(tiles)] != [(tile, fresh) for tile in tiles]:
             self.prefetch(tiles, fresh)
-        for index, tile in enumerate(tiles):
-            slot = self._ahead.popleft()[1]
+        for tile in tiles:
+            slot = self._ahead.popleft()[2]
             on_device = _views(slot.buffer, tile)
             lanes.update.wait(slot.loaded)
             yield tile, on_device
@@ -216,27 +218,29 @@ class Ring:
                 lanes.copy_out.run(partial(_copy, on_device, tile.home))
                 slot.free = tile.written = lanes.copy_out.record()
                 lanes.copy_out.copied(tile.nbytes)
-            if index + len(self._ahead) + 1 < len(tiles):
-                self._load(tiles[index + len(self._ahead) + 1])
+            if self._coming:
+                self._load()
 
     def settle(self) -> None:
         """The host's copies are whole after this and may be read or changed; what was loaded ahead is forgotten."""
         self.lanes.copy_in.synchronize()
         self.lanes.copy_out.synchronize()
         self._ahead.clear()
+        self._coming.clear()
 
-    def _load(self, tile: Tile) -> None:
+    def _load(self) -> None:
+        tile, fresh = self._coming.popleft()
         slot = self._slots[self._turn]
         self._turn = (self._turn + 1) % len(self._slots)
         copy_in = self.lanes.copy_in
         copy_in.wait(slot.free)
         if tile.written is not None:
             copy_in.wait(tile.written)
-        initial = tile.initial if self._fresh else {}
+        initial = tile.initial if fresh else {}
         copy_in.run(lambda: _load(tile.home, _views(slot.buffer, tile), initial))
         slot.loaded = copy_in.record()
         copy_in.copied(tile.nbytes)
-        self._ahead.append((tile, slot))
+        self._ahead.append((tile, fresh, slot))
 
 
 def slot_bytes(sizes: Iterable[int]) -> int:

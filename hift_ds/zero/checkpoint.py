@@ -24,9 +24,10 @@ from hift_ds.rotation.rewind import CannotRewind, Rewind
 from hift_ds.rotation.rotation import Rotation
 from hift_ds.rotation.schedule import CycleScheduler, DelayedRate
 from hift_ds.shards import full_shape
-from hift_ds.state.block_state import BlockState
+from hift_ds.state.unit_state import UnitState
 
-FORMAT = 2
+FORMAT = 3
+BEFORE_UNITS = 2  # a block's state in one piece: the same where a block is one layer unit
 MANIFEST = "hift.json"
 MARK = "hift_save"  # its key in the model files
 STAGE, RANKS = "zero_optimization.stage", "number of data-parallel ranks"
@@ -40,7 +41,8 @@ class RunState:
     """What a checkpoint holds of a run; a load changes it in place.
 
     Attributes:
-        states: Of the blocks, then of what is always active.
+        blocks: Of each block, its units'.
+        always: Of what is always active, or `None`.
         rule: Name of the update rule.
         formats: `hift.state.master` and `hift.state.moments`.
         stage: ZeRO stage.
@@ -48,7 +50,8 @@ class RunState:
         scheduler: What the engine steps, or `None`.
     """
 
-    states: Sequence[BlockState]
+    blocks: Sequence[Sequence[UnitState]]
+    always: UnitState | None
     rule: str
     formats: tuple[str, str]
     stage: int
@@ -58,6 +61,11 @@ class RunState:
     param_groups: list[dict[str, Any]]
     loss_scaler: Any
     scheduler: Any
+
+    @property
+    def states(self) -> list[UnitState]:
+        """Of the units, then of what is always active."""
+        return [*(state for units in self.blocks for state in units), *(() if self.always is None else (self.always,))]
 
 
 def new_mark(step: int) -> str:
@@ -109,7 +117,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         found = content["format"]
     except (ValueError, TypeError, KeyError):
         raise RuntimeError(f"checkpoint file {str(path)!r} cannot be read: {_DAMAGED}") from None
-    if found != FORMAT:
+    if found not in (FORMAT, BEFORE_UNITS):
         raise RuntimeError(f"the checkpoint has HiFT format {found!r}, this version reads {FORMAT}")
     return content
 
@@ -135,6 +143,11 @@ def check_manifest(run: RunState, folder: Path, whole: bool, schedule: bool) -> 
         if whole:
             raise RuntimeError(f"checkpoint {str(folder)!r} was not written by HiFT: {_WEIGHTS_ALONE}")
         return None
+    if whole and manifest["format"] == BEFORE_UNITS and any(len(units) > 1 for units in run.blocks):
+        raise RuntimeError(
+            "the checkpoint was written by an earlier hift_ds, which kept a block's state in one piece, and blocks of "
+            f"several layers have theirs layer by layer now: {_WEIGHTS_ALONE}"
+        )
     _require_same(manifest["identity"], run, whole)
     then, now = manifest["lr_scheduler"], _name_of(run.scheduler)
     if schedule and now is not None and then != now:
@@ -221,7 +234,7 @@ def optimizer_state(run: RunState, mark: str | None) -> dict[str, Any]:
             "identity": _identity(run),
             "step": run.rotation.step,
             "rates": run.rate.rates,
-            "blocks": [_block_state(state, in_shards=run.stage == 3) for state in run.states],
+            "units": [_unit_state(state, in_shards=run.stage == 3) for state in run.states],
             "loss_scaler": {k: v for k, v in vars(run.loss_scaler).items() if isinstance(v, (bool, int, float))},
         },
         "param_groups": [
@@ -243,21 +256,21 @@ def load_optimizer_state(run: RunState, saved: Any, load_optimizer_states: bool)
     if isinstance(saved, (list, tuple)):
         saved = saved[run.states[0].shard.rank]
     _require_same(saved["hift"]["identity"], run, load_optimizer_states)
-    blocks = saved["hift"]["blocks"]
+    units = saved["hift"]["units"] if "units" in saved["hift"] else saved["hift"]["blocks"]
     if run.stage == 3:
-        _load_sharded_weights(run, blocks)
+        _load_sharded_weights(run, units)
     if not load_optimizer_states:
         return
-    for state, block in zip(run.states, blocks, strict=True):
-        if state.master is not None and block["master"] is not None:
-            state.master.copy_(block["master"])
+    for state, unit in zip(run.states, units, strict=True):
+        if state.master is not None and unit["master"] is not None:
+            state.master.copy_(unit["master"])
         elif state.master is not None:  # fp32 weights, now updated on the host
             state.refresh_master()
-        state.step, state.torn, state.forgotten = block["step"], False, False
+        state.step, state.torn, state.forgotten = unit["step"], False, False
         for name, tensor in state.slots.items():
-            tensor.copy_(block["slots"][name])
+            tensor.copy_(unit["slots"][name])
         for name, tensor in state.extra.items():
-            tensor.copy_(block["extra"][name])
+            tensor.copy_(unit["extra"][name])
     run.rotation.step = saved["hift"]["step"]
     run.rate.rates = saved["hift"]["rates"]
     for group, values in zip(run.param_groups, saved["param_groups"], strict=True):
@@ -343,7 +356,7 @@ def _name_of(scheduler: Any) -> str | None:
     return None if scheduler is None else type(scheduler).__name__
 
 
-def _block_state(state: BlockState, in_shards: bool) -> dict[str, Any]:
+def _unit_state(state: UnitState, in_shards: bool) -> dict[str, Any]:
     content = {"fqns": state.shard.fqns, "step": state.step, "master": state.master, "slots": state.slots}
     content["extra"] = state.extra
     if in_shards and (state.master is None or state.master.dtype != torch.float32):
@@ -353,13 +366,13 @@ def _block_state(state: BlockState, in_shards: bool) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _load_sharded_weights(run: RunState, blocks: list[dict[str, Any]]) -> None:
-    """By name, not by block: a load of weights alone may come from a run with other blocks."""
+def _load_sharded_weights(run: RunState, units: list[dict[str, Any]]) -> None:
+    """By name, not by unit: a load of weights alone may come from a run with other blocks."""
     shards = [state.shard for state in run.states]
     places = {fqn: (shard, index) for shard in shards for index, fqn in enumerate(shard.fqns)}
-    for block in blocks:
-        offset, source = 0, block["weights"] if "weights" in block else block["master"]
-        for fqn in block["fqns"]:
+    for unit in units:
+        offset, source = 0, unit["weights"] if "weights" in unit else unit["master"]
+        for fqn in unit["fqns"]:
             shard, index = places[fqn]
             segment = shard.segments[index]
             shard.weight_slice(index).copy_(source[offset : offset + segment.numel])
@@ -372,12 +385,13 @@ def _identity(run: RunState) -> dict[str, Any]:
     for state in run.states:
         for part in state.shard.runs:
             groups[part.group] += [segment.fqn for segment in part.segments]
+    always = [] if run.always is None else _fqns([run.always])
     return {
         STAGE: run.stage,
         RANKS: run.world,
         "number of param groups": len(groups),
-        ALWAYS: [fqn for state in run.states[run.rotation.num_blocks :] for fqn in state.shard.fqns],
-        BLOCKS: [list(state.shard.fqns) for state in run.states],
+        ALWAYS: always,
+        BLOCKS: [*map(_fqns, run.blocks), *filter(None, [always])],
         "division into param groups": groups,
         "optimizer.type": run.rule,
         "state kept by the update rule, which optimizer.params (momentum) decide": [list(s.slots) for s in run.states],
@@ -386,6 +400,10 @@ def _identity(run: RunState) -> dict[str, Any]:
         "hift.state.master and hift.state.moments": list(run.formats),
         DTYPES: sorted({str(param.dtype).removeprefix("torch.") for s in run.states for param in s.shard.params}),
     }
+
+
+def _fqns(states: Sequence[UnitState]) -> list[str]:
+    return [fqn for state in states for fqn in state.shard.fqns]
 
 
 def _weights_fit(saved: Mapping[str, Any], present: Mapping[str, Any]) -> bool:

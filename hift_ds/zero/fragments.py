@@ -13,8 +13,8 @@ import torch
 from deepspeed import comm as dist
 from torch.nn import Parameter
 
-from hift_ds.shards import BlockShard, is_partitioned
-from hift_ds.state.block_state import BlockState
+from hift_ds.shards import UnitShard, is_partitioned
+from hift_ds.state.unit_state import UnitState
 
 _NAMES = (
     "_z3_optimizer", "_hp_mapping", "get_full_hp_param", "set_full_hp_param", "get_full_hp_grad", "set_full_hp_grad",
@@ -38,11 +38,11 @@ class Fragments:
 
     def __init__(
         self,
-        states: Iterable[BlockState],
+        states: Iterable[UnitState],
         device: torch.device,
         group: object,
-        settle: Callable[[BlockState], None],
-        averaged: Callable[[BlockShard], torch.Tensor | None],
+        settle: Callable[[UnitState], None],
+        averaged: Callable[[UnitShard], torch.Tensor | None],
     ) -> None:
         self._device, self._group, self._settle, self._averaged_of = device, group, settle, averaged
         self._place = {param: (s, i) for s in states for i, param in enumerate(s.shard.params)}
@@ -98,7 +98,7 @@ class Fragments:
         state, index = self._settled(param)
         state.write(index, optim_state_key, value)
 
-    def _settled(self, param: Parameter) -> tuple[BlockState, int]:
+    def _settled(self, param: Parameter) -> tuple[UnitState, int]:
         state, index = self._place[param]
         self._settle(state)
         return state, index

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from hift_ds.shards import BlockShard, full_numel, full_shape, is_partitioned
+from hift_ds.shards import UnitShard, full_numel, full_shape, is_partitioned
 
 logger = logging.getLogger(__name__)
 
@@ -52,13 +52,13 @@ class ModuleGuard:
                 raise
             raise RuntimeError(fault) from error
 
-    def written(self, shard: BlockShard) -> list[int]:
+    def written(self, shard: UnitShard) -> list[int]:
         """Indices of parameters of a block whose weights the user has written since `note`; notes them."""
         found = [index for index, param in enumerate(shard.params) if _writes(param) != self._written[param]]
         self.note(shard)
         return found
 
-    def note(self, shard: BlockShard) -> None:
+    def note(self, shard: UnitShard) -> None:
         """The present weights of a block are its masters' (an update, a load)."""
         self._written.update((param, _writes(param)) for param in shard.params)
 

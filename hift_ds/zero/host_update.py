@@ -14,13 +14,13 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam
 
 from hift_ds.rules import Rule
 from hift_ds.rules.adam import Adam
-from hift_ds.state.block_state import BlockState
 from hift_ds.state.ring import Tile
-from hift_ds.zero.update import Scaling, unscaled
+from hift_ds.state.unit_state import UnitState
+from hift_ds.zero.update import Gradient, Scaling, unscaled
 
 
 class HostUpdate:
-    """Takes `BlockUpdate`'s place for states on the host: DeepSpeedCPUAdam for Adam and AdamW, else the eager rule.
+    """Takes `UnitUpdate`'s place for states on the host: DeepSpeedCPUAdam for Adam and AdamW, else the eager rule.
 
     The host waits for the gradient and works while the device rests; copies of one tile overlap with the update of
     another, through five buffers of a tile in fp32 beside the states.
@@ -42,20 +42,20 @@ class HostUpdate:
         param_groups: list[dict[str, Any]],
         device: torch.device,
         all_reduce: Callable[[torch.Tensor], torch.Tensor],
-        states: list[BlockState],
+        states: list[UnitState],
     ) -> None:
         self.rule, self.param_groups, self.device, self.all_reduce = rule, param_groups, device, all_reduce
         self._adam = _adam(rule) if isinstance(rule, Adam) else None
         self._staging = _Staging(states, device) if rule.elementwise else None
 
     def run(
-        self, state: BlockState, grad: torch.Tensor, scaling: Scaling, rates: list[float], block: int
+        self, state: UnitState, grad: Gradient, scaling: Scaling, rates: list[float], unit: int
     ) -> torch.Tensor:
-        """As `BlockUpdate.run`."""
+        """As `UnitUpdate.run`."""
         with state.counted():
             return self._run(state, grad, scaling, rates)
 
-    def _run(self, state: BlockState, grad: torch.Tensor, scaling: Scaling, rates: list[float]) -> torch.Tensor:
+    def _run(self, state: UnitState, grad: Gradient, scaling: Scaling, rates: list[float]) -> torch.Tensor:
         weights = torch.empty(state.shard.numel, dtype=state.shard.dtype, device=self.device)
         if self._staging is None:
             assert state.master is not None  # as of every state on the host
@@ -88,7 +88,7 @@ class HostUpdate:
         adam.state.clear()
 
     def _whole_runs(
-        self, state: BlockState, masters: torch.Tensor, grad: torch.Tensor, scaling: Scaling, rates: list[float]
+        self, state: UnitState, masters: torch.Tensor, grad: Gradient, scaling: Scaling, rates: list[float]
     ) -> None:
         def all_reduce(tensor: torch.Tensor) -> None:
             tensor.copy_(self.all_reduce(tensor.to(self.device)))
@@ -117,7 +117,7 @@ class _Staging:
         device: Where gradients and model weights are.
     """
 
-    def __init__(self, states: list[BlockState], device: torch.device) -> None:
+    def __init__(self, states: list[UnitState], device: torch.device) -> None:
         self._device = device
         longest = max(tile.span.stop - tile.span.start for state in states for tile in state.tiles)
         names = ("in0", "in1", "out0", "out1")
@@ -130,7 +130,7 @@ class _Staging:
         self._sent: list[Any] = [None, None]
 
     def visit(
-        self, tiles: list[Tile], grad: torch.Tensor, weights: torch.Tensor
+        self, tiles: list[Tile], grad: Gradient, weights: torch.Tensor
     ) -> Iterator[tuple[Tile, torch.Tensor]]:
         """Each tile with its gradient in fp32 on the host, to be used up; meanwhile the next one's comes.
 
@@ -150,7 +150,7 @@ class _Staging:
             weights[tile.span].copy_(out, non_blocking=True)
             self._sent[index % 2] = self._event()
 
-    def _fetch(self, index: int, tile: Tile, grad: torch.Tensor) -> None:
+    def _fetch(self, index: int, tile: Tile, grad: Gradient) -> None:
         _part(self._in[index % 2], tile, grad.dtype).copy_(grad[tile.span], non_blocking=True)
         self._fetched[index % 2] = self._event()
 

@@ -13,13 +13,14 @@ from deepspeed.runtime.base_optimizer import ZeROOptimizer
 
 from hift_ds.config.resolve import ResolvedConfig
 from hift_ds.rotation.blocks import BlockPlan
-from hift_ds.rotation.param_groups import groups_fault, step_fault
 from hift_ds.rotation.rotation import Rotation
 from hift_ds.rotation.schedule import DelayedRate
-from hift_ds.state.block_state import BlockState, layout_fault
+from hift_ds.shards import UnitShard
 from hift_ds.state.ring import Ring
+from hift_ds.state.unit_state import UnitState, host_memory
 from hift_ds.zero import checkpoint
 from hift_ds.zero.attachment import Attachment, Flags
+from hift_ds.zero.backward_step import BackwardStep
 from hift_ds.zero.fragments import Fragments
 from hift_ds.zero.gradients import GradientReducer
 from hift_ds.zero.guard import ModuleGuard
@@ -28,6 +29,7 @@ from hift_ds.zero.reach import Reach
 from hift_ds.zero.states import States
 from hift_ds.zero.step import Step
 from hift_ds.zero.traces import Traces, leave_inference_mode, partition_all
+from hift_ds.zero.unit_gradients import HostGradients, UnitReducer
 
 logger = logging.getLogger(__name__)
 ENDED = (
@@ -69,7 +71,6 @@ class HiFTOptimizer(ZeROOptimizer):
         self.loss_scaler, self.offload = loss_scaler, offload
         hift = config.hift
         self.rotation = Rotation(len(plan.blocks), hift.order, hift.seed, hift.steps_per_block)
-        self.reducer = GradientReducer(config, group)
         self.config, self.device, self.group, self._module = config, device, group, module
         self.dynamic_loss_scale = bool(loss_scaler.dynamic)
         self.overflow = False
@@ -79,9 +80,11 @@ class HiFTOptimizer(ZeROOptimizer):
         if config.stage > 0:
             self.dp_process_group = group  # tells DeepSpeed that every rank saves an optimizer file
         self._kept = States(plan, params, holder.param_groups, config, device, group)
+        in_backward = hift.update == "backward"
+        self.reducer = self._unit_reducer() if in_backward else GradientReducer(config, group)
         self.reach = Reach(plan, hift.no_gradient)
         self.guard = ModuleGuard(module, params)
-        self._step = Step(
+        self._step = (BackwardStep if in_backward else Step)(
             config=config, plan=plan, states=self._kept, holder=holder, reducer=self.reducer, rotation=self.rotation,
             rate=self.rate, reach=self.reach, guard=self.guard, loss_scaler=loss_scaler, device=device, group=group,
         )  # fmt: skip
@@ -90,8 +93,7 @@ class HiFTOptimizer(ZeROOptimizer):
         self._fragments = Fragments(  # deepspeed.utils.safe_get_full_fp32_param and its kin
             self._kept.all, device, group, self._bring_up_to_date, self.reducer.averaged
         )
-        self._grouped = [list(map(id, group["params"])) for group in holder.param_groups]
-        self._active: list[BlockState] = []
+        self._active: list[UnitState] = []
         self._begun = self._warned_of_direct = self._aside = False
         self._scheduler: Any = None
         self.window_cut = False  # the window's gradients were dropped with an interrupted backward
@@ -141,12 +143,17 @@ class HiFTOptimizer(ZeROOptimizer):
         del self._step, self._fragments
 
     @property
-    def states(self) -> list[BlockState]:
-        """Of the blocks, by index; none after `destroy`."""
+    def states(self) -> list[UnitState]:
+        """Of the layer units, block by block; none after `destroy`."""
+        return self._kept.units
+
+    @property
+    def block_states(self) -> list[list[UnitState]]:
+        """The same by block, each block's in the order in which they are updated."""
         return self._kept.blocks
 
     @property
-    def always(self) -> BlockState | None:
+    def always(self) -> UnitState | None:
         """Of the always-active parameters."""
         return self._kept.always
 
@@ -181,7 +188,7 @@ class HiFTOptimizer(ZeROOptimizer):
 
     @property
     def bit16_groups(self) -> list[list[torch.nn.Parameter]]:
-        """Every trained parameter, in shard order, a list per block."""
+        """Every trained parameter, in shard order, a list per unit."""
         return [list(state.shard.params) for state in self._kept.all]
 
     fp16_groups = bit16_groups
@@ -220,9 +227,18 @@ class HiFTOptimizer(ZeROOptimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops all gradients of the window, those that have been reduced too, and those of an interrupted backward."""
-        self.reducer.discard()
-        self.clear_backward_seen_flag()
+        if not self.states:  # after `destroy`
+            return
+        self._mark_half_made()
         interrupted = self.interrupted
+        if self._step.half_made and not interrupted and not self._aside:
+            raise RuntimeError(
+                "hift.update='backward': zero_grad() cannot drop this window's update, which its backward has made: "
+                'call engine.step() first; for gradients that are not to train use "update": "step"'
+            )
+        self.reducer.discard()
+        self._step.drop()
+        self.clear_backward_seen_flag()
         self.exit_backward()
         if interrupted:
             self.window_cut = True
@@ -230,12 +246,18 @@ class HiFTOptimizer(ZeROOptimizer):
                 self.checkpoint_event_prologue()
                 self._traces.forget()
 
+    def _mark_half_made(self) -> None:
+        """An interrupted backward has updated some of the active block's units, others not."""
+        if self.interrupted and self._step.half_made:
+            for state in self._active:
+                state.torn = True
+
     def end_window(self) -> None:
         """The next window begins with the next batch; the engine, which counts micro steps, puts its own here."""
 
     def begin_forward(self) -> None:
         """Before a forward that may have a backward."""
-        self._kept.require_whole()
+        self.require_whole()
         if torch._C._current_graph_task_id() == -1:  # else a checkpointed forward runs again, inside its backward
             self._leave_interrupted()
         if self._aside:
@@ -250,6 +272,7 @@ class HiFTOptimizer(ZeROOptimizer):
 
     def begin_backward(self) -> None:
         """Before `engine.backward`."""
+        self.require_whole()
         self._leave_interrupted()
         self._begun = True
 
@@ -317,6 +340,7 @@ class HiFTOptimizer(ZeROOptimizer):
 
     def require_whole(self) -> None:
         """Raises RuntimeError where an update has ended with an error half way (out of memory)."""
+        self._mark_half_made()
         self._kept.require_whole()
 
     @property
@@ -364,20 +388,19 @@ class HiFTOptimizer(ZeROOptimizer):
         """What a checkpoint holds."""
         state = self.config.hift.state
         return checkpoint.RunState(
-            self._kept.all, self.rule.name, (state.master, state.moments), self.config.stage, self.config.world,
-            self.rotation, self.rate, self.param_groups, self.loss_scaler, self.scheduler,
+            self._kept.blocks, self.always, self.rule.name, (state.master, state.moments), self.config.stage,
+            self.config.world, self.rotation, self.rate, self.param_groups, self.loss_scaler, self.scheduler,
         )  # fmt: skip
 
     # Rotation.
 
-    def active_states(self) -> list[BlockState]:
-        """The active block's state, then the always-active parameters', as `activate` left them."""
+    def active_states(self) -> list[UnitState]:
+        """Those of the active block's units, then the always-active parameters', as `activate` left them."""
         return self._active
 
     def activate(self) -> None:
         """Makes the rotation's active block, and no other, require gradients."""
-        active = [self.states[self.rotation.active_block]]
-        self._active = active = active if self.always is None else [*active, self.always]
+        self._active = active = self._kept.training(self.rotation.active_block)
         self._active_params = {param for state in active for param in state.shard.params}
         if self._traces is not None:
             self._traces.enter(self.rotation.active_block)
@@ -434,6 +457,20 @@ class HiFTOptimizer(ZeROOptimizer):
         self.reducer.on_gradient(param)
         self.queue_post_backward_callback()
 
+    def _unit_reducer(self) -> UnitReducer:
+        def give(shard: UnitShard) -> None:
+            assert isinstance(self._step, BackwardStep)
+            self._step.give(shard)
+
+        host = None
+        if self.config.hift.accumulate == "host" and self.config.micro_steps > 1:
+            largest = max(
+                sum(state.shard.numel for state in self._kept.training(block)) for block in range(len(self.plan.blocks))
+            )
+            memory = host_memory(self.config, self.device)
+            host = HostGradients(memory, largest, self.config.accumulation_dtype)
+        return UnitReducer(self.config, self.group, give, host)
+
     # The step.
 
     @torch.no_grad()
@@ -447,7 +484,7 @@ class HiFTOptimizer(ZeROOptimizer):
         """
         if not self.states:
             raise RuntimeError(ENDED)
-        self._step.hear()
+        self._step.begin()
         self.require_whole()
         self.require_states()
         self._begun = False
@@ -459,8 +496,7 @@ class HiFTOptimizer(ZeROOptimizer):
         if not self.reducer.finished:  # a direct call, a loss that no engine's output led to, `no_sync` everywhere
             self.reducer.finish_backward(True)
         states, block = self.active_states(), self.rotation.active_block
-        fault = self.guard.fault() or groups_fault(self.param_groups, self._grouped)
-        fault = fault or step_fault(self.optimizer) or layout_fault(self.rule, self.param_groups, states)
+        fault = self._step.fault(states)
         self.guard.warn_of_stopped(self._active_params)
         self.checkpoint_event_prologue()
         outcome = self._step.take(states, fault)
@@ -481,7 +517,10 @@ class HiFTOptimizer(ZeROOptimizer):
             self.activate()
         if self.ring is not None:
             # During the coming forward and backward.
-            self.ring.prefetch(self.active_states()[0].tiles, self._step.begins_anew())
+            units = self._kept.blocks[self.rotation.active_block]
+            if not self.rule.elementwise:  # which visits tiles more than once
+                units = units[:1]
+            self.ring.prefetch([tile for unit in units for tile in unit.tiles], self._step.begins_anew())
 
     def require_same_module(self) -> None:
         """Raises RuntimeError where the module has other parameters than its masters: files of both would disagree."""
@@ -502,7 +541,7 @@ class HiFTOptimizer(ZeROOptimizer):
         self.require_states(*STATES)
         self._step.settle()
 
-    def _bring_up_to_date(self, state: BlockState) -> None:
+    def _bring_up_to_date(self, state: UnitState) -> None:
         self.require_whole()
         self.settle()
         self._step.adopt_writes([state])

@@ -10,7 +10,7 @@ from deepspeed import comm as dist
 
 from hift_ds.distributed import of_all_ranks
 from hift_ds.rotation.blocks import BlockPlan
-from hift_ds.shards import BlockShard
+from hift_ds.shards import UnitShard
 
 logger = logging.getLogger(__name__)
 TURNS = 2  # whole turns without any gradient after which a parameter is taken for one that never gets any
@@ -35,7 +35,7 @@ class Reach:
         self._silent: Counter[torch.nn.Parameter] = Counter()
         self._warned: set[int] = set()
 
-    def note(self, shard: BlockShard, touched: set[torch.nn.Parameter], turn_ends: bool) -> int:
+    def note(self, shard: UnitShard, touched: set[torch.nn.Parameter], turn_ends: bool) -> int:
         """Counts a step's gradients of one block.
 
         Args:
@@ -54,7 +54,7 @@ class Reach:
                 self._warn_of_silent(shard, [param for param in unseen if self._silent[param] == TURNS])
         return 0 if self.skips else sum(self._silent[param] >= TURNS for param in unseen)
 
-    def _warn_of_silent(self, shard: BlockShard, params: list[torch.nn.Parameter]) -> None:
+    def _warn_of_silent(self, shard: UnitShard, params: list[torch.nn.Parameter]) -> None:
         if params:
             logger.warning(
                 "%s received no gradient on this rank in %d whole turns: either batches reach it rarely, or it never "
@@ -62,7 +62,7 @@ class Reach:
                 _some([shard.fqns[shard.position[param]] for param in params]), TURNS,
             )  # fmt: skip
 
-    def check(self, shards: list[BlockShard]) -> None:
+    def check(self, shards: list[UnitShard]) -> None:
         """Called on every rank when one has counted such parameters of the blocks that train. Collective.
 
         Raises:
@@ -99,9 +99,10 @@ class Reach:
         counts = self.skipped if skipped is None else skipped
         return ", ".join(f"block {b} ({self.plan.blocks[b].name}) {n}" for b, n in sorted(counts.items()))
 
-    def warn_partial(self, block: int, shard: BlockShard, touched: set[torch.nn.Parameter]) -> None:
+    def warn_partial(self, block: int, shards: list[UnitShard], touched: set[torch.nn.Parameter]) -> None:
         """Says once for each block that a part of it had no gradient on this rank."""
-        missing = [fqn for fqn, param in zip(shard.fqns, shard.params, strict=True) if param not in touched]
+        named = [pair for shard in shards for pair in zip(shard.fqns, shard.params, strict=True)]
+        missing = [fqn for fqn, param in named if param not in touched]
         if missing and touched and block not in self._warned:
             self._warned.add(block)
             logger.warning(

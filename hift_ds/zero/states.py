@@ -1,9 +1,9 @@
-"""The states of a run: of every block and of what is always active, with the ring, and whether they can be read now."""
+"""The states of a run: of every unit and of what is always active, with the ring, and whether they can be read now."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from deepspeed import comm as dist
@@ -12,9 +12,16 @@ from deepspeed.accelerator import get_accelerator
 from hift_ds.config.resolve import ResolvedConfig
 from hift_ds.rotation.blocks import BlockPlan
 from hift_ds.rotation.param_groups import group_indices
-from hift_ds.shards import BlockShard
-from hift_ds.state.block_state import BlockState, Storage, card_bytes, make_states
+from hift_ds.shards import UnitShard
+from hift_ds.state.unit_state import Storage, UnitState, card_bytes, make_states
 from hift_ds.zero.offload import WEIGHTS, Offloaded
+
+
+def turns(shards: Sequence[Sequence[UnitShard]], config: ResolvedConfig) -> list[list[UnitShard]]:
+    """The units of all blocks, those together whose updates come right after one another: what the ring can hold."""
+    if config.hift.update == "backward":
+        return [[shard] for of_block in shards for shard in of_block]
+    return [list(of_block) for of_block in shards]
 
 
 class States:
@@ -29,7 +36,8 @@ class States:
         group: The data-parallel process group.
 
     Attributes:
-        blocks: By index.
+        blocks: Of each block by index, its units' in the order in which they are updated: as backward comes to them.
+        units: Of all blocks.
         always: Of the always-active parameters, on the device; `None` without any.
         ring: What streams through it; `None` where nothing does.
     """
@@ -41,28 +49,35 @@ class States:
         group_of = group_indices(param_groups, params)
         rank = dist.get_rank(group=group) if config.shard_world > 1 else 0
 
-        def shard(fqns: tuple[str, ...]) -> BlockShard:
-            return BlockShard([(fqn, params[fqn]) for fqn in fqns], group_of, config.shard_world, rank)
+        def shard(fqns: tuple[str, ...]) -> UnitShard:
+            return UnitShard([(fqn, params[fqn]) for fqn in fqns], group_of, config.shard_world, rank)
 
-        self.blocks, self.ring = make_states(
-            [shard(block.fqns) for block in plan.blocks], config.rule, param_groups, Storage.of(config, device),
+        shards = [[shard(unit.fqns) for unit in reversed(block.units)] for block in plan.blocks]
+        self.units, self.ring = make_states(
+            turns(shards, config), config.rule, param_groups, Storage.of(config, device),
             config.hift.state.ring_bytes, card_bytes(device),
         )  # fmt: skip
-        self.always: BlockState | None = None
+        of_shard = {id(state.shard): state for state in self.units}
+        self.blocks = [[of_shard[id(shard)] for shard in of_block] for of_block in shards]
+        self.always: UnitState | None = None
         if plan.always_active:
             on_device = Storage(device, config.hift.state)
-            self.always = BlockState(shard(plan.always_active), config.rule, param_groups, on_device)
+            self.always = UnitState(shard(plan.always_active), config.rule, param_groups, on_device)
         self.offloaded = Offloaded(device)
         self._device = device
 
     def clear(self) -> None:
         """Frees everything."""
-        self.blocks, self.always, self.ring = [], None, None
+        self.blocks, self.units, self.always, self.ring = [], [], None, None
 
     @property
-    def all(self) -> list[BlockState]:
-        """Of the blocks, then of what is always active."""
-        return self.blocks if self.always is None else [*self.blocks, self.always]
+    def all(self) -> list[UnitState]:
+        """Of the units, then of what is always active."""
+        return self.units if self.always is None else [*self.units, self.always]
+
+    def training(self, block: int) -> list[UnitState]:
+        """Of what trains in a block's turn: its units, then what is always active."""
+        return self.blocks[block] if self.always is None else [*self.blocks[block], self.always]
 
     def require_here(self, *kinds: str) -> None:
         """Raises RuntimeError while one of these kinds, or any without them, is offloaded."""
@@ -71,9 +86,10 @@ class States:
 
     def require_whole(self) -> None:
         """Raises RuntimeError where an update has ended with an error half way (out of memory)."""
-        for index, state in enumerate(self.all):
+        for state in self.all:
             if state.torn:
-                block = "what is always active" if state is self.always else f"block {index}"
+                index = next((index for index, states in enumerate(self.blocks) if state in states), None)
+                block = "what is always active" if index is None else f"block {index}"
                 raise RuntimeError(
                     f"the update of {block} ended with an error half way, so its masters, moments and weights do not "
                     "belong together: load a checkpoint, or call engine.destroy() and hift_ds.initialize again"

@@ -11,10 +11,12 @@ from deepspeed import comm as dist
 
 from hift_ds.config.resolve import ResolvedConfig
 from hift_ds.rotation.blocks import BlockPlan
+from hift_ds.rotation.names import some
+from hift_ds.rotation.param_groups import groups_fault, step_fault
 from hift_ds.rotation.rotation import Rotation
 from hift_ds.rotation.schedule import DelayedRate
-from hift_ds.state.block_state import BlockState
 from hift_ds.state.ring import lane_of
+from hift_ds.state.unit_state import UnitState, layout_fault
 from hift_ds.zero.gradients import GradientReducer
 from hift_ds.zero.guard import ModuleGuard
 from hift_ds.zero.host_update import HostUpdate
@@ -22,8 +24,8 @@ from hift_ds.zero.reach import Reach
 from hift_ds.zero.states import States
 from hift_ds.zero.step_check import StepCheck, Verdict
 from hift_ds.zero.step_hooks import StepHooks
-from hift_ds.zero.update import BlockUpdate, Scaling
-from hift_ds.zero.weights import write_weights
+from hift_ds.zero.update import Gradient, Scaling, UnitUpdate
+from hift_ds.zero.weights import Publication
 
 logger = logging.getLogger(__name__)
 
@@ -71,43 +73,61 @@ class Step:
         loss_scaler: Any, device: torch.device, group: object,
     ) -> None:  # fmt: skip
         self._config, self._plan, self._states, self._reducer = config, plan, states, reducer
+        self._indices = {id(state): index for index, state in enumerate(states.all)}
+        self._published = Publication(group, config.zero.allgather_bucket_size)
         self._rotation, self._rate, self._reach, self._guard = rotation, rate, reach, guard
-        self._loss_scaler, self._group = loss_scaler, group
+        self._loss_scaler, self._group, self._holder = loss_scaler, group, holder
+        self._grouped = [list(map(id, group["params"])) for group in holder.param_groups]
         self.scheduler: Any = None
         self.norm: Any = 0.0
         self.hooks = StepHooks(holder)
         rule, groups = config.rule, holder.param_groups
-        self.update = BlockUpdate(
+        self.update = UnitUpdate(
             rule, groups, device, self._sum_over_shards, config.kernel, states.ring, config.hift.seed
         )
         self.host_update = None
         if config.home == "host":
-            self.host_update = HostUpdate(rule, groups, device, self._sum_over_shards, states.blocks)
+            self.host_update = HostUpdate(rule, groups, device, self._sum_over_shards, states.units)
         # Where nothing needs to know on the host how a step's gradients are, it does not wait for the device.
         self.waits = (
             config.kernel != "triton" or config.home == "host" or bool(loss_scaler.dynamic) or self._reach.skips
         )
-        self.unread: tuple[StepCheck, int, list[BlockState]] | None = None
+        self.unread: list[tuple[StepCheck, int, list[UnitState]]] = []
         self._facts_out = lane_of(device)
 
-    def take(self, states: list[BlockState], fault: str | None) -> Outcome:
+    def begin(self) -> None:
+        """Before a step: what is wrong with the last one is said first."""
+        self.hear()
+
+    @property
+    def half_made(self) -> bool:
+        """Whether a part of the coming step has been made already."""
+        return False
+
+    def drop(self) -> None:
+        """The window's gradients are dropped."""
+
+    def fault(self, states: list[UnitState]) -> str | None:
+        """Why this rank cannot make a step, as a sentence, or `None`."""
+        holder = self._holder
+        fault = self._guard.fault() or groups_fault(holder.param_groups, self._grouped) or step_fault(holder)
+        return fault or layout_fault(self._config.rule, holder.param_groups, states)
+
+    def take(self, states: list[UnitState], fault: str | None) -> Outcome:
         """Updates what trains now. Collective.
 
         Args:
-            states: The active block's, then the always-active parameters'.
+            states: Those of `States.training`.
             fault: Why this rank cannot make the step, as a sentence; then all raise.
 
         Raises:
             RuntimeError: The update would be lost, or ranks disagree.
         """
-        config, rotation, block = self._config, self._rotation, self._rotation.active_block
+        block, always = self._rotation.active_block, self._states.always
         grads, touched = map(list, zip(*(self._reducer.take(state.shard) for state in states), strict=True))
-        ends = (rotation.at_turn_end, rotation.at_cycle_end)  # of a block, and of what is always active
-        silent = sum(map(self._reach.note, (state.shard for state in states), touched, ends))
-        check = StepCheck(
-            grads, reached=len(touched[0]), must_reach=not self._reach.skips, silent=silent, faults=int(bool(fault)),
-            block=block, stage=config.stage, world=config.world, group=self._group, fused=config.kernel == "triton",
-        )  # fmt: skip
+        mine = set().union(*(params for state, params in zip(states, touched, strict=True) if state is not always))
+        silent = sum(map(self._note, states, touched))
+        check = self._check(grads, len(mine), silent, fault)
         if fault:
             raise RuntimeError(fault)
         overflow, reached, norm, scale = False, True, None, self._loss_scaler.loss_scale
@@ -118,23 +138,41 @@ class Step:
             norm = verdict.norm / scale
         else:
             check.send(self._facts_out)
-        self._reach.warn_partial(block, states[0].shard, touched[0])
-        self.norm = float("inf")  # this and the dtypes are DeepSpeed's
+        self._reach.warn_partial(block, [state.shard for state in states if state is not always], mine)
+        self.norm = float("inf")
         if not overflow:
-            dtype = torch.float64 if config.stage == 3 else torch.float32
-            self.norm = check.square.sqrt().squeeze().to(dtype) / scale
+            self.norm = self._as_norm(check.square)
             self.adopt_writes(states)
-            updates = reached or self._states.always is not None
+            updates = reached or always is not None
             if updates:
                 self.hooks.before()
-            self._apply(states, grads, Scaling(scale, config.clip, norm, check.square), reached)
+            self._apply(states, grads, Scaling(scale, self._config.clip, norm, check.square), reached)
             if updates:
                 self.hooks.after()
         if not self.waits:
-            self.unread = (check, block, states)
+            self.unread.append((check, block, states))
         return Outcome(overflow, reached)
 
-    def adopt_writes(self, states: list[BlockState]) -> None:
+    def _as_norm(self, square: torch.Tensor) -> torch.Tensor:
+        """What `norm` is after a step: the dtypes are DeepSpeed's."""
+        dtype = torch.float64 if self._config.stage == 3 else torch.float32
+        return square.sqrt().squeeze().to(dtype) / self._loss_scaler.loss_scale
+
+    def _note(self, state: UnitState, touched: set[torch.nn.Parameter]) -> int:
+        always = state is self._states.always
+        return self._reach.note(
+            state.shard, touched, self._rotation.at_cycle_end if always else self._rotation.at_turn_end
+        )
+
+    def _check(self, grads: list[torch.Tensor], reached: int, silent: int, fault: str | None) -> StepCheck:
+        config = self._config
+        return StepCheck(
+            grads, reached=reached, must_reach=not self._reach.skips, silent=silent, faults=int(bool(fault)),
+            block=self._rotation.active_block, stage=config.stage, world=config.world, group=self._group,
+            fused=config.kernel == "triton",
+        )  # fmt: skip
+
+    def adopt_writes(self, states: list[UnitState]) -> None:
         """Weights that the user has written since the last update become the masters; only those elements change."""
         for state in states:
             written = self._guard.written(state.shard)
@@ -150,21 +188,27 @@ class Step:
 
     def hear(self) -> None:
         """Reads what the last step did not wait for."""
-        if self.unread is None:
-            return
-        (check, block, states), self.unread = self.unread, None
-        verdict = check.verdict()
-        if not verdict.good:
-            for state in states:
-                state.step -= 1  # nothing was stored
-        self._refuse(verdict, block, states)
-        if not verdict.finite:
+        unread, self.unread = self.unread, []
+        heard = [(check.verdict(), block, states) for check, block, states in unread]
+        for verdict, _, states in heard:
+            if not verdict.good:
+                for state in states:
+                    state.step -= 1  # nothing was stored
+        for verdict, block, states in heard:
+            self._refuse(verdict, block, states)
+        self._warn_of_left_out([(block, states) for verdict, block, states in heard if not verdict.finite])
+
+    def _warn_of_left_out(self, left_out: list[tuple[int, list[UnitState]]]) -> None:
+        if left_out:
+            block, states = left_out[0][0], [state for _, states in left_out for state in states]
+            whole = len(states) == len(self._states.training(block))
+            part = "" if whole else f" of {some([fqn for state in states for fqn in state.shard.fqns])}"
             logger.warning(
-                "the gradient of block %d (%s) was not finite; its update was left out", block,
+                "the gradient%s of block %d (%s) was not finite; its update was left out", part, block,
                 self._plan.blocks[block].name,
             )  # fmt: skip
 
-    def _refuse(self, verdict: Verdict, block: int, states: list[BlockState]) -> None:
+    def _refuse(self, verdict: Verdict, block: int, states: list[UnitState]) -> None:
         """Raises RuntimeError, on every rank, if an update would be lost."""
         if verdict.faults:
             raise RuntimeError("another rank cannot make this step; its own error says why")
@@ -175,24 +219,33 @@ class Step:
         if verdict.silent:
             self._reach.check([state.shard for state in states])
 
-    def _apply(self, states: list[BlockState], grads: list[torch.Tensor], scaling: Scaling, reached: bool) -> None:
+    def _apply(self, states: list[UnitState], grads: list[torch.Tensor], scaling: Scaling, reached: bool) -> None:
         rates = self._rate.update(self._rotation.step, self.scheduler)
-        if self.begins_anew():
-            if reached and self._states.ring is not None and not states[0].extra:  # which is not in the ring
-                states[0].forget()
-            else:
-                self.settle()
-                states[0].reset()
+        for state in states:
+            if state is not self._states.always:
+                self._begin_anew(state, reached)
         for index, state in enumerate(states):
-            if state is states[0] and not reached:
-                continue
-            block = self._rotation.active_block if state is states[0] else len(self._states.blocks)
-            update = self.host_update if self.host_update is not None and state.streams else self.update
-            weights = update.run(state, grads[index], scaling, rates, block)
-            grads[index] = torch.empty(0)  # free before the next allocation
-            write_weights(state.shard, weights, self._group, self._config.zero.allgather_bucket_size)
+            if reached or state is self._states.always:
+                weights = self._updated(state, grads[index], scaling, rates)
+                grads[index] = torch.empty(0)  # free before the next allocation
+                self._published.write(state.shard, weights, 0)
         for state in states:  # all of a step, or none of it
             state.torn = False
+
+    def _begin_anew(self, state: UnitState, reached: bool) -> None:
+        """Before the update of a unit of the active block: its moments begin anew where the block's do."""
+        if self.begins_anew():
+            if reached and self._states.ring is not None and not state.extra:  # which is not in the ring
+                state.forget()
+            else:
+                self.settle()
+                state.reset()
+
+    def _updated(
+        self, state: UnitState, grad: Gradient, scaling: Scaling, rates: list[float]
+    ) -> torch.Tensor:
+        update = self.host_update if self.host_update is not None and state.streams else self.update
+        return update.run(state, grad, scaling, rates, self._indices[id(state)])
 
     def begins_anew(self) -> bool:
         """Whether the active block's moments are reset by its coming update."""

@@ -54,8 +54,8 @@ class StepCheck:
         fused: By the kernel of `hift_kernels.grad_norm` instead of torch.
 
     Attributes:
-        square: fp64, one element, on the device: the sum of squares over all ranks; nan where the update must be left
-            out, for whatever reason.
+        total: fp64, one element, on the device: the sum of squares over all ranks, not finite where an element is not.
+        square: The same; nan where the update must be left out, for whatever reason.
     """
 
     def __init__(
@@ -77,7 +77,8 @@ class StepCheck:
         if must_reach:
             good &= facts[2] > 0
         self._must_reach = must_reach
-        self.square = facts[0:1].masked_fill(~good, torch.nan)  # torch.where would bring its scalar there, and wait
+        self.total = facts[0:1]
+        self.square = self.total.masked_fill(~good, torch.nan)  # torch.where would bring its scalar there, and wait
         self._host, self._sent = facts, None
 
     def send(self, lane: Lane) -> None:

@@ -1,21 +1,29 @@
-"""One update of one block: master weights and state tile by tile, by an eager rule or by a fused kernel."""
+"""One update of one unit: master weights and state tile by tile, by an eager rule or by a fused kernel."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from hift_ds.rules import Rule
 from hift_ds.shards import Run
-from hift_ds.state.block_state import BlockState
 from hift_ds.state.ring import Ring, Tile
+from hift_ds.state.unit_state import UnitState
 
 Tensors = dict[str, torch.Tensor]
 # Updates one tile in place: its range of the shard, gradient as reduced, model weights, state tensors on the device.
 Compute = Callable[[slice, torch.Tensor, torch.Tensor, Tensors], None]
+
+
+class Gradient(Protocol):
+    """A shard's averaged gradient; a range of it is asked for at a time."""
+
+    dtype: torch.dtype
+
+    def __getitem__(self, span: slice, /) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -42,8 +50,8 @@ class Scaling:
         return self.loss_scale * max(1.0, excess)
 
 
-class BlockUpdate:
-    """Updates blocks, one at a time.
+class UnitUpdate:
+    """Updates units, one at a time.
 
     Args:
         rule: The update rule.
@@ -69,15 +77,15 @@ class BlockUpdate:
         self.all_reduce, self.kernel, self.ring, self.seed = all_reduce, kernel, ring, seed
 
     def run(
-        self, state: BlockState, grad: torch.Tensor, scaling: Scaling, rates: list[float], block: int
+        self, state: UnitState, grad: Gradient, scaling: Scaling, rates: list[float], unit: int
     ) -> torch.Tensor:
-        """Updates masters and state of a block in place. Collective for a rule that is not elementwise.
+        """Updates masters and state of a unit in place. Collective for a rule that is not elementwise.
 
         Args:
-            state: The block's; its `step` is counted up. It is `torn` until the caller ends the step.
+            state: The unit's; its `step` is counted up. It is `torn` until the caller ends the step.
             grad: The averaged gradient shard, scaled and not clipped: 1-D, shard length.
             rates: Learning rate in force, one per param group.
-            block: Tells blocks apart where rounding is random.
+            unit: Tells units apart where rounding is random.
 
         Returns:
             The new model weights of this rank's shard: 1-D, in the model's dtype (fp32 where a block mixes dtypes).
@@ -86,15 +94,15 @@ class BlockUpdate:
             weights = self._weights(state)
             if not self.rule.elementwise:
                 for index, run in enumerate(state.shard.runs):
-                    self._whole_run(state, index, run, grad, weights, scaling, rates[run.group], block)
+                    self._whole_run(state, index, run, grad, weights, scaling, rates[run.group], unit)
                 return weights
             of_run = self._fused if self.kernel == "triton" else self._eager
-            computes = [of_run(state, run, scaling, rates[run.group], block) for run in state.shard.runs]
+            computes = [of_run(state, run, scaling, rates[run.group], unit) for run in state.shard.runs]
             for tile, tensors in self._visit(state, state.tiles, fresh=fresh):
                 computes[tile.run](tile.span, grad[tile.span], weights[tile.span], tensors)
         return weights
 
-    def _weights(self, state: BlockState) -> torch.Tensor:
+    def _weights(self, state: UnitState) -> torch.Tensor:
         """Where the new model weights go; the present ones are in it where they are the masters or a part of them."""
         weights = torch.empty(state.shard.numel, dtype=state.shard.dtype, device=self.device)
         if state.master is None or state.master.dtype != torch.float32:
@@ -102,13 +110,13 @@ class BlockUpdate:
         return weights
 
     def _visit(
-        self, state: BlockState, tiles: list[Tile], write: bool = True, fresh: bool = False
+        self, state: UnitState, tiles: list[Tile], write: bool = True, fresh: bool = False
     ) -> Iterator[tuple[Tile, Tensors]]:
         if state.streams and self.ring is not None:
             return self.ring.visit(tiles, write, fresh)
         return ((tile, tile.home) for tile in tiles)
 
-    def _eager(self, state: BlockState, run: Run, scaling: Scaling, lr: float, block: int) -> Compute:
+    def _eager(self, state: UnitState, run: Run, scaling: Scaling, lr: float, unit: int) -> Compute:
         def compute(span: slice, grad: torch.Tensor, weights: torch.Tensor, tensors: Tensors) -> None:
             master, gradient = tensors.get("master"), unscaled(grad, scaling)
             state.torn = True
@@ -121,20 +129,20 @@ class BlockUpdate:
 
         return compute
 
-    def _fused(self, state: BlockState, run: Run, scaling: Scaling, lr: float, block: int) -> Compute:
+    def _fused(self, state: UnitState, run: Run, scaling: Scaling, lr: float, unit: int) -> Compute:
         from hift_kernels.rounding import mixed_seed
 
         group = self.param_groups[run.group]
         scalars = self._scalars(state, group, scaling, lr)
 
         def compute(span: slice, grad: torch.Tensor, weights: torch.Tensor, tensors: Tensors) -> None:
-            seed = mixed_seed(self.seed, block, state.step, state.shard.rank, span.start)
+            seed = mixed_seed(self.seed, unit, state.step, state.shard.rank, span.start)
             state.torn = True
             self.rule.update_fused(grad, _form(weights, tensors.get("master")), tensors, group, scalars, seed)
 
         return compute
 
-    def _scalars(self, state: BlockState, group: dict[str, Any], scaling: Scaling, lr: float) -> torch.Tensor:
+    def _scalars(self, state: UnitState, group: dict[str, Any], scaling: Scaling, lr: float) -> torch.Tensor:
         """What the kernels need of step, rate, norm and clipping, on the device; no wait."""
         from hift_kernels.grad_norm import STEP, prepare
         from hift_kernels.launching import NUM_SCALARS
@@ -146,8 +154,8 @@ class BlockUpdate:
         return scalars
 
     def _whole_run(
-        self, state: BlockState, index: int, run: Run, grad: torch.Tensor, weights: torch.Tensor, scaling: Scaling,
-        lr: float, block: int,
+        self, state: UnitState, index: int, run: Run, grad: Gradient, weights: torch.Tensor, scaling: Scaling,
+        lr: float, unit: int,
     ) -> None:  # fmt: skip
         """A rule that looks at whole parameters: it goes over the tiles of a run more than once."""
         tiles = [tile for tile in state.tiles if tile.run == index]
@@ -170,7 +178,7 @@ class BlockUpdate:
         if self.kernel == "triton":
             from hift_kernels.rounding import mixed_seed
 
-            seed = mixed_seed(self.seed, block, state.step, state.shard.rank, index)
+            seed = mixed_seed(self.seed, unit, state.step, state.shard.rank, index)
             scalars = self._scalars(state, group, scaling, lr)
             state.torn = True
             self.rule.update_run_fused(forms, gradient, group, scalars, seed=seed, **common)

@@ -43,16 +43,16 @@ class Run:
 def make(name: str, numel: int, device: torch.device, compute: Callable[[], None]) -> Run:
     """Blocks whose state is kept as `name` says (one of RINGS)."""
     from hift_ds.config.optimizers import rule_from_config
-    from hift_ds.shards import BlockShard
-    from hift_ds.state.block_state import MIN_SLOTS, TILE_BYTES, TILE_MULTIPLE, Storage, make_states
+    from hift_ds.shards import UnitShard
     from hift_ds.state.host_memory import HostMemory
+    from hift_ds.state.unit_state import MIN_SLOTS, TILE_BYTES, TILE_MULTIPLE, Storage, make_states
     from hift_ds.zero.host_update import HostUpdate
-    from hift_ds.zero.update import BlockUpdate, Scaling
-    from hift_ds.zero.weights import write_weights
+    from hift_ds.zero.update import Scaling, UnitUpdate
+    from hift_ds.zero.weights import Publication
 
     rule, defaults = rule_from_config("AdamW", {"lr": 1e-3, "weight_decay": 0.01})
     params = [torch.nn.Parameter(torch.randn(numel, device=device).bfloat16()) for _ in range(NUM_BLOCKS)]
-    shards = [BlockShard([("weight", param)], {"weight": 0}, 1, 0) for param in params]
+    shards = [UnitShard([("weight", param)], {"weight": 0}, 1, 0) for param in params]
     groups = [{**defaults, "params": params}]
     block_bytes = 12 * numel
     memory = HostMemory.pinned() if device.type == "cuda" else HostMemory()
@@ -61,9 +61,9 @@ def make(name: str, numel: int, device: torch.device, compute: Callable[[], None
     least = MIN_SLOTS * 12 * TILE_MULTIPLE
     sizes = {"3 tiles": max(MIN_SLOTS * min(TILE_BYTES, block_bytes // 8), least)}
     sizes["half a block"] = max(block_bytes // 2, least)
-    states, ring = make_states(shards, rule, groups, storage, sizes.get(name, 2 * block_bytes))
+    states, ring = make_states([[shard] for shard in shards], rule, groups, storage, sizes.get(name, 2 * block_bytes))
     kind = {"rule": rule, "param_groups": groups, "device": device, "all_reduce": lambda tensor: tensor}
-    update: Any = HostUpdate(**kind, states=states) if on_host else BlockUpdate(**kind, kernel="triton", ring=ring)
+    update: Any = HostUpdate(**kind, states=states) if on_host else UnitUpdate(**kind, kernel="triton", ring=ring)
     grad = torch.randn(states[0].shard.numel, device=device).bfloat16()
     norm = float(numel) ** 0.5 if on_host else None
     scaling = Scaling(1.0, 1.0, norm, torch.full((1,), float(numel), dtype=torch.float64, device=device))
@@ -72,7 +72,7 @@ def make(name: str, numel: int, device: torch.device, compute: Callable[[], None
         compute()
         state = states[index % NUM_BLOCKS]
         weights = update.run(state, grad, scaling, [1e-3], index % NUM_BLOCKS)
-        write_weights(state.shard, weights, None, numel)
+        Publication(None, numel).write(state.shard, weights, 0)
         if ring is not None:
             ring.prefetch(states[(index + 1) % NUM_BLOCKS].tiles)
 

@@ -15,14 +15,14 @@ from torch.utils._pytree import tree_iter
 
 from hift_ds.engine import HiFTEngine
 from hift_ds.memory.storages import StorageMeter
-from hift_ds.state import block_state
+from hift_ds.state import unit_state
 from hift_ds.state.host_memory import HostMemory
 
 
 @contextmanager
-def separate_host(separate: bool = True, tile: int = block_state.TILE_MULTIPLE) -> Iterator[None]:
+def separate_host(separate: bool = True, tile: int = unit_state.TILE_MULTIPLE) -> Iterator[None]:
     """Host and device as separate memories although both are the CPU; `tile`: elements of the ring's smallest."""
-    smallest = mock.patch.object(block_state, "TILE_MULTIPLE", tile)
+    smallest = mock.patch.object(unit_state, "TILE_MULTIPLE", tile)
     with mock.patch.object(HiFTEngine, "separate_host", separate), smallest:
         yield
 

@@ -28,14 +28,13 @@ def weights_by_block(engine: Any) -> dict[str, str]:
 def state_by_block(engine: Any) -> dict[str, str]:
     """Fingerprints of each block's master, slots and step on this rank."""
     engine.optimizer.settle()
-    states = dict(enumerate(engine.optimizer.states))
+    states = dict(enumerate(engine.optimizer.block_states))
     if engine.optimizer.always is not None:
-        states["always"] = engine.optimizer.always
-    # Without master the shard itself is the master.
+        states["always"] = [engine.optimizer.always]
     return {
-        str(name): digest([*state.slots.values(), state.master if state.master is not None else torch.empty(0)])
-        + f" {state.step}"
-        for name, state in states.items()
+        str(name): digest(tensor for state in units for tensor in state.tensors.values())
+        + "".join(f" {state.step}" for state in units)
+        for name, units in states.items()
     }
 
 

@@ -11,26 +11,26 @@ from hift_testing.training import DEVICE, batch_of, ds_config, engine_of, whole_
 
 from hift_ds.config.keys import StateConfig
 from hift_ds.config.optimizers import rule_from_config
-from hift_ds.shards import BlockShard
-from hift_ds.state.block_state import BlockState, Storage, make_states
+from hift_ds.shards import UnitShard
 from hift_ds.state.host_memory import HostMemory
-from hift_ds.zero.update import BlockUpdate, Scaling
-from hift_ds.zero.weights import write_weights
+from hift_ds.state.unit_state import Storage, UnitState, make_states
+from hift_ds.zero.update import Scaling, UnitUpdate
+from hift_ds.zero.weights import Publication
 
 BLOCKS, NUMEL, STEPS = 3, 100_003, 12
 _made: list[Any] = []  # the engine whose peaks were measured in this process
 
 
-def states_of(form: StateConfig, streams: bool, ring_bytes: int | None = None) -> tuple[list[BlockState], BlockUpdate]:
+def states_of(form: StateConfig, streams: bool, ring_bytes: int | None = None) -> tuple[list[UnitState], UnitUpdate]:
     """Three blocks of bf16 weights under AdamW, and what updates them with the fused kernels."""
     rule, defaults = rule_from_config("AdamW", {"lr": 1e-2, "weight_decay": 0.01})
     generator = torch.Generator().manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(NUMEL, generator=generator).bfloat16().to(DEVICE)) for _ in range(BLOCKS)]
-    shards = [BlockShard([("weight", param)], {"weight": 0}, 1, 0) for param in params]
+    shards = [UnitShard([("weight", param)], {"weight": 0}, 1, 0) for param in params]
     groups = [{**defaults, "params": params}]
     memory = (HostMemory.pinned() if DEVICE.type == "cuda" else HostMemory()) if streams else None
-    states, ring = make_states(shards, rule, groups, Storage(DEVICE, form, memory), ring_bytes)
-    return states, BlockUpdate(rule, groups, DEVICE, lambda tensor: tensor, "triton", ring, seed=5)
+    states, ring = make_states([[shard] for shard in shards], rule, groups, Storage(DEVICE, form, memory), ring_bytes)
+    return states, UnitUpdate(rule, groups, DEVICE, lambda tensor: tensor, "triton", ring, seed=5)
 
 
 def trained(form: StateConfig, streams: bool, turns: list[int], ring_bytes: int | None = None) -> list[torch.Tensor]:
@@ -41,7 +41,7 @@ def trained(form: StateConfig, streams: bool, turns: list[int], ring_bytes: int 
         state = states[block]
         grad = torch.randn(state.shard.numel, generator=torch.Generator().manual_seed(step)).bfloat16().to(DEVICE)
         weights = update.run(state, grad, Scaling(1.0, 0.0, None, square), [1e-2], block)
-        write_weights(state.shard, weights, None, NUMEL)
+        Publication(None, NUMEL).write(state.shard, weights, 0)
         if update.ring is not None and step + 1 < len(turns):
             update.ring.prefetch(states[turns[step + 1]].tiles)
     if update.ring is not None:
@@ -153,7 +153,7 @@ def peaks(
     from hift_ds.memory.planner import Planner
     from hift_ds.memory.request import Request
     from hift_ds.recipes.planning import complete_config
-    from hift_ds.state.block_state import card_bytes
+    from hift_ds.state.unit_state import card_bytes
 
     if _made:
         raise RuntimeError("peaks() is measured once in a process; give each case a `fresh_rank`")

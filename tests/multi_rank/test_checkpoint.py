@@ -130,7 +130,7 @@ def weights_alone(folder: str, stage: int, dtype: str, load: dict[str, bool]) ->
     masters = {name: safe_get_full_fp32_param(param) for name, param in fresh.module.named_parameters()}
     assert [name for name in saved if not torch.equal(saved[name], loaded[name])] == []
     assert [name for name in saved if not torch.equal(saved[name].float(), masters[name])] == []
-    assert [state.step for state in fresh.optimizer.states] == [0, 0, 1]
+    assert [[state.step for state in units] for units in fresh.optimizer.block_states] == [[0, 0], [0, 0], [1, 1]]
     assert fresh.hift.active_block == 1
     assert fresh.global_steps == (1 if "load_module_only" in load else 8)
     after = state_by_block(fresh)

@@ -91,7 +91,7 @@ def refusals(folder: str) -> None:
     other("fp16 or bf16 (['bfloat16']; this run: ['float32'])", dtype="fp32")
     sentence = "fp16 or bf16 (['bfloat16']; this run: ['float32'])"
     other(sentence, "sharded", stage=3, dtype="fp32", only=True, advice=False)
-    assert loads("format") == "RuntimeError: the checkpoint has HiFT format 99, this version reads 2"
+    assert loads("format") == "RuntimeError: the checkpoint has HiFT format 99, this version reads 3"
     error = loads("plain")
     assert "was not written by HiFT" in error and alone in error
     error = loads("nowhere")

@@ -25,8 +25,8 @@ from torch import nn
 
 from hift_ds.memory.planner import Planner
 from hift_ds.memory.request import Request
-from hift_ds.state import block_state as state
 from hift_ds.state import ring
+from hift_ds.state import unit_state as state
 from hift_ds.state.ring import Lanes
 from hift_ds.zero import states
 
@@ -129,7 +129,7 @@ def measured(
         for param in engine.module.parameters()
     )
     always = [] if engine.optimizer.always is None else [engine.optimizer.always]
-    trained = [[state.shard, *(other.shard for other in always)] for state in engine.optimizer.states]
+    trained = [[state.shard for state in (*units, *always)] for units in engine.optimizer.block_states]
     return facts | {
         "weights": weights,
         "backward": max(phases["backward"]),
@@ -400,7 +400,7 @@ def loaded_ahead(stage: int, hift: dict[str, Any]) -> None:
         for step in range(7):
             run_steps(engine, 1, start=step)
             tiles = optimizer.states[engine.hift.active_block].tiles
-            ahead = [tile for tile, _ in optimizer.ring._ahead]
+            ahead = [tile for tile, *_ in optimizer.ring._ahead]
             assert ahead == tiles[: len(optimizer.ring._slots)], step
         optimizer.state_dict()
         assert not optimizer.ring._ahead
@@ -411,3 +411,32 @@ def loaded_ahead(stage: int, hift: dict[str, Any]) -> None:
 )
 def test_the_coming_block_s_first_tiles_are_on_their_way_after_each_step(two_ranks, stage, hift):
     two_ranks.run(loaded_ahead, stage, hift)
+
+
+def one_unit_at_a_time(stage: int, dtype: str) -> None:
+    """With updates in backward init, backward, step and rest take the device bytes of one layer, not of `m` layers."""
+    world, found = dist.get_world_size(), {}
+    for layers in (1, 2, LAYERS):
+        facts = measured(stage, dtype, {"update": "backward", "layers_per_block": layers})
+        unit = {**facts, "shard": facts["shard"] // layers, "block": facts["block"] // layers}
+        allowed = bounds(stage, world, dtype, 1, unit)
+        allowed["backward"] += allowed["step"] - facts["ring"]  # the update is in it
+        if world > 1 and stage in (1, 2):  # new weights of the unit above are on their way
+            allowed["backward"] += 2 * facts["bucket"] * (4 if dtype == "fp32" else 2)
+        assert {phase: facts[phase] for phase in allowed if facts[phase] > allowed[phase]} == {}, (layers, allowed)
+        found[layers] = facts["init"], facts["idle"], facts["backward"], facts["after"]
+    # What is still on its way, or held by gloo, when the next unit's gradients come; with one unit there is no next.
+    before = 33088 * (4 if dtype == "fp32" else 2) if world > 1 else 4 * WIDTH * WIDTH * 4
+    for layers in (2, LAYERS):
+        for one, several in zip(found[1], found[layers], strict=True):
+            assert several <= one + before + 2 * TINY, (layers, found)
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype"), [(0, "fp32"), slow(1, "bf16"), (2, "bf16"), slow(2, "fp32"), (3, "fp32"), slow(3, "bf16")]
+)
+def test_updates_in_backward_hold_one_unit_on_the_device_whatever_layers_per_block_is(
+    two_ranks, one_rank, stage, dtype
+):
+    for ranks in (two_ranks, one_rank):
+        ranks.run(one_unit_at_a_time, stage, dtype)

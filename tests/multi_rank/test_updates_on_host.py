@@ -17,7 +17,7 @@ from hift_testing.training import ds_config, engine_of, largest_difference, run_
 from torch import nn
 
 from hift_ds.rules.adam import Adam
-from hift_ds.state import block_state as state
+from hift_ds.state import unit_state as state
 from hift_ds.zero import host_update
 from hift_ds.zero.host_update import HostUpdate
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from deepspeed.runtime.zero.partition_parameters import Init
 
-from hift_ds.shards import ALIGNMENT, BlockShard, full_numel, is_partitioned
+from hift_ds.shards import ALIGNMENT, UnitShard, full_numel, is_partitioned
 from hift_ds.zero.gradients import after_the_sum, before_the_sum
-from hift_ds.zero.weights import write_weights
+from hift_ds.zero.weights import Publication
 
 # Smaller than the number of ranks, a scalar, an empty one, sizes that no world divides.
 SHAPES = {"a": (37, 5), "b": (3,), "scalar": (), "c": (64,), "empty": (0, 4), "d": (7, 11, 2), "one": (1,)}
@@ -26,7 +26,7 @@ def parameters(dtypes=None):
 
 def shards(world, params=None, groups=GROUPS):
     params = parameters() if params is None else params
-    return [BlockShard(params, groups, world, rank) for rank in range(world)]
+    return [UnitShard(params, groups, world, rank) for rank in range(world)]
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -74,7 +74,7 @@ def test_a_parameter_smaller_than_the_world_lies_on_the_first_ranks():
 def test_a_hand_made_layout():
     """Ten elements over three ranks: slices of 4, 4 and 2, each in a slot of 16."""
     pairs = [("w", torch.nn.Parameter(torch.arange(10.0))), ("v", torch.nn.Parameter(torch.arange(2.0)))]
-    layout = [BlockShard(pairs, {"w": 0, "v": 0}, 3, rank) for rank in range(3)]
+    layout = [UnitShard(pairs, {"w": 0, "v": 0}, 3, rank) for rank in range(3)]
     assert [(s.start, s.numel) for shard in layout for s in shard.segments] == [
         (0, 4), (0, 1), (4, 4), (1, 1), (8, 2), (2, 0),
     ]  # fmt: skip
@@ -109,7 +109,7 @@ def test_the_block_s_order_is_kept_within_a_group():
 @pytest.mark.parametrize("world", WORLDS)
 def test_buckets_cover_everything_once_from_the_last_on(world, max_numel):
     dtypes = {"c": torch.bfloat16, "d": torch.bfloat16}
-    shard = BlockShard(parameters(dtypes), GROUPS, world, 0)
+    shard = UnitShard(parameters(dtypes), GROUPS, world, 0)
     buckets = shard.buckets(max_numel)
     assert [index for bucket in buckets[::-1] for index in bucket] == list(range(len(SHAPES)))
     for bucket in buckets:
@@ -158,7 +158,7 @@ def test_pack_takes_none_as_zeros_and_casts():
 def test_pack_takes_gradients_that_are_not_contiguous():
     pair = ("w", torch.nn.Parameter(torch.zeros(4, 6)))
     gradient = torch.arange(24.0).view(6, 4).t()
-    shard = BlockShard([pair], {"w": 0}, 1, 0)
+    shard = UnitShard([pair], {"w": 0}, 1, 0)
     assert torch.equal(shard.pack(range(1), [gradient], torch.float32)[:24], gradient.flatten())
 
 
@@ -169,14 +169,14 @@ def test_one_rank_writes_what_it_has_read(max_numel):
     copy = shard.read_weights(torch.empty(shard.numel, dtype=torch.float64))
     for param in shard.params:
         param.data.zero_()
-    write_weights(shard, copy, None, max_numel)
+    Publication(None, max_numel).write(shard, copy, 0)
     assert all(torch.equal(param.detach(), value) for param, value in zip(shard.params, before, strict=True))
 
 
 def test_weights_are_written_in_each_parameter_s_dtype():
-    shard = BlockShard(parameters({"a": torch.bfloat16}), GROUPS, 1, 0)
+    shard = UnitShard(parameters({"a": torch.bfloat16}), GROUPS, 1, 0)
     new = torch.full((shard.numel,), 1.0 + 2**-10)
-    write_weights(shard, new, None, 10**9)
+    Publication(None, 10**9).write(shard, new, 0)
     values = {fqn: param.detach() for fqn, param in zip(shard.fqns, shard.params, strict=True)}
     assert values["a"].dtype == torch.bfloat16
     assert torch.equal(values["a"], torch.ones(37, 5, dtype=torch.bfloat16))
@@ -190,10 +190,10 @@ def test_a_zero_3_parameter_is_read_and_written_through_its_shard():
     param.ds_tensor = torch.tensor([3.0, 4.0, 99.0])
     assert is_partitioned(param)
     assert full_numel(param) == 5
-    shard = BlockShard([("w", param)], {"w": 0}, 2, 1)
+    shard = UnitShard([("w", param)], {"w": 0}, 2, 1)
     out = shard.read_weights(torch.full((16,), -1.0))
     assert out.tolist() == [3.0, 4.0] + [0.0] * 14
-    write_weights(shard, torch.arange(16.0), None, 10**9)
+    Publication(None, 10**9).write(shard, torch.arange(16.0), 0)
     assert param.ds_tensor.tolist() == [0.0, 1.0, 99.0]
 
 

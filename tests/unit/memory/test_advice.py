@@ -10,7 +10,7 @@ from hift_ds.memory.advice import _changes, advise
 from hift_ds.memory.planner import Planner
 from hift_ds.memory.request import RESERVE_BYTES, Request
 from hift_ds.recipes.planning import complete_config
-from hift_ds.state import block_state as state
+from hift_ds.state import unit_state as state
 
 SEQ = 64
 # Gathers so little at a time that stage 3 pays off even here.

@@ -13,8 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hift_ds.config.resolve import resolve
 from hift_ds.memory.gathering import ParameterSize
-from hift_ds.memory.layout import GradientBytes, Layout
-from hift_ds.state import block_state as state
+from hift_ds.memory.layout import Layout, Update
+from hift_ds.state import unit_state as state
 
 LARGE, SMALL, NORM, BUFFER = 5000, 30, 7, 40
 ALL = LARGE + SMALL + NORM
@@ -55,15 +55,15 @@ def layout_of(
 
 
 def states(layout):
-    return [layout.state_bytes(shard) for shard in layout.shards]
+    return [layout.state_bytes(shard) for shard in layout.units]
 
 
 def test_shards_are_slices_of_each_parameter_in_aligned_slots():
-    assert [shard.numel for shard in layout_of(0, 1).shards] == list(ALONE)
-    assert [shard.numel for shard in layout_of(0, 4).shards] == list(ALONE), "stage 0 shards nothing"
+    assert [shard.numel for shard in layout_of(0, 1).units] == list(ALONE)
+    assert [shard.numel for shard in layout_of(0, 4).units] == list(ALONE), "stage 0 shards nothing"
     for stage in (1, 2, 3):
-        assert [shard.numel for shard in layout_of(stage, 4).shards] == list(OF_FOUR)
-        assert [shard.numel for shard in layout_of(stage, 1).shards] == list(ALONE)
+        assert [shard.numel for shard in layout_of(stage, 4).units] == list(OF_FOUR)
+        assert [shard.numel for shard in layout_of(stage, 1).units] == list(ALONE)
 
 
 # State.
@@ -165,7 +165,7 @@ def test_updates_on_the_host_need_no_state_on_the_device():
 def test_frozen_parameters_are_in_no_block():
     layout = layout_of(frozen=("norm",), hift={"blocks": [["large"], ["small"]]})
     assert layout.block_plan.frozen == ("norm",)
-    assert [shard.numel for shard in layout.shards] == [ALONE[0], 32]
+    assert [shard.numel for shard in layout.units] == [ALONE[0], 32]
     assert layout.weights == BUFFER + 2 * ALL, "but on the device"
 
 
@@ -245,10 +245,10 @@ def test_limits_are_the_configs():
 
 def test_update_makes_new_weights_and_the_tiles_gradient_in_fp32():
     layout, numel = layout_of(), ALONE[0]
-    assert layout.update_bytes(layout.shards[0], 777) == (777, 2 * numel + 4 * numel)
+    assert layout.update(layout.units[0], 777) == Update(777, 2 * numel + 4 * numel)
     small_ring = layout_of(state={"ring_bytes": RING})
-    assert small_ring.update_bytes(small_ring.shards[0], 777) == (777, 2 * numel + 4 * 1024)
-    assert small_ring.update_bytes(small_ring.shards[1], 5) == (5, 6 * ALONE[1])
+    assert small_ring.update(small_ring.units[0], 777) == Update(777, 2 * numel + 4 * 1024)
+    assert small_ring.update(small_ring.units[1], 5) == Update(5, 6 * ALONE[1])
 
 
 def test_fused_kernels_and_updates_on_the_host_make_no_fp32_gradient():
@@ -259,53 +259,60 @@ def test_fused_kernels_and_updates_on_the_host_make_no_fp32_gradient():
         {"zero": {"offload_optimizer": {"device": "cpu"}}},
     ):
         layout = layout_of(**keywords)
-        assert layout.update_bytes(layout.shards[0], 777) == (777, 2 * ALONE[0])
+        assert layout.update(layout.units[0], 777) == Update(777, 2 * ALONE[0])
 
 
 def test_resident_state_is_updated_by_whole_runs():
     layout = layout_of(state={"residency": "device"})
-    assert layout.update_bytes(layout.shards[0], 0) == (0, 6 * ALONE[0])
+    assert layout.update(layout.units[0], 0) == Update(0, 6 * ALONE[0])
 
 
 def test_adafactor_makes_a_whole_runs_gradient_its_largest_estimate_and_factored_moments_three_times():
     factored = 3 * 4 * (100 + 50)  # of the largest block, whichever is updated
     layout = layout_of(optimizer="Adafactor")
-    assert layout.update_bytes(layout.shards[0], 0) == (0, 2 * ALONE[0] + factored + 4 * ALONE[0] + 4 * LARGE)
-    assert layout.update_bytes(layout.shards[1], 0) == (0, 2 * ALONE[1] + factored + 4 * ALONE[1] + 4 * SMALL)
+    assert layout.update(layout.units[0], 0) == Update(0, 2 * ALONE[0] + factored + 4 * ALONE[0] + 4 * LARGE)
+    assert layout.update(layout.units[1], 0) == Update(0, 2 * ALONE[1] + factored + 4 * ALONE[1] + 4 * SMALL)
     resident = layout_of(optimizer="Adafactor", state={"residency": "device"})
-    assert resident.update_bytes(resident.shards[0], 0) == (0, 2 * ALONE[0] + 4 * ALONE[0] + 4 * LARGE)
+    assert resident.update(resident.units[0], 0) == Update(0, 2 * ALONE[0] + 4 * ALONE[0] + 4 * LARGE)
 
 
 def test_update_holds_what_is_sent_where_that_is_more_than_the_gradient():
     four, two = layout_of(2, 4), layout_of(2, 2)
     own, numel = 2 * OF_FOUR[0], OF_FOUR[0]
     # All four slots of the bucket are received when the gradient is gone: 10,112 bytes against 2,528 + 5,056.
-    assert four.update_bytes(four.shards[0], own) == (0, 2 * numel + 4 * own)
+    assert four.update(four.units[0], own) == Update(0, 2 * numel + 4 * own)
     half = 2512  # a slice of 2500
-    assert two.update_bytes(two.shards[0], 2 * half) == (2 * half, 2 * half + 4 * half)
+    assert two.update(two.units[0], 2 * half) == Update(2 * half, 2 * half + 4 * half)
 
 
 def test_new_weights_are_sent_in_buckets_of_allgather_bucket_size():
     fused = {"hift": {"kernel": "triton"}}
     for bucket, packed in ((10**9, 2 * 4 * 32), (1, 2 * 4 * 16)):
         layout = layout_of(2, 4, zero={"allgather_bucket_size": bucket}, **fused)
-        assert layout.update_bytes(layout.shards[1], 64) == (0, 2 * 32 + packed)
+        assert layout.update(layout.units[1], 64) == Update(0, 2 * 32 + packed)
         assert layout.published_bytes(1) == 2 * 4 * 32, "all of it, in one bucket or two"
 
 
 def test_nothing_is_sent_by_stage_3_or_a_lone_rank():
     for layout, numel in ((layout_of(3, 4), OF_FOUR[0]), (layout_of(2, 1), ALONE[0]), (layout_of(0, 4), ALONE[0])):
-        assert layout.update_bytes(layout.shards[0], 2 * numel) == (2 * numel, 6 * numel)
+        assert layout.update(layout.units[0], 2 * numel) == Update(2 * numel, 6 * numel)
 
 
 # Gradients, by the training run's reducer.
 
 
+def on_the_way(layout, block, order):
+    """Bytes of gradients up to the update."""
+    found = layout.gradient_bytes(block, order)
+    assert found.updates == (Update(),) * len(order), "the update comes after backward"
+    return dict(before=found.before, events=found.events, finish=found.finish, sent=found.sent)
+
+
 def test_a_lone_rank_adds_each_gradient_to_the_shard():
     layout = layout_of(2, 1)
     shard = 2 * ALONE[1]
-    assert layout.gradient_bytes(1, ["norm", "small"]) == GradientBytes(
-        before=0, events=((14 + shard, shard), (60 + shard, shard)), finish=shard, after=shard, sent=0
+    assert on_the_way(layout, 1, ["norm", "small"]) == dict(
+        before=0, events=((14 + shard, shard), (60 + shard, shard)), finish=shard, sent=0
     )
 
 
@@ -313,38 +320,37 @@ def test_accumulated_gradients_are_fp32_and_there_before_the_last_backward():
     layout = layout_of(2, 1, gradient_accumulation_steps=3)
     shard = 4 * ALONE[0]
     assert layout.config.accumulation_dtype == torch.float32
-    assert layout.gradient_bytes(0, ["large"]) == GradientBytes(
-        before=shard, events=((2 * LARGE + shard, shard),), finish=shard, after=shard, sent=0
+    assert on_the_way(layout, 0, ["large"]) == dict(
+        before=shard, events=((2 * LARGE + shard, shard),), finish=shard, sent=0
     )
 
 
 def test_stage_2_reduces_a_bucket_as_soon_as_it_is_whole():
     layout, packed, slot = layout_of(2, 4, zero={"overlap_comm": False}), 2 * 4 * 1264, 2 * 1264
-    assert layout.gradient_bytes(0, ["large"]) == GradientBytes(
-        before=0, events=((2 * LARGE + packed, slot),), finish=slot, after=slot, sent=packed
+    assert on_the_way(layout, 0, ["large"]) == dict(
+        before=0, events=((2 * LARGE + packed, slot),), finish=slot, sent=packed
     )
 
 
 def test_overlapped_reductions_hold_their_bucket_until_the_end():
     layout, packed, slot = layout_of(2, 4, zero={"overlap_comm": True}), 2 * 4 * 1264, 2 * 1264
-    assert layout.gradient_bytes(0, ["large"]) == GradientBytes(
-        before=0, events=((2 * LARGE + packed, packed + slot),), finish=packed + 2 * slot, after=slot, sent=packed
+    assert on_the_way(layout, 0, ["large"]) == dict(
+        before=0, events=((2 * LARGE + packed, packed + slot),), finish=packed + 2 * slot, sent=packed
     )
 
 
 def test_stages_0_and_1_keep_whole_gradients_until_backward_is_over():
     whole, packed = 2 * ALONE[0], 2 * 4 * 1264
     # Stage 0: the bucket and the result, once the gradient itself is gone. Stage 1: the gradient and its bucket.
-    for stage, finish, after, sent in ((0, 2 * whole, whole, whole), (1, 2 * LARGE + packed, 2 * 1264, packed)):
-        found = layout_of(stage, 4).gradient_bytes(0, ["large"])
-        assert found == GradientBytes(0, ((2 * LARGE, 2 * LARGE),), finish, after, sent)
+    for stage, finish, sent in ((0, 2 * whole, whole), (1, 2 * LARGE + packed, packed)):
+        found = on_the_way(layout_of(stage, 4), 0, ["large"])
+        assert found == dict(before=0, events=((2 * LARGE, 2 * LARGE),), finish=finish, sent=sent)
 
 
 def test_always_active_gradients_are_reduced_beside_the_blocks():
     layout = layout_of(hift={"blocks": [["large"], ["small"]], "always_active": ["norm"]})
-    found = layout.gradient_bytes(1, ["norm", "small"])
-    assert found.after == 2 * 32 + 2 * 16
-    assert layout.gradient_bytes(0, ["norm", "large"]).after == 2 * ALONE[0] + 2 * 16
+    assert layout.gradient_bytes(1, ["norm", "small"]).update.gradients == 2 * 32 + 2 * 16
+    assert layout.gradient_bytes(0, ["norm", "large"]).update.gradients == 2 * ALONE[0] + 2 * 16
 
 
 def test_gradient_bytes_leaves_no_gradient_behind():
@@ -373,14 +379,14 @@ def test_gradient_bytes_leaves_no_gradient_behind():
 def test_bus_carries_so_many_bytes_an_element_each_way(keywords, each):
     for world, shards in ((1, ALONE), (4, OF_FOUR)):
         layout = layout_of(2, world, **keywords)
-        for shard, numel in zip(layout.shards, shards, strict=True):
+        for shard, numel in zip(layout.units, shards, strict=True):
             assert layout.bus_bytes(shard) == (each[0] * numel, each[1] * numel)
 
 
 def test_adafactors_master_crosses_the_bus_twice_to_the_device():
     layout = layout_of(optimizer="Adafactor")
     back = 4 * ALONE[0] + 4 * (100 + 50)
-    assert layout.bus_bytes(layout.shards[0]) == (back + 4 * ALONE[0], back)
+    assert layout.bus_bytes(layout.units[0]) == (back + 4 * ALONE[0], back)
 
 
 def test_update_hands_new_weights_to_a_gather_at_stages_1_and_2():

@@ -10,7 +10,7 @@ from torch import nn
 from hift_ds.memory import planner as planner_module
 from hift_ds.memory.figures import Figures, Forecast, Moment
 from hift_ds.memory.gathering import Gathered
-from hift_ds.memory.layout import GradientBytes
+from hift_ds.memory.layout import GradientBytes, Update
 from hift_ds.memory.planner import TOLERANCE, Planner, Traced, _Interpolation, _moments
 from hift_ds.memory.request import RESERVE_BYTES, Request
 from hift_ds.memory.trace import END, FETCH, GRADIENT, RELEASE, Event
@@ -238,7 +238,7 @@ def test_moments_add_activations_gradients_and_gathered_weights_by_hand():
         Event(RELEASE, ("a",), peak=9, current=7, forward=False),
         Event(END, (), peak=6, current=4, forward=False),
     ]
-    gradients = GradientBytes(before=1000, events=((1500, 1200),), finish=1300, after=1100, sent=0)
+    gradients = GradientBytes(1000, ((1500, 1200),), (Update(700, 90),), 1300, Update(), 0)
     gathered = Gathered(during=(70_000, 0, 0, 0, 0), after=(50_000, 50_000, 50_000, 0, 0), sent=0)
     assert list(_moments(events, gradients, gathered)) == [
         Moment("forward", 0, 1000, 10),
@@ -246,6 +246,7 @@ def test_moments_add_activations_gradients_and_gathered_weights_by_hand():
         Moment("forward", 50_000, 1000, 30),
         Moment("backward", 50_000, 1000 + 40, 60),  # a gradient in the making is no activation
         Moment("backward", 50_000, 1500, 8),  # while the reducer takes it
+        Moment("backward", 50_000, 700, 8, 90),  # while it updates a unit
         Moment("backward", 50_000, 1200, 9),
         Moment("backward", 0, 1200, 6),
         Moment("backward", 0, 1300, 4),  # while the rest is reduced

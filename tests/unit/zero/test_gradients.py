@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hift_ds.shards import BlockShard
+from hift_ds.shards import UnitShard
 from hift_ds.zero import gradients
 from hift_ds.zero.gradients import GradientReducer
 from hift_ds.zero.step_check import NORM_ROW, sum_of_squares
@@ -60,7 +60,7 @@ def make(
     """A reducer, open for one block; one bucket per parameter unless told otherwise."""
     params = {fqn: torch.nn.Parameter(torch.zeros(shape, dtype=dtype)) for fqn, shape in SHAPES.items()}
     shard_world = world if stage else 1
-    shard = BlockShard(list(params.items()), dict.fromkeys(params, 0), shard_world, rank if stage else 0)
+    shard = UnitShard(list(params.items()), dict.fromkeys(params, 0), shard_world, rank if stage else 0)
     zero = SimpleNamespace(reduce_bucket_size=bucket_numel, overlap_comm=overlap)
     config = SimpleNamespace(
         stage=stage, world=world, zero=zero, communication_dtype=communication or dtype, predivide=1.0, mean=True,
@@ -302,7 +302,7 @@ def test_a_lone_rank_adds_gradients_that_come_without_a_reduction_between(comm, 
 def test_opening_another_block_closes_the_one_before(comm):
     reducer, _, params = make(2)
     other = torch.nn.Parameter(torch.zeros(3))
-    reducer.open([BlockShard([("other", other)], {"other": 0}, WORLD, 0)])
+    reducer.open([UnitShard([("other", other)], {"other": 0}, WORLD, 0)])
     params["a"].grad = torch.zeros(5, 3)
     with pytest.raises(RuntimeError, match="not active"):
         reducer.on_gradient(params["a"])

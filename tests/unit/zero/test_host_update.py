@@ -5,13 +5,13 @@ import torch
 from hift_testing.locking import Driver
 
 from hift_ds.config.optimizers import rule_from_config
-from hift_ds.shards import BlockShard
-from hift_ds.state import block_state as state
-from hift_ds.state.block_state import Storage, make_states
+from hift_ds.shards import UnitShard
+from hift_ds.state import unit_state as state
 from hift_ds.state.host_memory import HostMemory
+from hift_ds.state.unit_state import Storage, make_states
 from hift_ds.zero.host_update import HostUpdate
-from hift_ds.zero.update import BlockUpdate, Scaling
-from hift_ds.zero.weights import write_weights
+from hift_ds.zero.update import Scaling, UnitUpdate
+from hift_ds.zero.weights import Publication
 
 CPU = torch.device("cpu")
 
@@ -22,16 +22,16 @@ def trained(memory: HostMemory | None, after_start=lambda: None) -> list[torch.T
     params = [torch.nn.Parameter(torch.randn(numel, generator=generator).bfloat16()) for numel in (5000, 300)]
     rule, defaults = rule_from_config("SGD", {"lr": 0.1, "momentum": 0.9})
     groups = [{**defaults, "params": params}]
-    shards = [BlockShard([("weight", param)], {"weight": 0}, 1, 0) for param in params]
+    shards = [UnitShard([("weight", param)], {"weight": 0}, 1, 0) for param in params]
     storage = Storage(CPU, memory=memory, own_master=memory is not None)
-    states, _ = make_states(shards, rule, groups, storage, None)
+    states, _ = make_states([[shard] for shard in shards], rule, groups, storage, None)
     kind = {"rule": rule, "param_groups": groups, "device": CPU, "all_reduce": lambda tensor: tensor}
-    update = HostUpdate(**kind, states=states) if memory is not None else BlockUpdate(**kind, kernel="torch")
+    update = HostUpdate(**kind, states=states) if memory is not None else UnitUpdate(**kind, kernel="torch")
     after_start()
     for block in (0, 1, 0, 1):
         grad = torch.randn(states[block].shard.numel, generator=generator).bfloat16()
         scaling = Scaling(2.0, 0.0, 1.0, torch.ones(1, dtype=torch.float64))
-        write_weights(states[block].shard, update.run(states[block], grad, scaling, [0.1], block), None, 10**6)
+        Publication(None, 10**6).write(states[block].shard, update.run(states[block], grad, scaling, [0.1], block), 0)
     return [param.detach().clone() for param in params]
 
 
@@ -40,8 +40,8 @@ def test_gradients_are_made_fp32_in_kept_memory(monkeypatch, dtype, buffers):
     monkeypatch.setattr(state, "TILE_NUMEL", 1024)
     param = torch.nn.Parameter(torch.zeros(5000, dtype=dtype))
     rule, defaults = rule_from_config("SGD", {"lr": 0.1})
-    groups, shard = [{**defaults, "params": [param]}], BlockShard([("weight", param)], {"weight": 0}, 1, 0)
-    states, _ = make_states([shard], rule, groups, Storage(CPU, memory=HostMemory(), own_master=True), None)
+    groups, shard = [{**defaults, "params": [param]}], UnitShard([("weight", param)], {"weight": 0}, 1, 0)
+    states, _ = make_states([[shard]], rule, groups, Storage(CPU, memory=HostMemory(), own_master=True), None)
     update = HostUpdate(rule, groups, CPU, lambda tensor: tensor, states)
     grad = torch.randn(shard.numel).to(dtype)
     weights, places = torch.empty(shard.numel, dtype=dtype), set()

@@ -8,9 +8,9 @@ from torch import nn
 
 from hift_ds.config.optimizers import rule_from_config
 from hift_ds.rules import adafactor_fused
-from hift_ds.shards import BlockShard
-from hift_ds.state.block_state import BlockState, Storage
-from hift_ds.zero.update import BlockUpdate, Scaling
+from hift_ds.shards import UnitShard
+from hift_ds.state.unit_state import Storage, UnitState
+from hift_ds.zero.update import Scaling, UnitUpdate
 
 CPU = torch.device("cpu")
 SCALING = Scaling(1.0, 0.0, None, torch.ones(1, dtype=torch.float64))
@@ -26,9 +26,9 @@ def seeds_of(kind: str, monkeypatch) -> dict[tuple[int, ...], int]:
     params = {name: nn.Parameter(torch.randn(600).bfloat16()) for name in ("matrix", "norm")}
     groups = [{**defaults, "params": [param]} for param in params.values()]
     for seed, block, rank in product((0, 1), (0, 1), (0, 1)):
-        shard = BlockShard(list(params.items()), {"matrix": 0, "norm": 1}, 2, rank)
-        state = BlockState(shard, rule, groups, Storage(CPU), tile_numel=128)
-        update = BlockUpdate(rule, groups, CPU, lambda tensor: tensor, "triton", seed=seed)
+        shard = UnitShard(list(params.items()), {"matrix": 0, "norm": 1}, 2, rank)
+        state = UnitState(shard, rule, groups, Storage(CPU), tile_numel=128)
+        update = UnitUpdate(rule, groups, CPU, lambda tensor: tensor, "triton", seed=seed)
         for step in (1, 2):
             given.clear()
             update.run(state, torch.zeros(shard.numel), SCALING, [0.1, 0.1], block)

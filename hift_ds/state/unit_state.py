@@ -1,8 +1,8 @@
-"""Master weights and optimizer state of one block's shard: on the host and streamed, or on the device."""
+"""Master weights and optimizer state of one layer unit's shard: on the host and streamed, or on the device."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ import torch
 from hift_ds.config.keys import StateConfig
 from hift_ds.config.resolve import ResolvedConfig
 from hift_ds.rules import Rule
-from hift_ds.shards import BlockShard
+from hift_ds.shards import UnitShard
 from hift_ds.state.formats import (
     GROUP,
     MOMENT_DTYPES,
@@ -35,7 +35,7 @@ EXTRA_COPIES = 3  # of a block's factored moments on the device: this gradient's
 
 @dataclass(frozen=True)
 class Storage:
-    """Where and how the state of blocks is kept.
+    """Where and how the state of units is kept.
 
     Attributes:
         device: Where updates run.
@@ -51,14 +51,13 @@ class Storage:
 
     @classmethod
     def of(cls, config: ResolvedConfig, device: torch.device, planned: bool = False) -> Storage:
-        """Of the blocks' state in a run; `planned`: for sizes alone, nothing is ever allocated."""
+        """Of the units' state in a run; `planned`: for sizes alone, nothing is ever allocated."""
         if config.home == "device" or planned:
             return cls(device, config.hift.state, own_master=config.home == "host")
-        memory = HostMemory.pinned() if config.pin_memory and device.type == "cuda" else HostMemory()
-        return cls(device, config.hift.state, memory, own_master=config.home == "host")
+        return cls(device, config.hift.state, host_memory(config, device), own_master=config.home == "host")
 
-    def shapes(self, shard: BlockShard, rule: Rule, param_groups: list[dict]) -> Shapes:
-        """The state tensors of a block, `master` first, then the rule's slots."""
+    def shapes(self, shard: UnitShard, rule: Rule, param_groups: list[dict]) -> Shapes:
+        """The state tensors of a unit, `master` first, then the rule's slots."""
         shapes: dict[str, tuple[int, torch.dtype]] = {}
         mixed = any(param.dtype != shard.dtype for param in shard.params)
         master = torch.float32 if self.own_master or mixed else master_dtype(self.state.master, shard.dtype)
@@ -72,13 +71,20 @@ class Storage:
         return shapes
 
 
-class BlockState:
-    """State of one block: its tensors, small extra tensors, and `step`, the number of this block's updates.
+def host_memory(config: ResolvedConfig, device: torch.device) -> HostMemory:
+    """Page-locked where the config has it so and there is CUDA."""
+    return HostMemory.pinned() if config.pin_memory and device.type == "cuda" else HostMemory()
+
+
+class UnitState:
+    """State of one layer unit: its tensors, small extra tensors, and `step`, the number of this unit's updates.
+
+    What is always active has one, too.
 
     `torn`: an update has begun and not ended; masters, moments and model weights do not belong together.
 
     Args:
-        shard: The block's layout.
+        shard: The unit's layout.
         rule: The update rule.
         param_groups: The hyper-parameter holder's param groups.
         storage: Where and how.
@@ -87,7 +93,7 @@ class BlockState:
 
     def __init__(
         self,
-        shard: BlockShard,
+        shard: UnitShard,
         rule: Rule,
         param_groups: list[dict],
         storage: Storage,
@@ -266,7 +272,7 @@ class BlockState:
                 yield Tile(index, span, self.tile_of(index, span), initial)
 
 
-def layout_fault(rule: Rule, param_groups: list[dict], states: Iterable[BlockState]) -> str | None:
+def layout_fault(rule: Rule, param_groups: list[dict], states: Iterable[UnitState]) -> str | None:
     """What has been changed in the param groups during a run that the rule or the state's layout cannot follow."""
     try:
         for group in param_groups:
@@ -284,8 +290,8 @@ def layout_fault(rule: Rule, param_groups: list[dict], states: Iterable[BlockSta
     return None
 
 
-def initial_extra(shard: BlockShard, rule: Rule, param_groups: list[dict]) -> dict[str, torch.Tensor]:
-    """A block's state that is not shaped like its shard (Adafactor's factored moments), before the first update."""
+def initial_extra(shard: UnitShard, rule: Rule, param_groups: list[dict]) -> dict[str, torch.Tensor]:
+    """A unit's state that is not shaped like its shard (Adafactor's factored moments), before the first update."""
     found: dict[str, torch.Tensor] = {}
     for run in shard.runs:
         found.update(rule.init_extra(run.segments, param_groups[run.group]))
@@ -293,7 +299,7 @@ def initial_extra(shard: BlockShard, rule: Rule, param_groups: list[dict]) -> di
 
 
 def extra_bytes(extras: Iterable[dict[str, torch.Tensor]]) -> int:
-    """Most bytes that such state, kept on the host, takes on the device during an update of any one block."""
+    """Most bytes that such state, kept on the host, takes on the device during an update of any one unit."""
     return EXTRA_COPIES * max((sum(tensor.nbytes for tensor in extra.values()) for extra in extras), default=0)
 
 
@@ -324,12 +330,13 @@ def ring_limit(card_bytes: int | None) -> int:
 
 
 def size_ring(
-    all_shapes: list[tuple[BlockShard, Shapes]], ring_bytes: int | None, beside: int = 0, card_bytes: int | None = None
-) -> RingSizes:
-    """As large as the largest block at most: its slots serve the next block's tiles, too, and more would hide nothing.
+    turns: Sequence[Sequence[tuple[UnitShard, Shapes]]], ring_bytes: int | None, beside: int = 0,
+    card_bytes: int | None = None,
+) -> RingSizes:  # fmt: skip
+    """As large as what is updated at a time, at most: its slots serve what comes next, too; more would hide nothing.
 
     Args:
-        all_shapes: Every streaming block, and its state tensors.
+        turns: What streams: the units that are updated one right after the other, each with its state tensors.
         ring_bytes: `hift.state.ring_bytes`; `None` = `ring_limit`.
         beside: Bytes of it that state takes outside the ring (`extra_bytes`).
         card_bytes: As of `ring_limit`.
@@ -337,6 +344,7 @@ def size_ring(
     Raises:
         ValueError: `ring_bytes` cannot hold three of the smallest tiles and what is beside them.
     """
+    all_shapes = [unit for units in turns for unit in units]
     smallest = max((_slot_bytes(shapes, TILE_MULTIPLE) for _, shapes in all_shapes), default=0)
     least = MIN_SLOTS * smallest
     limit = max(ring_limit(card_bytes) - beside, least) if ring_bytes is None else ring_bytes - beside
@@ -348,39 +356,58 @@ def size_ring(
         )
     if smallest == 0:  # no state that streams: a rule without any, or Adafactor, on fp32 weights
         return RingSizes(TILE_NUMEL, 0, 0)
-    block = max(_slot_bytes(shapes, shard.numel) for shard, shapes in all_shapes)
-    tile_bytes = max(min(TILE_BYTES, limit // MIN_SLOTS), min(LARGEST_TILE_BYTES, min(limit, block) // 4))
+    largest = max(sum(_slot_bytes(shapes, shard.numel) for shard, shapes in units) for units in turns)
+    tile_bytes = max(min(TILE_BYTES, limit // MIN_SLOTS), min(LARGEST_TILE_BYTES, min(limit, largest) // 4))
     tile_numel = max(tile_bytes // smallest, 1) * TILE_MULTIPLE
     longest = max(run.stop - run.start for shard, _ in all_shapes for run in shard.runs)
-    # Where all tiles of a block have a slot, they are of one length: a last one half empty would take a whole slot.
+    # Where all tiles have a slot, they are of one length: a last one half empty would take a whole slot.
     even = -(-longest // (-(-longest // tile_numel) * TILE_MULTIPLE)) * TILE_MULTIPLE
     for numel in (even, tile_numel):
         slot_bytes = max(_slot_bytes(shapes, min(numel, longest)) for _, shapes in all_shapes)
-        most_tiles = max(sum(-(-(r.stop - r.start) // numel) for r in shard.runs) for shard, _ in all_shapes)
+        most_tiles = max(
+            sum(-(-(run.stop - run.start) // numel) for shard, _ in units for run in shard.runs) for units in turns
+        )
         if most_tiles * slot_bytes <= limit:
             break
     return RingSizes(numel, slot_bytes, min(limit // slot_bytes, most_tiles))
 
 
-def make_states(
-    shards: list[BlockShard],
+def ring_sizes(
+    turns: Sequence[Sequence[UnitShard]],
     rule: Rule,
     param_groups: list[dict],
     storage: Storage,
     ring_bytes: int | None,
     card_bytes: int | None = None,
-) -> tuple[list[BlockState], Ring | None]:
-    """The blocks' states, and the ring that they stream through where they do.
+) -> RingSizes:
+    """`size_ring` for units that are updated one right after the other.
 
     Raises:
         ValueError: As `size_ring`.
     """
-    if storage.memory is None or storage.own_master:
-        return [BlockState(shard, rule, param_groups, storage) for shard in shards], None
-    beside = extra_bytes(initial_extra(shard, rule, param_groups) for shard in shards)
-    shapes = [(shard, storage.shapes(shard, rule, param_groups)) for shard in shards]
-    sizes = size_ring(shapes, ring_bytes, beside, card_bytes)
-    states = [BlockState(shard, rule, param_groups, storage, sizes.tile_numel) for shard in shards]
+    beside = extra_bytes(initial_extra(shard, rule, param_groups) for shards in turns for shard in shards)
+    shapes = [[(shard, storage.shapes(shard, rule, param_groups)) for shard in shards] for shards in turns]
+    return size_ring(shapes, ring_bytes, beside, card_bytes)
+
+
+def make_states(
+    turns: Sequence[Sequence[UnitShard]],
+    rule: Rule,
+    param_groups: list[dict],
+    storage: Storage,
+    ring_bytes: int | None,
+    card_bytes: int | None = None,
+) -> tuple[list[UnitState], Ring | None]:
+    """The states of units, in their order, and the ring that they stream through where they do.
+
+    Raises:
+        ValueError: As `size_ring`.
+    """
+    streams = storage.memory is not None and not storage.own_master
+    sizes = RingSizes(TILE_NUMEL, 0, 0)
+    if streams:
+        sizes = ring_sizes(turns, rule, param_groups, storage, ring_bytes, card_bytes)
+    states = [UnitState(shard, rule, param_groups, storage, sizes.tile_numel) for shards in turns for shard in shards]
     return states, Ring(sizes.num_slots, sizes.slot_bytes, storage.device) if sizes.num_slots else None
 
 

@@ -6,23 +6,23 @@ from torch import nn
 
 from hift_ds.config.keys import StateConfig
 from hift_ds.config.optimizers import rule_from_config
-from hift_ds.shards import BlockShard
-from hift_ds.state.block_state import LARGEST_TILE_BYTES, RING_BYTES, TILE_BYTES, BlockState, Storage, size_ring
+from hift_ds.shards import UnitShard
 from hift_ds.state.formats import GROUP
+from hift_ds.state.unit_state import LARGEST_TILE_BYTES, RING_BYTES, TILE_BYTES, Storage, UnitState, size_ring
 
 CPU = torch.device("cpu")
 SIZES = (300, 64, 1000, 1, 257, 700, 128)
 
 
-def state_of(kind: str, form: StateConfig, tile_numel: int = GROUP, one_run: bool = False) -> BlockState:
+def state_of(kind: str, form: StateConfig, tile_numel: int = GROUP, one_run: bool = False) -> UnitState:
     """Each parameter a param group and so a run of its own, or all in one."""
     rule, defaults = rule_from_config(kind, {})
     generator = torch.Generator().manual_seed(0)
     params = [(f"p{i}", nn.Parameter(torch.randn(n, generator=generator).bfloat16())) for i, n in enumerate(SIZES)]
     groups = [{**defaults, "params": [param]} for _, param in params]
     group_of = {name: 0 if one_run else index for index, (name, _) in enumerate(params)}
-    shard = BlockShard(params, group_of, 2, 1)
-    state = BlockState(shard, rule, groups, Storage(CPU, form), tile_numel)
+    shard = UnitShard(params, group_of, 2, 1)
+    state = UnitState(shard, rule, groups, Storage(CPU, form), tile_numel)
     assert len(shard.runs) == (1 if one_run else len(SIZES))
     return state
 
@@ -117,7 +117,7 @@ def test_a_block_of_mixed_dtypes_keeps_fp32_masters(form):
     rule, defaults = rule_from_config("AdamW", {})
     params = [("half", nn.Parameter(torch.randn(100).bfloat16())), ("full", nn.Parameter(torch.randn(30)))]
     groups = [{**defaults, "params": [param for _, param in params]}]
-    state = BlockState(BlockShard(params, {"half": 0, "full": 0}, 1, 0), rule, groups, Storage(CPU, form))
+    state = UnitState(UnitShard(params, {"half": 0, "full": 0}, 1, 0), rule, groups, Storage(CPU, form))
     value = torch.randn(100)
     state.write(0, None, value)
     assert state.master.dtype == torch.float32
@@ -132,9 +132,9 @@ def ring_of(ring_bytes=None, card=None, numels=(EMBEDDING, LAYER), each=12, besi
     """The ring of blocks of bf16 weights with fp32 state, without their memory; with SGD 4 bytes an element."""
     rule, defaults = rule_from_config("AdamW" if each == 12 else "SGD", {"lr": 0.1})
     params = [nn.Parameter(torch.empty(numel, dtype=torch.bfloat16, device="meta")) for numel in numels]
-    shards = [BlockShard([("weight", param)], {"weight": 0}, 1, 0) for param in params]
+    shards = [UnitShard([("weight", param)], {"weight": 0}, 1, 0) for param in params]
     storage = Storage(CPU)
-    shapes = [(shard, storage.shapes(shard, rule, [{**defaults, "params": params}])) for shard in shards]
+    shapes = [[(shard, storage.shapes(shard, rule, [{**defaults, "params": params}]))] for shard in shards]
     plan = size_ring(shapes, ring_bytes, beside, card)
     return plan, plan.num_slots * plan.slot_bytes
 
@@ -193,7 +193,7 @@ def test_what_fills_a_tile_of_a_fresh_state_is_what_a_reset_leaves(kind, hyper, 
     rule, defaults = rule_from_config(kind, hyper)
     params = [("a", nn.Parameter(torch.randn(700).bfloat16())), ("b", nn.Parameter(torch.randn(90).bfloat16()))]
     groups = [{**defaults, "params": [param]} for _, param in params]
-    state = BlockState(BlockShard(params, {"a": 0, "b": 1}, 1, 0), rule, groups, Storage(CPU, form), GROUP)
+    state = UnitState(UnitShard(params, {"a": 0, "b": 1}, 1, 0), rule, groups, Storage(CPU, form), GROUP)
     for tensor in state.slots.values():
         tensor.fill_(3)
     state.reset()
