@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hift_ds.chunked_loss import use_chunked_loss
     from hift_ds.config.keys import HiFTConfig
     from hift_ds.distributed import init_distributed
     from hift_ds.enabling import disable, enable
@@ -11,7 +12,10 @@ if TYPE_CHECKING:
     from hift_ds.start import initialize
 
 __version__ = "0.1.0"
-__all__ = ["HiFTCallback", "HiFTConfig", "HiFTEngine", "disable", "enable", "init_distributed", "initialize"]
+__all__ = [
+    "HiFTCallback", "HiFTConfig", "HiFTEngine", "disable", "enable", "init_distributed", "initialize",
+    "use_chunked_loss",
+]  # fmt: skip
 
 _HOMES = {
     "HiFTCallback": "hift_ds.integrations.trainer",
@@ -21,6 +25,7 @@ _HOMES = {
     "enable": "hift_ds.enabling",
     "initialize": "hift_ds.start",
     "init_distributed": "hift_ds.distributed",
+    "use_chunked_loss": "hift_ds.chunked_loss",
 }
 
 

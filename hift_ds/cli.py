@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hift_ds.recipes.arguments import positive
+from hift_ds.recipes.arguments import LOSSES, positive
 
 if TYPE_CHECKING:
     from hift_ds.memory.figures import Forecast
@@ -66,6 +66,8 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     add("--gradient_checkpointing", action="store_true", help="recompute activations in backward")
     add("--checkpoint_frozen", choices=("yes", "no"), default="yes",
         help="no: layers in which nothing is trained keep their activations, as with LlamaFactory")  # fmt: skip
+    add("--loss", choices=LOSSES, default=LOSSES[0],
+        help="chunked: head and cross entropy tile by tile (default: %(default)s)")  # fmt: skip
     add("--padded", action="store_true", help="rows have padding (default: they are full, as packed rows are)")
     add("--every_block", action="store_true", help="trace each block: slower; by default alike blocks are interpolated")
     add("--json", nargs="?", const="-", metavar="FILE", help="everything in bytes, to a file or instead of the table")

@@ -279,7 +279,7 @@ class HiFTEngine(DeepSpeedEngine):
             super()._take_model_step(lr_kwargs)
         except Exception:
             # The window has ended, though without an update: the next one begins with the next batch.
-            self.optimizer.zero_grad()
+            self.optimizer.abandon_step()
             self.optimizer.window_cut = False
             self.micro_steps += 1
             self._running_engine_step = False

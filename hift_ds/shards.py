@@ -170,6 +170,12 @@ class UnitShard:
             return param.ds_tensor.data.view(-1)[: segment.numel]
         return param.data.view(-1)[segment.start : segment.start + segment.numel]
 
+    def weight_pieces(self, span: slice) -> Iterator[tuple[slice, torch.Tensor]]:
+        """This rank's model weights in a range of the shard: elements of the range, and a 1-D view of the weights."""
+        for index, first, last in pieces(self.segments, span.start, span.stop - span.start):
+            start = self.segments[index].offset
+            yield slice(first - span.start, last - span.start), self.weight_slice(index)[first - start : last - start]
+
     @torch.no_grad()
     def read_weights(self, out: torch.Tensor) -> torch.Tensor:
         """Copies this rank's slices of the model weights into `out` (1-D, shard length, any dtype or device)."""

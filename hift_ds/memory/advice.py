@@ -125,6 +125,8 @@ def _changes(request: Request) -> Iterator[Change]:
         if size < (state.ring_bytes or ring_limit(request.gpu_memory)):
             what = f'"ring_bytes": {size} in hift.state'
             yield Change(what, "less of the copies is hidden", {(*_STATE, "ring_bytes"): size})
+    if not request.chunked_loss:
+        yield Change("loss in chunks (--loss chunked)", "the head's product once more", {}, {"chunked_loss": True})
     if not request.checkpointing:
         yield Change("activation checkpointing", "about one more forward a step", {}, {"checkpointing": True})
     for rows in _halves(config.micro_batch, 1):

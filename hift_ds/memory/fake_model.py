@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from hift_ds.chunked_loss import use_chunked_loss
 from hift_ds.extras import needs_recipes
 from hift_ds.zero.activations import use_non_reentrant_checkpointing
 
@@ -31,6 +32,7 @@ class FakeModel:
         dtype: Of weights and buffers.
         attn_implementation: `None` = transformers' choice.
         checkpointing: Recompute activations in backward (non-reentrant, as HiFT does).
+        chunked_loss: Make the loss tile by tile.
         checkpoint_frozen: Those of layers in which nothing is trained, too; LlamaFactory keeps them.
         model_class: `None` = that of the config.
 
@@ -50,6 +52,7 @@ class FakeModel:
         attn_implementation: str | None = None,
         checkpointing: bool = False,
         checkpoint_frozen: bool = True,
+        chunked_loss: bool = False,
         model_class: type[PreTrainedModel] | None = None,
     ) -> None:
         self.config = config = copy.deepcopy(config)  # building writes into it, the attention for one
@@ -63,6 +66,11 @@ class FakeModel:
                 f"model of type {config.model_type!r}: transformers cannot build it "
                 f"({str(error).strip().splitlines()[0]})"
             ) from error
+        if chunked_loss:
+            try:
+                use_chunked_loss(self.module)
+            except TypeError as error:
+                raise ValueError(str(error)) from None
         self._checkpointed: list[Any] = []  # where something is trained
         if checkpointing:
             if not getattr(self.module, "supports_gradient_checkpointing", False):

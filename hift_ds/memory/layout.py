@@ -209,18 +209,20 @@ class Layout:
         Args:
             gradients: Bytes of all gradients that are there when it begins.
         """
-        new = shard.numel * shard.dtype.itemsize
+        longest = max(run.stop - run.start for run in shard.runs)
+        tile = min(self._tile_numel or longest, longest)
+        new = (shard.numel if self._publishes(shard) else tile) * shard.dtype.itemsize
+        if self.config.home == "host" and not self._publishes(shard):
+            new = 0  # it comes from the host, straight to its place
         made = 0 if self.config.home == "host" or self.config.home == "device" else self._factored
         own = shard.numel * self.config.accumulation_dtype.itemsize
         if self.config.kernel == "torch" and self.config.home != "host":
-            longest = max(run.stop - run.start for run in shard.runs)
             if self.config.accumulation_dtype != torch.float32:  # else the rule works in the gradient itself
-                made += 4 * (min(self._tile_numel, longest) if self.rule.elementwise else longest)
+                made += 4 * (tile if self.rule.elementwise else longest)
             if not self.rule.elementwise:  # the estimate of the second moment of the largest slice
                 made += 4 * max(segment.numel for segment in shard.segments)
         if self.config.hift.update == "backward" and self.config.world == 1 and len(shard.segments) > 1:
-            longest = max(run.stop - run.start for run in shard.runs)  # a tile of several parameters' gradients
-            made += min(self._tile_numel or longest, longest) * self.config.accumulation_dtype.itemsize
+            made += tile * self.config.accumulation_dtype.itemsize  # of several parameters' gradients
         sent = 0
         if self._publishes(shard):
             sent = max(self._packed(shard, bucket) for bucket in shard.buckets(self.config.zero.allgather_bucket_size))

@@ -134,7 +134,9 @@ def _heading(forecast: Forecast) -> str:
     size = f"{numel / 1e9:.2f} B parameters" if numel >= 1e8 else f"{numel:,} parameters"
     checkpointing = ", activation checkpointing" if request.checkpointing else ""
     checkpointing += " of layers that train" if checkpointing and not request.checkpoint_frozen else ""
-    return f"{forecast.model}, {size}, {request.config.precision}, ZeRO-{request.config.stage}, {ranks}{checkpointing}"
+    loss = ", loss in chunks" if request.chunked_loss else ""
+    stage = f"ZeRO-{request.config.stage}"
+    return f"{forecast.model}, {size}, {request.config.precision}, {stage}, {ranks}{checkpointing}{loss}"
 
 
 def _title(forecast: Forecast) -> str:

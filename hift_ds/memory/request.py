@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from hift_ds.chunked_loss import is_chunked
 from hift_ds.config.resolve import ResolvedConfig, resolve, zero_section
 
 # CUDA's context, cuBLAS's workspace and the allocator's rounding and gaps: an allowance, not a measurement.
@@ -35,6 +36,7 @@ class Request:
         separate_host: As of `resolve`.
         optimizer: The client's, instead of the config's.
         checkpoint_frozen: Activation checkpointing of layers in which nothing is trained, too.
+        chunked_loss: The loss tile by tile (`hift_ds.use_chunked_loss`).
     """
 
     ds_config: Mapping[str, Any]
@@ -50,13 +52,14 @@ class Request:
     separate_host: bool | None = None
     optimizer: Any = None
     checkpoint_frozen: bool = True
+    chunked_loss: bool = False
 
     @classmethod
     def of(cls, module: Any, ds_config: Mapping[str, Any], seq: int, **others: Any) -> Request:
-        """Of a transformers model that is there, with its attention and its checkpointing."""
+        """Of a transformers model that is there, with its attention, its checkpointing and its way to a loss."""
         attention = getattr(module.config, "_attn_implementation", None)
         checkpointing = bool(getattr(module, "is_gradient_checkpointing", False))
-        return cls(ds_config, seq, attention, checkpointing, **others)
+        return cls(ds_config, seq, attention, checkpointing, chunked_loss=is_chunked(module), **others)
 
     @property
     def world(self) -> int:

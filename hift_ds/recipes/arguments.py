@@ -15,6 +15,7 @@ from hift_ds.config.batch import ACCUMULATION, MICRO, TRAIN
 from hift_ds.config.keys import HiFTConfig, StateConfig
 from hift_ds.config.kinds import Kind, declared, default_of
 
+LOSSES = ("plain", "chunked")
 # Nothing here imports torch or DeepSpeed at the top: --help is quick, and the number of threads can still be chosen.
 
 def add_arguments(parser: argparse.ArgumentParser, default_config: Path) -> None:
@@ -35,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser, default_config: Path) -> None
     add("--lr", type=float, metavar="R", help="learning rate")
     add("--seed", type=int, default=42, help="order of the data")
     add("--gradient_checkpointing", action="store_true", help="recompute activations in backward")
+    add("--loss", choices=LOSSES, default=LOSSES[0], help="chunked: head and cross entropy tile by tile, no logits")
     add("--attn_implementation", metavar="A", help="sdpa, eager, flash_attention_2 ...")
     add("--eval_every", type=positive, metavar="N", help="steps between evaluations (default: before and after)")
     add("--answers", type=positive, default=1, metavar="N", help="held-out questions to answer after training")

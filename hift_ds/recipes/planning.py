@@ -46,7 +46,7 @@ def request_of(args: argparse.Namespace) -> Request:
     host = None if args.host_memory is None else parse_bytes(args.host_memory, "--host_memory")
     request = Request(
         config, args.seq_len, args.attn_implementation, args.gradient_checkpointing, args.padded, args.gpus, args.nodes,
-        card, host, checkpoint_frozen=args.checkpoint_frozen == "yes",
+        card, host, checkpoint_frozen=args.checkpoint_frozen == "yes", chunked_loss=args.loss == "chunked",
     )  # fmt: skip
     for note in (*assumed, *request.config.notes):
         print(f"DeepSpeed config: {note}", file=sys.stderr)

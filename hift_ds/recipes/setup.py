@@ -108,6 +108,7 @@ def _load_model(args: argparse.Namespace, run: Run, config: Any) -> Any:
     from deepspeed.accelerator import get_accelerator
     from transformers.integrations import HfDeepSpeedConfig
 
+    from hift_ds.chunked_loss import use_chunked_loss
     from hift_ds.config.resolve import DTYPES, precision_of, stage_of
     from hift_ds.recipes.models import load_model, random_model
 
@@ -122,6 +123,8 @@ def _load_model(args: argparse.Namespace, run: Run, config: Any) -> Any:
     else:
         model = load_model(args.model_name_or_path, **options)
     del kept
+    if args.loss == "chunked":
+        use_chunked_loss(model)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.config.use_cache = False

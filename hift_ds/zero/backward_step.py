@@ -88,10 +88,10 @@ class BackwardStep(Step):
         if of_block:
             self._begin_anew(state, True)
         scaling = Scaling(self._loss_scaler.loss_scale, self._config.clip, norm, check.square)
-        weights = self._updated(state, grad, scaling, made.rates)
+        new = self._updated(state, grad, scaling, made.rates)
         made.updated = True
         del grad  # free before the next allocation
-        self._published.write(shard, weights, IN_FLIGHT)
+        self._published.send(shard, new, IN_FLIGHT)
         state.torn = False
 
     def _begun(self) -> _Made:

@@ -17,6 +17,7 @@ from hift_ds.rules.adam import Adam
 from hift_ds.state.ring import Tile
 from hift_ds.state.unit_state import UnitState
 from hift_ds.zero.update import Gradient, Scaling, unscaled
+from hift_ds.zero.weights import NewWeights
 
 
 class HostUpdate:
@@ -49,20 +50,21 @@ class HostUpdate:
         self._staging = _Staging(states, device) if rule.elementwise else None
 
     def run(
-        self, state: UnitState, grad: Gradient, scaling: Scaling, rates: list[float], unit: int
-    ) -> torch.Tensor:
+        self, state: UnitState, grad: Gradient, new: NewWeights, scaling: Scaling, rates: list[float], unit: int
+    ) -> None:
         """As `UnitUpdate.run`."""
         with state.counted():
-            return self._run(state, grad, scaling, rates)
+            self._run(state, grad, new, scaling, rates)
 
-    def _run(self, state: UnitState, grad: Gradient, scaling: Scaling, rates: list[float]) -> torch.Tensor:
-        weights = torch.empty(state.shard.numel, dtype=state.shard.dtype, device=self.device)
+    def _run(
+        self, state: UnitState, grad: Gradient, new: NewWeights, scaling: Scaling, rates: list[float]
+    ) -> None:
         if self._staging is None:
             assert state.master is not None  # as of every state on the host
             self._whole_runs(state, state.master, grad, scaling, rates)
-            weights.copy_(state.master)
-            return weights
-        for tile, gradient in self._staging.visit(state.tiles, grad, weights):
+            new.end(slice(0, state.shard.numel), state.master)
+            return
+        for tile, gradient in self._staging.visit(state.tiles, grad, new):
             run = state.shard.runs[tile.run]
             gradient = unscaled(gradient, scaling)
             state.torn = True
@@ -71,7 +73,6 @@ class HostUpdate:
                 self._step_adam(self._adam, tile.home, gradient, group, lr, state.step)
             else:
                 self.rule.update(tile.home["master"], gradient, tile.home, group, lr=lr, step=state.step)
-        return weights
 
     def _step_adam(
         self, adam: DeepSpeedCPUAdam, tensors: dict[str, torch.Tensor], gradient: torch.Tensor, group: dict[str, Any],
@@ -130,11 +131,11 @@ class _Staging:
         self._sent: list[Any] = [None, None]
 
     def visit(
-        self, tiles: list[Tile], grad: Gradient, weights: torch.Tensor
+        self, tiles: list[Tile], grad: Gradient, new: NewWeights
     ) -> Iterator[tuple[Tile, torch.Tensor]]:
         """Each tile with its gradient in fp32 on the host, to be used up; meanwhile the next one's comes.
 
-        When the next tile is asked for, this one's masters start their way to `weights` as the new model weights.
+        When the next tile is asked for, this one's masters start their way to the model as its new weights.
         """
         self._fetch(0, tiles[0], grad)
         for index, tile in enumerate(tiles):
@@ -146,8 +147,7 @@ class _Staging:
                 gradient = _part(self._fp32, tile, torch.float32).copy_(gradient)
             yield tile, gradient
             _wait(self._sent[index % 2])  # of two tiles ago, or of an earlier block
-            out = _part(self._out[index % 2], tile, weights.dtype).copy_(tile.home["master"])
-            weights[tile.span].copy_(out, non_blocking=True)
+            new.end(tile.span, _part(self._out[index % 2], tile, new.dtype).copy_(tile.home["master"]))
             self._sent[index % 2] = self._event()
 
     def _fetch(self, index: int, tile: Tile, grad: Gradient) -> None:

@@ -229,13 +229,21 @@ class HiFTOptimizer(ZeROOptimizer):
         """Drops all gradients of the window, those that have been reduced too, and those of an interrupted backward."""
         if not self.states:  # after `destroy`
             return
-        self._mark_half_made()
-        interrupted = self.interrupted
-        if self._step.half_made and not interrupted and not self._aside:
+        if self._step.half_made and not self.interrupted and not self._aside:
             raise RuntimeError(
                 "hift.update='backward': zero_grad() cannot drop this window's update, which its backward has made: "
                 'call engine.step() first; for gradients that are not to train use "update": "step"'
             )
+        self._drop_window()
+
+    def abandon_step(self) -> None:
+        """After an error in `step`: its window is over, and a part of its update may be made."""
+        if self.states:
+            self._drop_window(failed=True)
+
+    def _drop_window(self, failed: bool = False) -> None:
+        self._mark_half_made(failed)
+        interrupted = self.interrupted
         self.reducer.discard()
         self._step.drop()
         self.clear_backward_seen_flag()
@@ -246,9 +254,9 @@ class HiFTOptimizer(ZeROOptimizer):
                 self.checkpoint_event_prologue()
                 self._traces.forget()
 
-    def _mark_half_made(self) -> None:
-        """An interrupted backward has updated some of the active block's units, others not."""
-        if self.interrupted and self._step.half_made:
+    def _mark_half_made(self, failed: bool = False) -> None:
+        """A backward or a step that ended with an error has updated some of the active block's units, others not."""
+        if (failed or self.interrupted) and self._step.half_made:
             for state in self._active:
                 state.torn = True
 

@@ -25,7 +25,7 @@ from hift_ds.zero.states import States
 from hift_ds.zero.step_check import StepCheck, Verdict
 from hift_ds.zero.step_hooks import StepHooks
 from hift_ds.zero.update import Gradient, Scaling, UnitUpdate
-from hift_ds.zero.weights import Publication
+from hift_ds.zero.weights import OwnWeights, Publication, SentWeights
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class Step:
     ) -> None:  # fmt: skip
         self._config, self._plan, self._states, self._reducer = config, plan, states, reducer
         self._indices = {id(state): index for index, state in enumerate(states.all)}
-        self._published = Publication(group, config.zero.allgather_bucket_size)
+        self._published = Publication(group, config.zero.allgather_bucket_size, device)
         self._rotation, self._rate, self._reach, self._guard = rotation, rate, reach, guard
         self._loss_scaler, self._group, self._holder = loss_scaler, group, holder
         self._grouped = [list(map(id, group["params"])) for group in holder.param_groups]
@@ -226,9 +226,9 @@ class Step:
                 self._begin_anew(state, reached)
         for index, state in enumerate(states):
             if reached or state is self._states.always:
-                weights = self._updated(state, grads[index], scaling, rates)
+                new = self._updated(state, grads[index], scaling, rates)
                 grads[index] = torch.empty(0)  # free before the next allocation
-                self._published.write(state.shard, weights, 0)
+                self._published.send(state.shard, new, 0)
         for state in states:  # all of a step, or none of it
             state.torn = False
 
@@ -243,9 +243,11 @@ class Step:
 
     def _updated(
         self, state: UnitState, grad: Gradient, scaling: Scaling, rates: list[float]
-    ) -> torch.Tensor:
+    ) -> OwnWeights | SentWeights:
         update = self.host_update if self.host_update is not None and state.streams else self.update
-        return update.run(state, grad, scaling, rates, self._indices[id(state)])
+        new = self._published.of(state.shard)
+        update.run(state, grad, new, scaling, rates, self._indices[id(state)])
+        return new
 
     def begins_anew(self) -> bool:
         """Whether the active block's moments are reset by its coming update."""

@@ -56,6 +56,9 @@ class UnitReducer(GradientReducer):
             RuntimeError: A gradient after its unit has been updated, or sent on.
         """
         last = self.at_boundary()
+        known = self._window_of.get(param)
+        if known is not None and known.gone:
+            self._refuse_second(known, param)
         if not last and self._host is None:
             super().on_gradient(param)
             return
@@ -64,7 +67,7 @@ class UnitReducer(GradientReducer):
             self._begun = True
             for one in self._windows.values():
                 one.missing = set(filter(self.will_come, one.shard.params))
-        if window.gone or (self.at_once and self.config.world > 1 and param not in window.missing):
+        if self.at_once and self.config.world > 1 and param not in window.missing:
             self._refuse_second(window, param)
         window.missing.discard(param)
         if self.config.world == 1:

@@ -12,6 +12,7 @@ from hift_ds.rules import Rule
 from hift_ds.shards import Run
 from hift_ds.state.ring import Ring, Tile
 from hift_ds.state.unit_state import UnitState
+from hift_ds.zero.weights import NewWeights
 
 Tensors = dict[str, torch.Tensor]
 # Updates one tile in place: its range of the shard, gradient as reduced, model weights, state tensors on the device.
@@ -77,37 +78,29 @@ class UnitUpdate:
         self.all_reduce, self.kernel, self.ring, self.seed = all_reduce, kernel, ring, seed
 
     def run(
-        self, state: UnitState, grad: Gradient, scaling: Scaling, rates: list[float], unit: int
-    ) -> torch.Tensor:
+        self, state: UnitState, grad: Gradient, new: NewWeights, scaling: Scaling, rates: list[float], unit: int
+    ) -> None:
         """Updates masters and state of a unit in place. Collective for a rule that is not elementwise.
 
         Args:
             state: The unit's; its `step` is counted up. It is `torn` until the caller ends the step.
             grad: The averaged gradient shard, scaled and not clipped: 1-D, shard length.
+            new: Takes the new model weights.
             rates: Learning rate in force, one per param group.
             unit: Tells units apart where rounding is random.
-
-        Returns:
-            The new model weights of this rank's shard: 1-D, in the model's dtype (fp32 where a block mixes dtypes).
         """
         with state.counted() as fresh:
-            weights = self._weights(state)
             if not self.rule.elementwise:
                 for index, run in enumerate(state.shard.runs):
-                    self._whole_run(state, index, run, grad, weights, scaling, rates[run.group], unit)
-                return weights
+                    self._whole_run(state, index, run, grad, new, scaling, rates[run.group], unit)
+                return
             of_run = self._fused if self.kernel == "triton" else self._eager
             computes = [of_run(state, run, scaling, rates[run.group], unit) for run in state.shard.runs]
+            reads = _reads(state)
             for tile, tensors in self._visit(state, state.tiles, fresh=fresh):
-                computes[tile.run](tile.span, grad[tile.span], weights[tile.span], tensors)
-        return weights
-
-    def _weights(self, state: UnitState) -> torch.Tensor:
-        """Where the new model weights go; the present ones are in it where they are the masters or a part of them."""
-        weights = torch.empty(state.shard.numel, dtype=state.shard.dtype, device=self.device)
-        if state.master is None or state.master.dtype != torch.float32:
-            state.shard.read_weights(weights)
-        return weights
+                weights = new.begin(tile.span, reads)
+                computes[tile.run](tile.span, grad[tile.span], weights, tensors)
+                new.end(tile.span, weights)
 
     def _visit(
         self, state: UnitState, tiles: list[Tile], write: bool = True, fresh: bool = False
@@ -154,7 +147,7 @@ class UnitUpdate:
         return scalars
 
     def _whole_run(
-        self, state: UnitState, index: int, run: Run, grad: Gradient, weights: torch.Tensor, scaling: Scaling,
+        self, state: UnitState, index: int, run: Run, grad: Gradient, new: NewWeights, scaling: Scaling,
         lr: float, unit: int,
     ) -> None:  # fmt: skip
         """A rule that looks at whole parameters: it goes over the tiles of a run more than once."""
@@ -164,16 +157,21 @@ class UnitUpdate:
             lr=lr, step=state.step, segments=run.segments, extra=state.extra, all_reduce=self.all_reduce
         )
 
+        reads = _reads(state)
+
         def masters(write: bool) -> Iterator[tuple[int, torch.Tensor]]:
             for tile, tensors in self._visit(state, tiles, write):
-                master = tensors.get("master")
-                yield tile.span.start - run.start, weights[tile.span] if master is None else master
-                if write and master is not None:
-                    weights[tile.span].copy_(master)
+                master, weights = tensors.get("master"), new.begin(tile.span, reads)
+                yield tile.span.start - run.start, weights if master is None else master
+                if write:
+                    new.end(tile.span, weights if master is None else weights.copy_(master))
 
         def forms(write: bool) -> Iterator[tuple[int, Any]]:
             for tile, tensors in self._visit(state, tiles, write):
-                yield tile.span.start - run.start, _form(weights[tile.span], tensors.get("master"))
+                weights = new.begin(tile.span, reads)
+                yield tile.span.start - run.start, _form(weights, tensors.get("master"))
+                if write:
+                    new.end(tile.span, weights)
 
         if self.kernel == "triton":
             from hift_kernels.rounding import mixed_seed
@@ -186,6 +184,11 @@ class UnitUpdate:
             gradient = unscaled(gradient, scaling)
             state.torn = True
             self.rule.update_run(masters, gradient, group, **common)
+
+
+def _reads(state: UnitState) -> bool:
+    """Whether the present model weights are the masters, or a part of them."""
+    return state.master is None or state.master.dtype != torch.float32
 
 
 def unscaled(grad: torch.Tensor, scaling: Scaling) -> torch.Tensor:

@@ -1,9 +1,9 @@
-"""From a shard of new weights to the model's."""
+"""From an update's new weights to the model's."""
 
 from __future__ import annotations
 
 from collections import deque
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from deepspeed import comm as dist
@@ -11,39 +11,91 @@ from deepspeed import comm as dist
 from hift_ds.shards import UnitShard, is_partitioned
 
 
+class NewWeights(Protocol):
+    """Takes the new model weights of one unit's shard, range by range."""
+
+    dtype: torch.dtype
+
+    def begin(self, span: slice, read: bool) -> torch.Tensor:
+        """Where a range's go: 1-D; `read`: the present ones are in it."""
+
+    def end(self, span: slice, new: torch.Tensor) -> None:
+        """They are there, or in another tensor, perhaps on the host."""
+
+
+class OwnWeights:
+    """Of a rank that nobody waits for (a lone one, stage 0, stage 3): each range goes to the model at once."""
+
+    def __init__(self, shard: UnitShard, device: torch.device) -> None:
+        self._shard, self._device, self.dtype = shard, device, shard.dtype
+
+    def begin(self, span: slice, read: bool) -> torch.Tensor:
+        """As NewWeights.begin."""
+        new = torch.empty(span.stop - span.start, dtype=self.dtype, device=self._device)
+        if read:
+            new.zero_()  # padding
+            for part, weights in self._shard.weight_pieces(span):
+                new[part].copy_(weights)
+        return new
+
+    def end(self, span: slice, new: torch.Tensor) -> None:
+        """As NewWeights.end."""
+        for part, weights in self._shard.weight_pieces(span):
+            weights.copy_(new[part], non_blocking=True)
+
+
+class SentWeights:
+    """Of a rank that sends them to others: the shard's are kept until `Publication.send`."""
+
+    def __init__(self, shard: UnitShard, device: torch.device) -> None:
+        self.dtype = shard.dtype
+        self._shard, self._read = shard, False
+        self.shard = torch.empty(shard.numel, dtype=shard.dtype, device=device)
+
+    def begin(self, span: slice, read: bool) -> torch.Tensor:
+        """As NewWeights.begin."""
+        if read and not self._read:
+            self._read = True
+            self._shard.read_weights(self.shard)
+        return self.shard[span]
+
+    def end(self, span: slice, new: torch.Tensor) -> None:
+        """As NewWeights.end."""
+        if new.data_ptr() != self.shard[span].data_ptr():
+            self.shard[span].copy_(new, non_blocking=True)
+
+
 class Publication:
-    """Writes new weights into the model; what is on its way to other ranks arrives at the latest at `wait`.
+    """Sends new weights to the other ranks; what is on its way arrives at the latest at `wait`.
 
     Args:
         group: The process group of the ranks that share a unit's state.
         max_numel: Most elements, over all ranks, that are sent at once.
+        device: Where the model is.
     """
 
-    def __init__(self, group: object, max_numel: int) -> None:
-        self._group, self._max_numel = group, max_numel
+    def __init__(self, group: object, max_numel: int, device: torch.device) -> None:
+        self._group, self._max_numel, self._device = group, max_numel, device
         self._in_flight: deque[tuple[Any, UnitShard, range, torch.Tensor, torch.Tensor]] = deque()
 
-    @torch.no_grad()
-    def write(self, shard: UnitShard, weights: torch.Tensor, in_flight: int) -> None:
-        """Makes `weights` (1-D, shard length) the model weights, cast to each parameter's dtype.
+    def of(self, shard: UnitShard) -> OwnWeights | SentWeights:
+        """What takes the new weights of a unit."""
+        sends = shard.world > 1 and not is_partitioned(shard.params[0])
+        return SentWeights(shard, self._device) if sends else OwnWeights(shard, self._device)
 
-        Collective at stages 1 and 2: every rank sends its slices and receives the others', in pieces of at most
-        `max_numel` elements. At stage 3 each rank writes its own slices and nothing is sent.
+    @torch.no_grad()
+    def send(self, shard: UnitShard, new: OwnWeights | SentWeights, in_flight: int) -> None:
+        """Makes what `new` has taken the model's on every rank. Collective where the ranks do not have their own.
 
         Args:
-            in_flight: Pieces that may still be on their way afterwards.
+            in_flight: Pieces of at most `max_numel` elements that may still be on their way afterwards.
         """
-        if is_partitioned(shard.params[0]):
-            for index, segment in enumerate(shard.segments):
-                shard.weight_slice(index).copy_(weights[segment.offset : segment.offset + segment.numel])
+        if isinstance(new, OwnWeights):
             return
         for bucket in shard.buckets(self._max_numel):
-            mine = weights[shard.span(bucket)].to(shard.params[bucket[0]].dtype)
-            if shard.world == 1:
-                shard.unpack(bucket, mine)
-                continue
+            mine = new.shard[shard.span(bucket)].to(shard.params[bucket[0]].dtype).contiguous()
             self.wait(max(in_flight - 1, 0))
-            mine, packed = mine.contiguous(), mine.new_empty(shard.world * mine.numel())
+            packed = mine.new_empty(shard.world * mine.numel())
             handle = dist.all_gather_into_tensor(packed, mine, group=self._group, async_op=True)
             self._in_flight.append((handle, shard, bucket, packed, mine))
             self.wait(in_flight)

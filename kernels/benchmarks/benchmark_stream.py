@@ -48,7 +48,7 @@ def make(name: str, numel: int, device: torch.device, compute: Callable[[], None
     from hift_ds.state.unit_state import MIN_SLOTS, TILE_BYTES, TILE_MULTIPLE, Storage, make_states
     from hift_ds.zero.host_update import HostUpdate
     from hift_ds.zero.update import Scaling, UnitUpdate
-    from hift_ds.zero.weights import Publication
+    from hift_ds.zero.weights import OwnWeights
 
     rule, defaults = rule_from_config("AdamW", {"lr": 1e-3, "weight_decay": 0.01})
     params = [torch.nn.Parameter(torch.randn(numel, device=device).bfloat16()) for _ in range(NUM_BLOCKS)]
@@ -71,8 +71,7 @@ def make(name: str, numel: int, device: torch.device, compute: Callable[[], None
     def step(index: int) -> None:
         compute()
         state = states[index % NUM_BLOCKS]
-        weights = update.run(state, grad, scaling, [1e-3], index % NUM_BLOCKS)
-        Publication(None, numel).write(state.shard, weights, 0)
+        update.run(state, grad, OwnWeights(state.shard, device), scaling, [1e-3], index % NUM_BLOCKS)
         if ring is not None:
             ring.prefetch(states[(index + 1) % NUM_BLOCKS].tiles)
 

@@ -15,7 +15,7 @@ from hift_ds.shards import UnitShard
 from hift_ds.state.host_memory import HostMemory
 from hift_ds.state.unit_state import Storage, UnitState, make_states
 from hift_ds.zero.update import Scaling, UnitUpdate
-from hift_ds.zero.weights import Publication
+from hift_ds.zero.weights import OwnWeights
 
 BLOCKS, NUMEL, STEPS = 3, 100_003, 12
 _made: list[Any] = []  # the engine whose peaks were measured in this process
@@ -40,8 +40,7 @@ def trained(form: StateConfig, streams: bool, turns: list[int], ring_bytes: int 
     for step, block in enumerate(turns):
         state = states[block]
         grad = torch.randn(state.shard.numel, generator=torch.Generator().manual_seed(step)).bfloat16().to(DEVICE)
-        weights = update.run(state, grad, Scaling(1.0, 0.0, None, square), [1e-2], block)
-        Publication(None, NUMEL).write(state.shard, weights, 0)
+        update.run(state, grad, OwnWeights(state.shard, DEVICE), Scaling(1.0, 0.0, None, square), [1e-2], block)
         if update.ring is not None and step + 1 < len(turns):
             update.ring.prefetch(states[turns[step + 1]].tiles)
     if update.ring is not None:
@@ -130,7 +129,7 @@ def device_bytes_of_state(ring_bytes: int) -> dict[str, int]:
     grad = torch.randn(states[0].shard.numel, device=DEVICE).bfloat16()
     torch.cuda.reset_peak_memory_stats()
     square = torch.ones(1, dtype=torch.float64, device=DEVICE)
-    update.run(states[0], grad, Scaling(1.0, 0.0, None, square), [1e-2], 0)
+    update.run(states[0], grad, OwnWeights(states[0].shard, DEVICE), Scaling(1.0, 0.0, None, square), [1e-2], 0)
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() - before - weights - grad.nbytes - states[0].shard.numel * 2
     return {"state": peak, "ring": update.ring.nbytes, "allowed": ring_bytes}

@@ -429,7 +429,7 @@ def one_unit_at_a_time(stage: int, dtype: str) -> None:
     before = 33088 * (4 if dtype == "fp32" else 2) if world > 1 else 4 * WIDTH * WIDTH * 4
     for layers in (2, LAYERS):
         for one, several in zip(found[1], found[layers], strict=True):
-            assert several <= one + before + 2 * TINY, (layers, found)
+            assert several <= one + before + 4 * TINY, (layers, found)
 
 
 @pytest.mark.parametrize(

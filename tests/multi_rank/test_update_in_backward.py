@@ -270,6 +270,19 @@ def test_a_second_backward_in_the_last_micro_step_is_refused(two_ranks, stage):
     two_ranks.run(second_backward, stage)
 
 
+def second_in_no_sync() -> None:
+    engine = engine_of(ds_config(1, "fp32", BACKWARD))
+    rows = batch_of(0, 0, dist.get_rank())
+    engine.backward(engine(**rows).loss)
+    with engine.no_sync():
+        error = error_of(lambda: engine.backward(engine(**rows).loss))
+    assert "a second gradient, and the update of this window is made" in error, error
+
+
+def test_a_second_backward_in_no_sync_is_refused_and_not_lost(two_ranks):
+    two_ranks.run(second_in_no_sync)
+
+
 def zeroed() -> None:
     engine = engine_of(ds_config(0, "fp32", BACKWARD))
     engine.backward(engine(**batch_of(0, 0, dist.get_rank())).loss)

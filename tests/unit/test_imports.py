@@ -17,7 +17,7 @@ ROOT = PACKAGE.parent
 KNOW_DEEPSPEED = {"engine", "start", "enabling", "zero", "distributed", "config", "memory"}
 # From the bottom up: a module imports from its own room and those before it.
 LAYERS = (
-    ("shards", "extras"),
+    ("shards", "extras", "chunked_loss"),
     ("rules", "rotation"),
     ("config",),
     ("state",),

@@ -11,7 +11,7 @@ from hift_ds.state.host_memory import HostMemory
 from hift_ds.state.unit_state import Storage, make_states
 from hift_ds.zero.host_update import HostUpdate
 from hift_ds.zero.update import Scaling, UnitUpdate
-from hift_ds.zero.weights import Publication
+from hift_ds.zero.weights import OwnWeights, SentWeights
 
 CPU = torch.device("cpu")
 
@@ -31,7 +31,7 @@ def trained(memory: HostMemory | None, after_start=lambda: None) -> list[torch.T
     for block in (0, 1, 0, 1):
         grad = torch.randn(states[block].shard.numel, generator=generator).bfloat16()
         scaling = Scaling(2.0, 0.0, 1.0, torch.ones(1, dtype=torch.float64))
-        Publication(None, 10**6).write(states[block].shard, update.run(states[block], grad, scaling, [0.1], block), 0)
+        update.run(states[block], grad, OwnWeights(states[block].shard, CPU), scaling, [0.1], block)
     return [param.detach().clone() for param in params]
 
 
@@ -44,8 +44,8 @@ def test_gradients_are_made_fp32_in_kept_memory(monkeypatch, dtype, buffers):
     states, _ = make_states([[shard]], rule, groups, Storage(CPU, memory=HostMemory(), own_master=True), None)
     update = HostUpdate(rule, groups, CPU, lambda tensor: tensor, states)
     grad = torch.randn(shard.numel).to(dtype)
-    weights, places = torch.empty(shard.numel, dtype=dtype), set()
-    for tile, gradient in update._staging.visit(states[0].tiles, grad, weights):
+    places = set()
+    for tile, gradient in update._staging.visit(states[0].tiles, grad, SentWeights(shard, CPU)):
         assert gradient.dtype == torch.float32 and torch.equal(gradient, grad[tile.span].float())
         places.add(gradient.data_ptr())
         gradient.zero_()  # a rule uses it up

@@ -11,6 +11,7 @@ from hift_ds.rules import adafactor_fused
 from hift_ds.shards import UnitShard
 from hift_ds.state.unit_state import Storage, UnitState
 from hift_ds.zero.update import Scaling, UnitUpdate
+from hift_ds.zero.weights import SentWeights
 
 CPU = torch.device("cpu")
 SCALING = Scaling(1.0, 0.0, None, torch.ones(1, dtype=torch.float64))
@@ -31,7 +32,7 @@ def seeds_of(kind: str, monkeypatch) -> dict[tuple[int, ...], int]:
         update = UnitUpdate(rule, groups, CPU, lambda tensor: tensor, "triton", seed=seed)
         for step in (1, 2):
             given.clear()
-            update.run(state, torch.zeros(shard.numel), SCALING, [0.1, 0.1], block)
+            update.run(state, torch.zeros(shard.numel), SentWeights(shard, CPU), SCALING, [0.1, 0.1], block)
             found |= {(seed, block, rank, step, index): value for index, value in enumerate(given)}
     return found
 

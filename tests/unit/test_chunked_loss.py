@@ -1,0 +1,149 @@
+"""The loss in chunks: transformers' loss and gradients to rounding, and never a whole matrix of logits."""
+
+import copy
+
+import pytest
+import torch
+import transformers as T
+from torch import nn
+
+from hift_ds.chunked_loss import ChunkedLoss, use_chunked_loss
+from hift_ds.memory.storages import StorageMeter
+
+VOCAB, WIDTH = 97, 32
+SIZES = dict(
+    vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+    num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+FIVE_ROWS = 4 * VOCAB * 5  # bytes: no divisor of the tokens below
+MODELS = {
+    "llama": lambda: T.LlamaForCausalLM(T.LlamaConfig(**SIZES)),
+    "tied": lambda: T.Qwen2ForCausalLM(T.Qwen2Config(**SIZES, tie_word_embeddings=True)),
+    "soft-capped": lambda: T.Gemma2ForCausalLM(T.Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=0.05)),
+    "divided": lambda: T.GraniteForCausalLM(T.GraniteConfig(**SIZES, logits_scaling=7.0)),
+    "multiplied": lambda: T.CohereForCausalLM(T.CohereConfig(**SIZES, logit_scale=0.3)),
+    "biased": lambda: T.PhiForCausalLM(T.PhiConfig(**SIZES)),
+    "router loss": lambda: T.MixtralForCausalLM(
+        T.MixtralConfig(**SIZES, num_local_experts=4, output_router_logits=True)
+    ),
+    "gpt2": lambda: T.GPT2LMHeadModel(
+        T.GPT2Config(vocab_size=VOCAB, n_embd=WIDTH, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2)
+    ),
+}
+
+
+def pair_of(name, tile_bytes=FIVE_ROWS):
+    """A model, and a copy with the loss in chunks."""
+    torch.manual_seed(0)
+    plain = MODELS[name]().train()
+    for part in plain.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+    chunked = copy.deepcopy(plain)
+    use_chunked_loss(chunked, tile_bytes)
+    return plain, chunked
+
+
+def batch():
+    ids = torch.randint(0, VOCAB, (3, 11), generator=torch.Generator().manual_seed(1))
+    labels = ids.clone()
+    labels[0, :4] = labels[2] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
+@pytest.mark.parametrize("counted", [{}, {"num_items_in_batch": torch.tensor(17)}, {"num_items_in_batch": 13}])
+@pytest.mark.parametrize("name", MODELS)
+def test_loss_and_gradients_are_those_of_the_whole_matrix_to_a_millionth(name, counted):
+    losses = []
+    models = pair_of(name)
+    for model in models:
+        loss = model(**batch(), **counted).loss
+        (0.37 * loss).backward()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    compared = 0
+    for (fqn, param), other in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        assert (param.grad is None) == (other.grad is None), fqn
+        if param.grad is not None:
+            assert (param.grad - other.grad).abs().max() <= 1e-6 * param.grad.abs().max().clamp_min(1e-6), fqn
+            compared += bool(param.grad.any())
+    assert compared > 10
+
+
+def test_a_loss_that_counts_nothing_is_nan_as_ever():
+    rows = batch()
+    rows["labels"] = torch.full_like(rows["labels"], -100)
+    assert all(torch.isnan(model(**rows).loss) for model in pair_of("llama"))
+
+
+def test_without_labels_and_with_logits_to_keep_the_model_is_as_before():
+    plain, chunked = (model.eval() for model in pair_of("soft-capped"))
+    rows = batch()
+    assert torch.equal(plain(input_ids=rows["input_ids"]).logits, chunked(input_ids=rows["input_ids"]).logits)
+    kept = [model(**{**rows, "labels": None}, logits_to_keep=2).logits for model in (plain, chunked)]
+    assert torch.equal(*kept) and kept[0].shape[1] == 2
+    written = [model.generate(rows["input_ids"][:1], max_new_tokens=5, do_sample=False) for model in (plain, chunked)]
+    assert torch.equal(*written)
+    outputs = chunked(**rows)
+    assert outputs.logits is None and chunked.config.final_logit_softcapping == 0.05
+    assert chunked(**rows, return_dict=False)[1] is None
+
+
+def test_a_copy_of_the_model_computes_with_its_own_head():
+    _, chunked = pair_of("llama")
+    twin = copy.deepcopy(chunked)
+    with torch.no_grad():
+        chunked.lm_head.weight.zero_()
+    rows = batch()
+    assert chunked(**rows).loss.item() == pytest.approx(torch.log(torch.tensor(float(VOCAB))).item(), rel=1e-6)
+    assert abs(twin(**rows).loss.item() - chunked(**rows).loss.item()) > 1e-3
+
+
+@pytest.mark.parametrize(("trained", "others"), [("weight", 0), ("hidden", 0), ("both", 0)])
+def test_only_gradients_that_are_asked_for_are_made_and_no_more_than_a_few_tiles_are_alive(trained, others):
+    tokens, rows = 400, 10
+    hidden = torch.randn(tokens, WIDTH, requires_grad=trained != "weight")
+    weight = nn.Parameter(torch.randn(VOCAB, WIDTH), requires_grad=trained != "hidden")
+    labels = torch.randint(0, VOCAB, (tokens,))
+    meter = StorageMeter([hidden, weight, labels])
+    with meter:
+        loss = ChunkedLoss.apply(hidden, weight, None, labels, -100, None, rows)
+        loss.backward()
+    gradients = sum(tensor.nbytes for tensor in (hidden, weight) if tensor.requires_grad)
+    tile = 4 * rows * VOCAB
+    assert meter.peak <= gradients + 4 * tile + 20 * tokens
+    assert 4 * tokens * VOCAB > 8 * tile, "a whole matrix would not fit"
+    assert (weight.grad is None, hidden.grad is None) == (trained == "hidden", trained == "weight")
+
+
+def test_the_head_s_hook_sees_one_gradient_a_backward():
+    _, chunked = pair_of("tied")
+    seen = []
+    chunked.lm_head.weight.register_post_accumulate_grad_hook(lambda param: seen.append(param.grad.clone()))
+    chunked(**batch()).loss.backward()
+    assert len(seen) == 1
+
+
+class Twice(T.LlamaForCausalLM):
+    def forward(self, input_ids, labels=None, **kwargs):
+        hidden_states = self.model(input_ids).last_hidden_state
+        logits = self.lm_head(hidden_states)
+        logits = logits * 2
+        loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+        return T.modeling_outputs.CausalLMOutputWithPast(loss=loss, logits=logits)
+
+
+def test_what_is_not_known_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"^Twice: --loss chunked does not know .* in `logits = logits \* 2`"):
+        use_chunked_loss(Twice(T.LlamaConfig(**SIZES)))
+    with pytest.raises(TypeError, match=r"^Linear: --loss chunked is for causal language models"):
+        use_chunked_loss(nn.Linear(2, 2))
+    t5 = T.T5ForConditionalGeneration(
+        T.T5Config(vocab_size=VOCAB, d_model=WIDTH, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
+    )
+    with pytest.raises(ValueError, match="for decoders alone"):
+        use_chunked_loss(t5)
+    own = T.LlamaForCausalLM(T.LlamaConfig(**SIZES))
+    own.loss_function = lambda **_: None
+    with pytest.raises(ValueError, match="replaces ForCausalLMLoss"):
+        use_chunked_loss(own)
