@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hift_ds.recipes.arguments import LOSSES, positive
+from hift_ds.recipes.arguments import CARD_NAMES, LOSSES, above_nothing, positive
 
 if TYPE_CHECKING:
     from hift_ds.memory.figures import Forecast
@@ -55,6 +55,10 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     add("--gpus", type=positive, default=1, metavar="N", help="GPUs of a node")
     add("--nodes", type=positive, default=1, metavar="M", help="nodes")
     add("--gpu_memory", metavar="SIZE", help="of one card, as 24GiB (default: the card found here, if any)")
+    add("--card", choices=CARD_NAMES, metavar="NAME",
+        help=f"published memory and speeds of one, for seconds too: {', '.join(CARD_NAMES)}")  # fmt: skip
+    add("--bus_gb_per_s", type=above_nothing, metavar="G", help="of copies each way, instead of the card's")
+    add("--tflops", type=above_nothing, metavar="T", help="that training reaches (default: half of the card's)")
     add("--host_memory", metavar="SIZE", help="of one node, as 256GiB (default: not checked)")
     add("--micro_batch", type=positive, metavar="B", help="rows per GPU and forward (default: the config's, or 1)")
     add("--seq_len", type=positive, default=512, metavar="N", help="tokens of a row (default: %(default)s)")
@@ -88,7 +92,7 @@ def run_plan(args: argparse.Namespace) -> int:
     from hift_ds.memory.peaks import write_json
     from hift_ds.memory.planner import Planner
     from hift_ds.recipes.models import source_of
-    from hift_ds.recipes.planning import request_of
+    from hift_ds.recipes.planning import request_of, timing_of
 
     _check_outputs(args)
     request = request_of(args)
@@ -96,12 +100,13 @@ def run_plan(args: argparse.Namespace) -> int:
     if request.config.hift.layers_per_block is None and request.config.hift.blocks is None:
         request = _with_chosen_blocks(planner, request)
     forecast = planner.forecast(request, args.every_block)
+    seconds = timing_of(args, planner, request)
     advice = None if forecast.fits in (None, True) else advise(planner, forecast)
     if args.json != "-":
         width = None if sys.stdout.isatty() else 80
-        Console(width=width, highlight=False, emoji=False).print(report.render(forecast, advice))
+        Console(width=width, highlight=False, emoji=False).print(report.render(forecast, advice, seconds))
     if args.json is not None:
-        found = report.to_json(forecast, advice, _as_the_paper_counts(planner, forecast))
+        found = report.to_json(forecast, advice, _as_the_paper_counts(planner, forecast), seconds)
         write_json(None if args.json == "-" else Path(args.json), found)
     if args.plot is not None:
         report.plot(forecast, Path(args.plot))

@@ -22,9 +22,9 @@ from hift_ds.rotation.blocks import BlockPlan, plan_blocks
 from hift_ds.rotation.param_groups import check_trainable
 from hift_ds.shards import UnitShard
 from hift_ds.state.host_memory import HostMemory, Shapes
-from hift_ds.state.unit_state import TILE_NUMEL, Storage, extra_bytes, initial_extra, ring_sizes
+from hift_ds.state.unit_state import TILE_NUMEL, RingSizes, Storage, extra_bytes, initial_extra, ring_sizes
 from hift_ds.zero.gradients import GradientReducer
-from hift_ds.zero.states import turns
+from hift_ds.zero.states import least_slots, turns
 from hift_ds.zero.unit_gradients import HostGradients, UnitReducer
 
 
@@ -97,7 +97,8 @@ class Layout:
         self.always = self._shard(self.block_plan.always_active) if self.block_plan.always_active else None
         self.units = [shard for units in self.shards for shard in units]
         self._factored = extra_bytes(map(self.extra, self.units))  # on the device while a unit is updated
-        self.device_state, self._tile_numel = self._device_state()
+        self.ring: RingSizes | None = None  # where state streams
+        self.device_state, self.tile_numel = self._device_state()
 
     def _shard(self, fqns: Sequence[str]) -> UnitShard:
         params = [(fqn, self.params[fqn]) for fqn in fqns]
@@ -188,9 +189,9 @@ class Layout:
         if self.config.home == "device":
             return always + sum(map(self.state_bytes, self.units)), TILE_NUMEL
         with self.model.mode:
-            ring = ring_sizes(
+            self.ring = ring = ring_sizes(
                 turns(self.shards, self.config), self.rule, self.groups, self.storage,
-                self.config.hift.state.ring_bytes, self._card_bytes,
+                self.config.hift.state.ring_bytes, self._card_bytes, least_slots(self.config),
             )  # fmt: skip
         return always + ring.num_slots * ring.slot_bytes, ring.tile_numel
 
@@ -210,7 +211,7 @@ class Layout:
             gradients: Bytes of all gradients that are there when it begins.
         """
         longest = max(run.stop - run.start for run in shard.runs)
-        tile = min(self._tile_numel or longest, longest)
+        tile = min(self.tile_numel or longest, longest)
         new = (shard.numel if self._publishes(shard) else tile) * shard.dtype.itemsize
         if self.config.home == "host" and not self._publishes(shard):
             new = 0  # it comes from the host, straight to its place

@@ -16,24 +16,29 @@ from hift_ds.extras import needs_recipes
 from hift_ds.memory.advice import Advice
 from hift_ds.memory.figures import COLOURS, ROLES, Figures, Forecast, gib
 from hift_ds.memory.request import RESERVE_BYTES
+from hift_ds.memory.timing import Timing
 
 CARDS = (12, 16, 24, 32, 40, 48, 80, 141)  # GiB of cards that one can rent or buy
 _HEIGHT, _WIDTH, _DPI = 5.0, 10.0, 150
 
 
-def render(forecast: Forecast, advice: Advice | None) -> RenderableType:
+def render(forecast: Forecast, advice: Advice | None, seconds: Timing | None = None) -> RenderableType:
     """For the terminal."""
     tables = (_title(forecast), _blocks_table(forecast), _with_traffic(forecast))
     parts: list[RenderableType] = [*(part for table in tables for part in (table, "")), verdict(forecast)]
     if forecast.uncounted:
         parts += ["", _images_line(forecast)]
+    if seconds is not None:
+        parts += ["", _seconds_line(seconds)]
     if advice is not None:
         parts += ["", *_advice_lines(forecast, advice)]
     return Group(*parts)
 
 
-def to_json(forecast: Forecast, advice: Advice | None, paper: dict[str, Any]) -> dict[str, Any]:
-    """Everything in bytes."""
+def to_json(
+    forecast: Forecast, advice: Advice | None, paper: dict[str, Any], seconds: Timing | None = None
+) -> dict[str, Any]:
+    """Everything, in bytes and seconds."""
     request = forecast.request
     found: dict[str, Any] = {
         "model": forecast.model,
@@ -55,10 +60,22 @@ def to_json(forecast: Forecast, advice: Advice | None, paper: dict[str, Any]) ->
         "fits": forecast.fits,
         "as_the_paper_counts": paper,
     }  # fmt: skip
+    if seconds is not None:
+        found["modelled_step"] = {
+            **asdict(seconds), "exposed": seconds.exposed, "tokens_per_second": seconds.tokens_per_second
+        }
     if advice is not None:
         found["cheapest_change"] = [{"what": change.what, "cost": change.cost} for change in advice.changes]
         found["peak_after_change"] = None if advice.forecast is None else advice.forecast.worst.peak
     return found
+
+
+def _seconds_line(seconds: Timing) -> str:
+    return (
+        f"a step on one card, modelled and not measured: {seconds.step:.2f} s, of these {seconds.compute:.2f} s of "
+        f"compute; copies of state {seconds.copies:.2f} s each way, {seconds.exposed:.2f} s of them not hidden; "
+        f"{seconds.tokens_per_second:,.0f} tokens/s"
+    )
 
 
 def _images_line(forecast: Forecast) -> str:

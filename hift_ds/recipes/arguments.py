@@ -16,6 +16,7 @@ from hift_ds.config.keys import HiFTConfig, StateConfig
 from hift_ds.config.kinds import Kind, declared, default_of
 
 LOSSES = ("plain", "chunked")
+CARD_NAMES = ("rtx3090", "rtx4090", "rtx5090", "a6000", "a100-80gb", "h100", "h200")
 # Nothing here imports torch or DeepSpeed at the top: --help is quick, and the number of threads can still be chosen.
 
 def add_arguments(parser: argparse.ArgumentParser, default_config: Path) -> None:
@@ -170,6 +171,17 @@ def _fit_schedule(config: dict[str, Any], max_steps: int) -> None:
         params["total_num_steps"] = max(max_steps, 2)
         if "warmup_num_steps" in params:
             params["warmup_num_steps"] = max(1, min(params["warmup_num_steps"], max_steps // 10))
+
+
+def above_nothing(text: str) -> float:
+    """An argparse type: a number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a number above 0")
+    return value
 
 
 def positive(text: str) -> int:

@@ -18,6 +18,7 @@ from hift_ds.memory.figures import Forecast
 from hift_ds.memory.model_names import load_config
 from hift_ds.memory.planner import Planner
 from hift_ds.memory.request import Request, parse_bytes
+from hift_ds.memory.timing import CARDS, REACHED, Speeds, Timing, timing
 from hift_ds.recipes.arguments import override_batch, read_ds_config
 from hift_ds.recipes.auto import without_auto
 from hift_ds.recipes.models import source_of
@@ -42,7 +43,11 @@ def request_of(args: argparse.Namespace) -> Request:
         config["hift"]["layers_per_block"] = args.layers_per_block
     if args.optimizer is not None:
         config["optimizer"] = {"type": args.optimizer}
-    card = _card_here() if args.gpu_memory is None else parse_bytes(args.gpu_memory, "--gpu_memory")
+    card: int | None
+    if args.gpu_memory is not None:
+        card = parse_bytes(args.gpu_memory, "--gpu_memory")
+    else:
+        card = _card_here() if args.card is None else CARDS[args.card].memory
     host = None if args.host_memory is None else parse_bytes(args.host_memory, "--host_memory")
     request = Request(
         config, args.seq_len, args.attn_implementation, args.gradient_checkpointing, args.padded, args.gpus, args.nodes,
@@ -51,6 +56,25 @@ def request_of(args: argparse.Namespace) -> Request:
     for note in (*assumed, *request.config.notes):
         print(f"DeepSpeed config: {note}", file=sys.stderr)
     return request
+
+
+def timing_of(args: argparse.Namespace, planner: Planner, request: Request) -> Timing | None:
+    """Seconds of a step on the card that is named, or at the speeds that are given; `None` without either.
+
+    Raises:
+        ValueError: One speed is given without the other, and no card.
+    """
+    if args.card is None and args.bus_gb_per_s is None and args.tflops is None:
+        return None
+    if args.card is None and (args.bus_gb_per_s is None or args.tflops is None):
+        given = "--tflops" if args.bus_gb_per_s is None else "--bus_gb_per_s"
+        raise ValueError(f"{given}: a step's seconds need both --bus_gb_per_s and --tflops, or --card")
+    card = CARDS[args.card or "rtx4090"]  # for its own memory's speed, which weighs little
+    speeds = Speeds(
+        card.bus if args.bus_gb_per_s is None else args.bus_gb_per_s * 1e9,
+        card.products * REACHED if args.tflops is None else args.tflops * 1e12, card.bandwidth,
+    )  # fmt: skip
+    return timing(planner.layout(request), request.seq, request.checkpointing, speeds)
 
 
 def _card_here() -> int | None:

@@ -331,7 +331,7 @@ def ring_limit(card_bytes: int | None) -> int:
 
 def size_ring(
     turns: Sequence[Sequence[tuple[UnitShard, Shapes]]], ring_bytes: int | None, beside: int = 0,
-    card_bytes: int | None = None,
+    card_bytes: int | None = None, least_slots: int = 1,
 ) -> RingSizes:  # fmt: skip
     """As large as what is updated at a time, at most: its slots serve what comes next, too; more would hide nothing.
 
@@ -340,12 +340,13 @@ def size_ring(
         ring_bytes: `hift.state.ring_bytes`; `None` = `ring_limit`.
         beside: Bytes of it that state takes outside the ring (`extra_bytes`).
         card_bytes: As of `ring_limit`.
+        least_slots: Slots that there are where the limit allows, however few tiles a turn has.
 
     Raises:
         ValueError: `ring_bytes` cannot hold three of the smallest tiles and what is beside them.
     """
     all_shapes = [unit for units in turns for unit in units]
-    smallest = max((_slot_bytes(shapes, TILE_MULTIPLE) for _, shapes in all_shapes), default=0)
+    smallest = max((bytes_of_tile(shapes, TILE_MULTIPLE) for _, shapes in all_shapes), default=0)
     least = MIN_SLOTS * smallest
     limit = max(ring_limit(card_bytes) - beside, least) if ring_bytes is None else ring_bytes - beside
     if limit < least:
@@ -356,20 +357,20 @@ def size_ring(
         )
     if smallest == 0:  # no state that streams: a rule without any, or Adafactor, on fp32 weights
         return RingSizes(TILE_NUMEL, 0, 0)
-    largest = max(sum(_slot_bytes(shapes, shard.numel) for shard, shapes in units) for units in turns)
+    largest = max(sum(bytes_of_tile(shapes, shard.numel) for shard, shapes in units) for units in turns)
     tile_bytes = max(min(TILE_BYTES, limit // MIN_SLOTS), min(LARGEST_TILE_BYTES, min(limit, largest) // 4))
     tile_numel = max(tile_bytes // smallest, 1) * TILE_MULTIPLE
     longest = max(run.stop - run.start for shard, _ in all_shapes for run in shard.runs)
     # Where all tiles have a slot, they are of one length: a last one half empty would take a whole slot.
     even = -(-longest // (-(-longest // tile_numel) * TILE_MULTIPLE)) * TILE_MULTIPLE
     for numel in (even, tile_numel):
-        slot_bytes = max(_slot_bytes(shapes, min(numel, longest)) for _, shapes in all_shapes)
+        slot_bytes = max(bytes_of_tile(shapes, min(numel, longest)) for _, shapes in all_shapes)
         most_tiles = max(
             sum(-(-(run.stop - run.start) // numel) for shard, _ in units for run in shard.runs) for units in turns
         )
         if most_tiles * slot_bytes <= limit:
             break
-    return RingSizes(numel, slot_bytes, min(limit // slot_bytes, most_tiles))
+    return RingSizes(numel, slot_bytes, min(limit // slot_bytes, max(most_tiles, least_slots)))
 
 
 def ring_sizes(
@@ -379,6 +380,7 @@ def ring_sizes(
     storage: Storage,
     ring_bytes: int | None,
     card_bytes: int | None = None,
+    least_slots: int = 1,
 ) -> RingSizes:
     """`size_ring` for units that are updated one right after the other.
 
@@ -387,7 +389,7 @@ def ring_sizes(
     """
     beside = extra_bytes(initial_extra(shard, rule, param_groups) for shards in turns for shard in shards)
     shapes = [[(shard, storage.shapes(shard, rule, param_groups)) for shard in shards] for shards in turns]
-    return size_ring(shapes, ring_bytes, beside, card_bytes)
+    return size_ring(shapes, ring_bytes, beside, card_bytes, least_slots)
 
 
 def make_states(
@@ -397,6 +399,7 @@ def make_states(
     storage: Storage,
     ring_bytes: int | None,
     card_bytes: int | None = None,
+    least_slots: int = 1,
 ) -> tuple[list[UnitState], Ring | None]:
     """The states of units, in their order, and the ring that they stream through where they do.
 
@@ -406,12 +409,13 @@ def make_states(
     streams = storage.memory is not None and not storage.own_master
     sizes = RingSizes(TILE_NUMEL, 0, 0)
     if streams:
-        sizes = ring_sizes(turns, rule, param_groups, storage, ring_bytes, card_bytes)
+        sizes = ring_sizes(turns, rule, param_groups, storage, ring_bytes, card_bytes, least_slots)
     states = [UnitState(shard, rule, param_groups, storage, sizes.tile_numel) for shards in turns for shard in shards]
     return states, Ring(sizes.num_slots, sizes.slot_bytes, storage.device) if sizes.num_slots else None
 
 
-def _slot_bytes(shapes: Shapes, numel: int) -> int:
+def bytes_of_tile(shapes: Shapes, numel: int) -> int:
+    """Bytes of a tile of so many elements in the ring."""
     groups = -(-numel // GROUP)
     return slot_bytes(
         (groups if name.endswith(SCALE_SUFFIX) else numel) * dtype.itemsize for name, (_, dtype) in shapes.items()

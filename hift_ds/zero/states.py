@@ -13,7 +13,7 @@ from hift_ds.config.resolve import ResolvedConfig
 from hift_ds.rotation.blocks import BlockPlan
 from hift_ds.rotation.param_groups import group_indices
 from hift_ds.shards import UnitShard
-from hift_ds.state.unit_state import Storage, UnitState, card_bytes, make_states
+from hift_ds.state.unit_state import MIN_SLOTS, Storage, UnitState, card_bytes, make_states
 from hift_ds.zero.offload import WEIGHTS, Offloaded
 
 
@@ -22,6 +22,11 @@ def turns(shards: Sequence[Sequence[UnitShard]], config: ResolvedConfig) -> list
     if config.hift.update == "backward":
         return [[shard] for of_block in shards for shard in of_block]
     return [list(of_block) for of_block in shards]
+
+
+def least_slots(config: ResolvedConfig) -> int:
+    """Of the ring: in backward one unit's state comes while another's is updated and a third's goes."""
+    return MIN_SLOTS if config.hift.update == "backward" else 1
 
 
 class States:
@@ -55,7 +60,7 @@ class States:
         shards = [[shard(unit.fqns) for unit in reversed(block.units)] for block in plan.blocks]
         self.units, self.ring = make_states(
             turns(shards, config), config.rule, param_groups, Storage.of(config, device),
-            config.hift.state.ring_bytes, card_bytes(device),
+            config.hift.state.ring_bytes, card_bytes(device), least_slots(config),
         )  # fmt: skip
         of_shard = {id(state.shard): state for state in self.units}
         self.blocks = [[of_shard[id(shard)] for shard in of_block] for of_block in shards]
