@@ -246,4 +246,6 @@ class LoneGradient:
 
 def will_come(param: torch.nn.Parameter) -> bool:
     """Inside a backward: whether it computes the gradient of a leaf (torch's multi-grad hooks ask so, too)."""
+    if not param.requires_grad:  # switched off by the user, of which a warning says that it does not last
+        return False
     return torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(param).node)

@@ -24,6 +24,9 @@ CASES = {
     "tied": ({}, {"family": "llama4_tied"}),
     "groups": ({}, {"groups": True}),
     "on the device": ({"state": {"residency": "device"}}, {}),
+    "in backward": ({"update": "backward"}, {}),
+    "in backward, one block": ({"update": "backward", "layers_per_block": 100}, {}),
+    "in backward, two micro steps": ({"update": "backward"}, {"accumulation": 2}),
     "small ring": ({"state": {"ring_bytes": 3 * 3 * 4 * 1024}}, {}),
 }
 

@@ -283,6 +283,23 @@ def test_a_second_backward_in_no_sync_is_refused_and_not_lost(two_ranks):
     two_ranks.run(second_in_no_sync)
 
 
+def switched_off() -> None:
+    """A parameter of the active block that asks for no gradient counts as zero, and its unit is updated."""
+    engine = engine_of(ds_config(2, "fp32", BACKWARD))
+    name, param = list(engine.module.named_parameters())[5]
+    before = whole_weights(engine)
+    with logged("hift_ds.zero") as warnings:
+        param.requires_grad_(False)
+        run_steps(engine, 1)
+    moved = [n for n, weight in whole_weights(engine).items() if not torch.equal(weight, before[n])]
+    assert len(moved) == len(before), "by weight decay, where there is no gradient"
+    assert any("requires_grad was set to False" in text for text in warnings) and name
+
+
+def test_a_parameter_that_is_switched_off_in_its_turn_counts_as_zero(two_ranks):
+    two_ranks.run(switched_off)
+
+
 def zeroed() -> None:
     engine = engine_of(ds_config(0, "fp32", BACKWARD))
     engine.backward(engine(**batch_of(0, 0, dist.get_rank())).loss)
