@@ -91,16 +91,20 @@ def run_plan(args: argparse.Namespace) -> int:
     from hift_ds.memory.model_names import load_config
     from hift_ds.memory.peaks import write_json
     from hift_ds.memory.planner import Planner
+    from hift_ds.memory.timing import timing
     from hift_ds.recipes.models import source_of
-    from hift_ds.recipes.planning import request_of, timing_of
+    from hift_ds.recipes.planning import request_of, speeds_of
 
     _check_outputs(args)
+    speeds = speeds_of(args)
     request = request_of(args)
     planner = Planner(load_config(source_of(args.model)))
     if request.config.hift.layers_per_block is None and request.config.hift.blocks is None:
         request = _with_chosen_blocks(planner, request)
     forecast = planner.forecast(request, args.every_block)
-    seconds = timing_of(args, planner, request)
+    seconds = None
+    if speeds is not None:
+        seconds = timing(planner.layout(request), request.seq, request.checkpointing, speeds)
     advice = None if forecast.fits in (None, True) else advise(planner, forecast)
     if args.json != "-":
         width = None if sys.stdout.isatty() else 80

@@ -18,7 +18,7 @@ from hift_ds.memory.figures import Forecast
 from hift_ds.memory.model_names import load_config
 from hift_ds.memory.planner import Planner
 from hift_ds.memory.request import Request, parse_bytes
-from hift_ds.memory.timing import CARDS, REACHED, Speeds, Timing, timing
+from hift_ds.memory.timing import CARDS, REACHED, Speeds
 from hift_ds.recipes.arguments import override_batch, read_ds_config
 from hift_ds.recipes.auto import without_auto
 from hift_ds.recipes.models import source_of
@@ -58,8 +58,8 @@ def request_of(args: argparse.Namespace) -> Request:
     return request
 
 
-def timing_of(args: argparse.Namespace, planner: Planner, request: Request) -> Timing | None:
-    """Seconds of a step on the card that is named, or at the speeds that are given; `None` without either.
+def speeds_of(args: argparse.Namespace) -> Speeds | None:
+    """Of the card that is named, or those that are given; `None` without either.
 
     Raises:
         ValueError: One speed is given without the other, and no card.
@@ -70,11 +70,10 @@ def timing_of(args: argparse.Namespace, planner: Planner, request: Request) -> T
         given = "--tflops" if args.bus_gb_per_s is None else "--bus_gb_per_s"
         raise ValueError(f"{given}: a step's seconds need both --bus_gb_per_s and --tflops, or --card")
     card = CARDS[args.card or "rtx4090"]  # for its own memory's speed, which weighs little
-    speeds = Speeds(
+    return Speeds(
         card.bus if args.bus_gb_per_s is None else args.bus_gb_per_s * 1e9,
         card.products * REACHED if args.tflops is None else args.tflops * 1e12, card.bandwidth,
     )  # fmt: skip
-    return timing(planner.layout(request), request.seq, request.checkpointing, speeds)
 
 
 def _card_here() -> int | None:
