@@ -35,6 +35,7 @@ def train(args: argparse.Namespace) -> None:
     from hift_ds.memory.figures import mib
     from hift_ds.recipes import training
     from hift_ds.recipes.display import Display
+    from hift_ds.recipes.packing import check_apart
     from hift_ds.recipes.setup import load_run
 
     hift_ds.init_distributed()
@@ -45,6 +46,8 @@ def train(args: argparse.Namespace) -> None:
         f"{len(run.data.eval)} held out; {run.max_steps} steps", markup=False,
     )  # fmt: skip
     engine, _, _, _ = hift_ds.initialize(model=run.model, model_parameters=run.model.parameters(), config=run.ds_config)
+    if run.data.packed:
+        check_apart(engine, len(run.tokenizer))
     plans: dict[str, Any] = {}
     if args.hift:
         display.print(engine.hift.summary())

@@ -3,8 +3,8 @@
 Two kinds. *chat*: conversations, rendered with the tokenizer's chat template; loss on the answers only. *text*:
 documents; loss on every token. Everything is deterministic: each rank reads the same rows in the same order.
 
-Packing joins examples end to end and cuts the stream into rows of `seq_len`, without block-diagonal masks (as is common
-for pretraining): a token may attend to the example before its own. So text is packed by default and chat is not.
+Packing joins examples to rows of many, each with positions of its own, so that they do not see each other: documents
+end to end, cut into rows of `seq_len`; conversations whole, as many as fit. Text is packed by default, chat is not.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils.data import Dataset
 
+from hift_ds.recipes.packing import IGNORED, Row, pack_cut, pack_whole
 from hift_ds.recipes.sources import Example, read_examples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-IGNORED = -100  # the label that torch's cross entropy leaves out
 
 # For tokenizers without a chat template (base models). The space before the answer belongs to it, as BPE splits words;
 # the line end is an expression because transformers' renderer trims one that follows a block tag.
@@ -33,12 +32,11 @@ _PLAIN_TEMPLATE = (
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 
-# Token ids and labels of one row, int32; widened when the row is read.
-Row = tuple[torch.Tensor, torch.Tensor]
-
-
 class TokenRows(Dataset):
-    """Rows of tokens; item i is a dict of int64 tensors `input_ids`, `attention_mask`, `labels` of equal length."""
+    """Rows of tokens; item i is a dict of int64 tensors `input_ids`, `labels` and `attention_mask`, of equal length.
+
+    A packed row has `position_ids` in place of the mask.
+    """
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self._rows = rows
@@ -47,12 +45,9 @@ class TokenRows(Dataset):
         return len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        input_ids, labels = self._rows[index]
-        return {
-            "input_ids": input_ids.long(),
-            "attention_mask": torch.ones(len(input_ids), dtype=torch.long),
-            "labels": labels.long(),
-        }
+        input_ids, labels, *positions = (part.long() for part in self._rows[index])
+        beside = {"position_ids": positions[0]} if positions else {"attention_mask": torch.ones_like(input_ids)}
+        return {"input_ids": input_ids, "labels": labels, **beside}
 
 
 @dataclass(frozen=True)
@@ -71,11 +66,12 @@ class Exchange:
 class TextData:
     """Training and held-out rows.
 
-    Packed training rows have exactly `seq_len` tokens; the last packed held-out row and all other rows may be shorter,
-    so batch them with `collate`. Every row has at least one token that counts in the loss.
+    Packed training rows of text have exactly `seq_len` tokens; all others may be shorter, so batch them with `collate`.
+    Every row has at least one token that counts in the loss.
 
     Attributes:
         kind: "chat" or "text".
+        packed: Whether rows hold many examples.
         eval: empty if `eval_fraction` is 0 and the source brings no held-out part.
         held_out: how each held-out conversation begins, up to its first answer; empty for text.
     """
@@ -86,14 +82,18 @@ class TextData:
     eval: TokenRows
     pad_token_id: int
     held_out: Sequence[Exchange] = ()
+    packed: bool = False
 
     def collate(self, rows: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """Pad rows on the right to the longest and stack them to [rows, tokens]; padding has mask 0 and no loss."""
-        fills = {"input_ids": self.pad_token_id, "attention_mask": 0, "labels": IGNORED}
+        """Pad rows on the right to the longest and stack them to [rows, tokens]; padding has mask 0 and no loss.
+
+        In packed rows it is an example more, whose tokens all have position 0.
+        """
+        fills = {"input_ids": self.pad_token_id, "attention_mask": 0, "position_ids": 0, "labels": IGNORED}
         return {
             key: torch.nn.utils.rnn.pad_sequence([row[key] for row in rows], batch_first=True, padding_value=fill)
-            for key, fill in fills.items()
-        }
+            for key, fill in fills.items() if key in rows[0]
+        }  # fmt: skip
 
 
 def load_text_dataset(
@@ -137,8 +137,12 @@ def load_text_dataset(
         train, held_out = _split(name, train, eval_fraction, seed)
     kind = "text" if isinstance(train[0], str) else "chat"
     streams = [list(_tokenise(part, tokenizer)) for part in (train, held_out)]
-    if kind == "text" if pack is None else pack:
-        rows = [_pack(name, streams[0], seq_len, keep_rest=False), _pack(name, streams[1], seq_len, keep_rest=True)]
+    packed = kind == "text" if pack is None else pack
+    if packed and kind == "text":
+        rows = [_full_rows(name, streams[0], seq_len), pack_cut(streams[1], seq_len)]
+    elif packed:
+        _warn_of_cuts(name, streams[0] + streams[1], seq_len)
+        rows = [pack_whole(stream, seq_len) for stream in streams]
     else:
         _warn_of_cuts(name, streams[0] + streams[1], seq_len)
         rows = [[(input_ids[:seq_len], labels[:seq_len]) for input_ids, labels in stream] for stream in streams]
@@ -149,6 +153,7 @@ def load_text_dataset(
         eval=TokenRows(_learnable(name, "held-out", rows[1], seq_len) if held_out else []),
         pad_token_id=tokenizer.pad_token_id,
         held_out=[_first_exchange(example) for example in held_out if not isinstance(example, str)],
+        packed=packed,
     )
 
 
@@ -260,19 +265,15 @@ def _render(
     return rendered
 
 
-def _pack(name: str, stream: list[Row], seq_len: int, keep_rest: bool) -> list[Row]:
-    """Join rows and cut them into `seq_len` tokens; the rest that fills no row is dropped unless `keep_rest`."""
-    num_tokens = sum(len(input_ids) for input_ids, _ in stream)
-    if num_tokens < seq_len and not keep_rest:
+def _full_rows(name: str, stream: list[Row], seq_len: int) -> list[Row]:
+    """Documents end to end in rows of `seq_len` tokens; the rest that fills no row is dropped."""
+    num_tokens = sum(len(input_ids) for input_ids, *_ in stream)
+    if num_tokens < seq_len:
         raise ValueError(
             f"dataset={name!r}: its {num_tokens} training tokens do not fill one packed row of seq_len={seq_len}; "
             "lower seq_len, bring more text, or do not pack."
         )
-    if not stream:
-        return []
-    input_ids, labels = (torch.cat(column) for column in zip(*stream, strict=True))
-    stop = num_tokens if keep_rest else num_tokens - num_tokens % seq_len
-    return [(input_ids[i : i + seq_len], labels[i : i + seq_len]) for i in range(0, stop, seq_len)]
+    return [row for row in pack_cut(stream, seq_len) if len(row[0]) == seq_len]
 
 
 def _learnable(name: str, part: str, rows: list[Row], seq_len: int) -> list[Row]:
@@ -288,7 +289,7 @@ def _learnable(name: str, part: str, rows: list[Row], seq_len: int) -> list[Row]
 
 
 def _warn_of_cuts(name: str, stream: list[Row], seq_len: int) -> None:
-    num_cut = sum(len(input_ids) > seq_len for input_ids, _ in stream)
+    num_cut = sum(len(input_ids) > seq_len for input_ids, *_ in stream)
     if num_cut and os.environ.get("RANK", "0") == "0":
         num_lost = sum(len(labels) > seq_len and not bool((labels[1:seq_len] != IGNORED).any()) for _, labels in stream)
         warnings.warn(

@@ -61,13 +61,18 @@ def optimizer_step(engine: Any, stream: Iterator[dict[str, torch.Tensor]]) -> to
     as_averaged = shares * len(window) * dist.get_world_size()  # DeepSpeed divides by both
     sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
     for batch, share, factor in zip(window, shares, as_averaged, strict=True):
-        loss = engine(**batch).loss
+        loss = _loss(engine, batch)
         engine.backward(loss * factor.to(loss.dtype))
         engine.step()
         sums[0] += loss.detach().double() * share
         sums[1] += batch["attention_mask"].sum() if "attention_mask" in batch else batch["input_ids"].numel()
         del loss  # with it goes its graph: a forecast has none left over from the step before
     return sums
+
+
+def _loss(engine: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    # With a cache of keys transformers would not keep packed examples apart.
+    return engine(**batch, **({"use_cache": False} if "position_ids" in batch else {})).loss
 
 
 def _counted(batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -94,7 +99,8 @@ def held_out_loss(engine: Any, data: TextData, micro_batch: int) -> float | None
         rows = [data.eval[i] for i in range(first, min(first + micro_batch, len(data.eval)))]
         batch = {key: tensor.to(device) for key, tensor in data.collate(rows or [data.eval[0]]).items()}
         tokens = _counted(batch) if rows else 0
-        sums += torch.stack([engine(**batch).loss.double() * tokens, torch.as_tensor(tokens, device=device).double()])
+        loss = _loss(engine, batch).double()
+        sums += torch.stack([loss * tokens, torch.as_tensor(tokens, device=device).double()])
     engine.train()
     dist.all_reduce(sums)
     return (sums[0] / sums[1]).item()

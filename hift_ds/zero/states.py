@@ -97,7 +97,8 @@ class States:
                 block = "what is always active" if index is None else f"block {index}"
                 raise RuntimeError(
                     f"the update of {block} ended with an error half way, so its masters, moments and weights do not "
-                    "belong together: load a checkpoint, or call engine.destroy() and hift_ds.initialize again"
+                    "belong together: load a checkpoint, or call engine.destroy() and hift_ds.initialize again, which "
+                    "goes on from the weights as they are, some of them a step ahead"
                 )
 
     def settle(self) -> None:

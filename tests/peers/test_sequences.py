@@ -213,6 +213,7 @@ class Pair:
             self.oracle.end_window()
             if "half way" in error_of(lambda: self.engine(data(n))):
                 self.again(1)
+                self.adopt()
         else:
             self.oracle.backward(loss_of(self.oracle(data(n))))
             self.oracle.step()
@@ -288,6 +289,13 @@ class Pair:
             self.engine.destroy()
         self.engine, self.optimizer = self.initialize(module)
         self.oracle.forget()
+
+    def adopt(self) -> None:
+        """The oracle goes on with the engine's weights, a part of which may be a step ahead."""
+        for name, values in whole_weights(self.engine).items():
+            with torch.no_grad():
+                self.oracle.named[name].copy_(values)
+                self.oracle.masters[name].copy_(values.float())
 
     def copied(self, n: int) -> None:
         """Training a copy leaves the original alone."""

@@ -290,9 +290,12 @@ def test_packed_text_is_the_documents_end_to_end_with_eos_between(tokenizer, tmp
     assert data.kind == "text"
     # abc. defgh. ij. : 13 tokens, the last one fills no row
     assert decoded(tokenizer, data.train) == ["abc<eos>", "defg", "h<eos>ij"]
-    row = data.train[1]
-    assert torch.equal(row["labels"], row["input_ids"])
-    assert row["attention_mask"].tolist() == [1, 1, 1, 1]
+    assert [data.train[index]["position_ids"].tolist() for index in range(3)] == [
+        [0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 0, 1]
+    ]  # fmt: skip
+    row = data.train[2]  # the first token of a document is predicted from nothing
+    assert row["labels"].tolist() == [*row["input_ids"][:2].tolist(), IGNORED, row["input_ids"][3]]
+    assert "attention_mask" not in row and data.packed
 
 
 @pytest.mark.parametrize(
@@ -307,15 +310,17 @@ def test_packed_held_out_part_keeps_its_last_short_row(tokenizer, tmp_path, text
     assert decoded(tokenizer, data.eval) == rows
 
 
-def test_packed_chat_keeps_its_labels_and_drops_rows_without_a_target(tokenizer, tmp_path):
+def test_packed_chat_keeps_conversations_whole_and_apart(tokenizer, tmp_path):
+    """Conversations of 69 tokens: two fit a row, whole; the third has a row of its own."""
     name = write_jsonl(tmp_path / "x.jsonl", [{"question": "q" * 40, "answer": "abcd"}] * 3)
-    data = load_text_dataset(name, tokenizer, seq_len=16, pack=True, eval_fraction=0)
-    learned = [answer_of(tokenizer, data.train[index]) for index in range(len(data.train))]
-    # Of 3 x 69 tokens 12 rows are whole; the answers lie in rows 3 and 4, in row 8, and in the dropped rest.
-    assert learned == ["a", "bcd<eos>", "abcd<eos>"]
-    assert all(len(data.train[index]["input_ids"]) == 16 for index in range(len(data.train)))
-    for index in range(len(data.train)):
-        assert (data.train[index]["labels"][1:] != IGNORED).any()
+    data = load_text_dataset(name, tokenizer, seq_len=150, pack=True, eval_fraction=0)
+    assert [answer_of(tokenizer, data.train[index]) for index in range(2)] == ["abcd<eos>" * 2, "abcd<eos>"]
+    assert data.train[0]["position_ids"].tolist() == [*range(69), *range(69)]
+    batch = data.collate([data.train[0], data.train[1]])
+    assert batch["position_ids"][1].tolist() == [*range(69), *[0] * 69]
+    assert set(batch) == {"input_ids", "labels", "position_ids"} and (batch["labels"][1, 69:] == IGNORED).all()
+    whole = load_text_dataset(name, tokenizer, seq_len=80, pack=True, eval_fraction=0)
+    assert [len(whole.train[index]["input_ids"]) for index in range(3)] == [69] * 3
 
 
 def test_collate_pads_on_the_right_without_loss_or_attention(tokenizer, tmp_path):
