@@ -123,6 +123,45 @@ def checkpointed_and_tied(stage: int) -> None:
     assert largest_difference(*weights) == 0.0
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_model_made_under_zero_init_trains_as_plain_torch(two_ranks, dtype):
+    weights = tolerances.STAGE3 if dtype == "fp32" else tolerances.EXACT
+    agree(two_ranks, 3, dtype, BACKWARD, blocks=1, zero_init=True, weights=weights)
+
+
+class Shared(torch.nn.Module):
+    """One layer at two places, and between them another: its gradient is whole when the lower use has been passed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(16, 16) for _ in range(4))
+        self.layers[3] = self.layers[1]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x.square().mean()
+
+
+def shared_layers(stage: int) -> None:
+    weights = []
+    for update in ("backward", "step"):
+        engine = engine_of(ds_config(stage, "fp32", {**BACKWARD, "update": update}), Shared())
+        for step in range(4):
+            generator = torch.Generator().manual_seed(10 * step + dist.get_rank())
+            engine.backward(engine(torch.randn(2, 16, generator=generator)))
+            engine.step()
+        weights.append(all_by_block(engine))
+    assert changed(*weights) == []
+
+
+@pytest.mark.parametrize("stage", (0, 2, 3))
+def test_a_layer_that_is_used_twice_is_updated_once_with_its_whole_gradient(two_ranks, one_rank, stage):
+    for ranks in (two_ranks, one_rank):
+        ranks.run(shared_layers, stage)
+
+
 # One unit at a time.
 
 
