@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hift_ds.memory.layout import Layout
 from hift_ds.rotation.rotation import Rotation
 from hift_ds.shards import UnitShard
-from hift_ds.state.ring import Lanes, Ring, Tile
+from hift_ds.state.ring import DirectLane, Lanes, Ring, Tile
 from hift_ds.state.unit_state import bytes_of_tile
 
 REACHED = 0.5  # of a card's published products, where nobody says better
@@ -166,7 +166,7 @@ class _Step:
             self._lanes.update.work((2 * tile.nbytes + beside) / self._speeds.bandwidth)  # type: ignore[attr-defined]
 
 
-class _Lane:
+class _Lane(DirectLane):
     """A queue whose work takes as long as its bytes take at a speed; an event is a time."""
 
     def __init__(self, speed: float) -> None:
@@ -182,20 +182,11 @@ class _Lane:
             work()
         self.work(copied.nbytes / self._speed)
 
-    def record(self) -> float:
+    def record(self) -> Any:
         return self.free
 
-    def wait(self, event: float | None) -> None:
+    def wait(self, event: Any) -> None:
         self.free = max(self.free, event or 0.0)
-
-    def synchronize(self) -> None:
-        pass
-
-    def uses(self, tensor: torch.Tensor) -> None:
-        pass
-
-    def copied(self, nbytes: int) -> None:
-        pass
 
 
 class _Copied(TorchDispatchMode):

@@ -90,10 +90,10 @@ class DirectLane:
     def run(self, work: Callable[[], object]) -> None:
         work()
 
-    def record(self) -> None:
+    def record(self) -> Any:
         return None
 
-    def wait(self, event: None) -> None:
+    def wait(self, event: Any) -> None:
         pass
 
     def synchronize(self) -> None:
