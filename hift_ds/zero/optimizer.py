@@ -9,16 +9,15 @@ from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.base_optimizer import ZeROOptimizer
 
 from hift_ds.config.resolve import ResolvedConfig
 from hift_ds.rotation.blocks import BlockPlan
 from hift_ds.rotation.rotation import Rotation
 from hift_ds.rotation.schedule import DelayedRate
 from hift_ds.shards import UnitShard
-from hift_ds.state.ring import Ring
 from hift_ds.state.unit_state import UnitState, host_memory
 from hift_ds.zero import checkpoint
+from hift_ds.zero.answers import ReadByDeepSpeed
 from hift_ds.zero.attachment import Attachment, Flags
 from hift_ds.zero.backward_step import BackwardStep
 from hift_ds.zero.fragments import Fragments
@@ -28,7 +27,7 @@ from hift_ds.zero.offload import STATES, WEIGHTS
 from hift_ds.zero.reach import Reach
 from hift_ds.zero.states import States
 from hift_ds.zero.step import Step
-from hift_ds.zero.traces import Traces, leave_inference_mode, partition_all
+from hift_ds.zero.traces import Traces, leave_inference_mode
 from hift_ds.zero.unit_gradients import HostGradients, UnitReducer
 
 logger = logging.getLogger(__name__)
@@ -38,7 +37,7 @@ ENDED = (
 )
 
 
-class HiFTOptimizer(ZeROOptimizer):
+class HiFTOptimizer(ReadByDeepSpeed):
     """Owns gradients, master weights and state, and of these only the active block's are on the device.
 
     DeepSpeed's engine owns everything else and talks to this class through the attributes that `hift_ds.config.surface`
@@ -142,89 +141,6 @@ class HiFTOptimizer(ZeROOptimizer):
         self._traces = self.offload = None
         del self._step, self._fragments
 
-    @property
-    def states(self) -> list[UnitState]:
-        """Of the layer units, block by block; none after `destroy`."""
-        return self._kept.units
-
-    @property
-    def block_states(self) -> list[list[UnitState]]:
-        """The same by block, each block's in the order in which they are updated."""
-        return self._kept.blocks
-
-    @property
-    def always(self) -> UnitState | None:
-        """Of the always-active parameters."""
-        return self._kept.always
-
-    @property
-    def ring(self) -> Ring | None:
-        """What states stream through."""
-        return self._kept.ring
-
-    @property
-    def scheduler(self) -> Any:
-        """The one that the engine steps; set when the engine has built it."""
-        return self._scheduler
-
-    @scheduler.setter
-    def scheduler(self, scheduler: Any) -> None:
-        self._scheduler = self._step.scheduler = scheduler
-
-    def follow(self, scheduler: Any) -> None:
-        """The rates in force come from a scheduler that somebody else steps and saves."""
-        self._step.scheduler = scheduler
-
-    # What DeepSpeed's engine, its checkpoint files and its schedulers read.
-
-    @property
-    def _global_grad_norm(self) -> Any:
-        return self._step.norm
-
-    @property
-    def param_groups(self) -> list[dict]:
-        """The holder's param groups: the rate here is the scheduler's, `rates` is the one in force."""
-        return self.optimizer.param_groups
-
-    @property
-    def bit16_groups(self) -> list[list[torch.nn.Parameter]]:
-        """Every trained parameter, in shard order, a list per unit."""
-        return [list(state.shard.params) for state in self._kept.all]
-
-    fp16_groups = bit16_groups
-
-    @property
-    def loss_scale(self) -> float:
-        """The loss scale in force (1 outside fp16)."""
-        return self.loss_scaler.loss_scale
-
-    cur_scale = loss_scale
-
-    def get_lr(self) -> float:
-        """The first param group's rate, which the scheduler sets; `rates` are those in force."""
-        return self.param_groups[0]["lr"]
-
-    def set_lr(self, lr: float) -> None:
-        """Sets every param group's rate, as a scheduler does."""
-        for group in self.param_groups:
-            group["lr"] = lr
-
-    @property
-    def rates(self) -> list[float]:
-        """Learning rate in force, one per param group."""
-        return list(self.rate.rates or [float(group["lr"]) for group in self.param_groups])
-
-    @property
-    def parameter_offload(self) -> Any:
-        """DeepSpeed's ZeRO-3 parameter manager, by the name that tools look for it.
-
-        Raises:
-            AttributeError: Below stage 3, where there is none.
-        """
-        if self.offload is None:
-            raise AttributeError("parameter_offload: there is none below ZeRO stage 3")
-        return self.offload
-
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops all gradients of the window, those that have been reduced too, and those of an interrupted backward."""
         if not self.states:  # after `destroy`
@@ -300,26 +216,6 @@ class HiFTOptimizer(ZeROOptimizer):
         """Ends a backward, which begins once for every output of `forward` in its loss."""
         self._backward_active_depth = 0
 
-    def backward_epilogue(self, **kwargs: Any) -> None:
-        """Stage 3: releases what a backward that stopped early has left gathered."""
-        if self.offload is not None:
-            # DeepSpeed 0.18 has nothing finer than the release of everything.
-            release = getattr(self.offload, "release_backward_leftovers", self.checkpoint_event_prologue)
-            release()
-
-    def finalize_gradient_accumulation_boundary(self) -> None:
-        """Called at the boundary with `managed_gradient_accumulation: false`; each backward has already reduced."""
-
-    def checkpoint_event_prologue(self) -> None:
-        """Stage 3: partitions everything, so that saving and loading see shards. Collective."""
-        if self.offload is not None:
-            partition_all(self.offload)
-
-    def checkpoint_event_epilogue(self) -> None:
-        """Stage 3: gathers the small persistent parameters again. Collective."""
-        if self.offload is not None and self.offload.persistent_parameters and not self._loads:
-            self.offload.persistent_parameters[0].all_gather(self.offload.persistent_parameters)
-
     def offload_states(
         self, include: Any = None, device: Any = None, pin_memory: bool = True, non_blocking: bool = False
     ) -> None:
@@ -350,19 +246,6 @@ class HiFTOptimizer(ZeROOptimizer):
         """Raises RuntimeError where an update has ended with an error half way (out of memory)."""
         self._mark_half_made()
         self._kept.require_whole()
-
-    @property
-    def state(self) -> Any:
-        """The holder's, which is empty.
-
-        DeepSpeed's is keyed by flat partitions, in which nobody finds a parameter either; masters and moments of a
-        parameter, which lie in shards, in streams and perhaps in 8 bits, are read with `deepspeed.utils.safe_get_*`.
-        """
-        return self.optimizer.state
-
-    def empty_partition_cache(self) -> None:
-        """Stage 3: partitions everything; else nothing is gathered. Collective."""
-        self.checkpoint_event_prologue()
 
     def refresh_fp32_params(self) -> None:
         """Takes every master weight anew from the model weights (a load of weights alone)."""
