@@ -435,3 +435,22 @@ def test_torch_compile_compiles_every_block_and_trains_as_eager(one_rank, tmp_pa
 @pytest.mark.parametrize("stage", [0, slow(2), slow(3)])
 def test_log_lines_show_block_cycle_and_the_rate_in_force(one_rank, tmp_path, stage):
     one_rank.run(assert_log, tmp_path, stage)
+
+
+def assert_backward_trains_as_step(folder, stage):
+    found = []
+    for update in ("step", "backward"):
+        config = auto_config(stage, hift={"update": update, "layers_per_block": 100})
+        more = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.0, "save_strategy": "steps", "save_steps": 4}
+        trainer = trained(folder / update, config, **more)
+        found.append((losses_of(trainer), finished(trainer)))
+        saved = str(folder / update / "checkpoint-4")
+        again = trained(folder / f"{update}-again", config, resume=saved, model=small_llama(1), **more)
+        assert_equal(finished(again), found[-1][1])
+    assert found[0][0] == found[1][0]
+    assert_equal(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize("stage", [0, slow(2), slow(3)])
+def test_updates_in_backward_train_resume_and_log_as_updates_in_the_step(one_rank, tmp_path, stage):
+    one_rank.run(assert_backward_trains_as_step, tmp_path, stage)
