@@ -197,8 +197,7 @@ class HiFTEngine(DeepSpeedEngine):
 
     def allreduce_gradients(self, bucket_size: int = 0) -> None:
         """After each backward: DeepSpeed's seam for all gradient communication, at every stage."""
-        boundary = self.is_gradient_accumulation_boundary()
-        self.optimizer.reducer.finish_backward(boundary)
+        self.optimizer.finish_backward(self.is_gradient_accumulation_boundary())
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """As DeepSpeedEngine.forward."""
@@ -270,7 +269,7 @@ class HiFTEngine(DeepSpeedEngine):
         if inside:
             self.optimizer.drop_interrupted()
             if not reducer.finished:
-                reducer.finish_backward(False)  # other ranks have reduced theirs
+                self.optimizer.finish_backward(False)  # other ranks have reduced theirs
         super().step(lr_kwargs)
         self.optimizer.window_cut = reducer.finished = False
 

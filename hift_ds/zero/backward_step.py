@@ -120,7 +120,7 @@ class BackwardStep(Step):
     def drop(self) -> None:
         """What is left of the step is not made."""
         self._made = None
-        self._published.wait()
+        self.arrive()
 
     def take(self, states: list[UnitState], fault: str | None) -> Outcome:
         """As `Step.take`: makes what backward has not, and ends the step."""

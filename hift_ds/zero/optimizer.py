@@ -212,6 +212,11 @@ class HiFTOptimizer(ReadByDeepSpeed):
             logger.warning("the last backward ended with an error: all gradients of its window are dropped")
             self.zero_grad()
 
+    def finish_backward(self, boundary: bool) -> None:
+        """After each backward: gradients that are left are reduced, new weights have arrived. Collective."""
+        self.reducer.finish_backward(boundary)
+        self._step.arrive()
+
     def exit_backward(self) -> None:
         """Ends a backward, which begins once for every output of `forward` in its loss."""
         self._backward_active_depth = 0
@@ -385,7 +390,7 @@ class HiFTOptimizer(ReadByDeepSpeed):
                 "dropped; go on with the next batch"
             )
         if not self.reducer.finished:  # a direct call, a loss that no engine's output led to, `no_sync` everywhere
-            self.reducer.finish_backward(True)
+            self.finish_backward(True)
         states, block = self.active_states(), self.rotation.active_block
         fault = self._step.fault(states)
         self.guard.warn_of_stopped(self._active_params)

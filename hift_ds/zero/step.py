@@ -107,6 +107,10 @@ class Step:
     def drop(self) -> None:
         """The window's gradients are dropped."""
 
+    def arrive(self) -> None:
+        """A backward has ended: new weights that are on their way are waited for."""
+        self._published.wait()
+
     def fault(self, states: list[UnitState]) -> str | None:
         """Why this rank cannot make a step, as a sentence, or `None`."""
         holder = self._holder

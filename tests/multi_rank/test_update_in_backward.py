@@ -191,6 +191,26 @@ def test_no_other_unit_s_gradient_is_alive_when_one_is_updated(two_ranks, one_ra
         ranks.run(alone_at_each_update, stage)
 
 
+def whole_after_backward(stage: int) -> None:
+    """Nothing is on its way when backward has ended: a forward or a save before `step` finds the new weights."""
+    engine = engine_of(ds_config(stage, "fp32", BACKWARD, zero_optimization={"allgather_bucket_size": 500}))
+    before = whole_weights(engine)
+    engine.backward(engine(**batch_of(0, 0, dist.get_rank())).loss)
+    after = whole_weights(engine)
+    with torch.no_grad():
+        loss = engine(**batch_of(0, 0, dist.get_rank())).loss
+    engine.step()
+    assert largest_difference(after, whole_weights(engine)) == 0.0
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+    with torch.no_grad():
+        assert torch.equal(loss, engine(**batch_of(0, 0, dist.get_rank())).loss)
+
+
+@pytest.mark.parametrize("stage", (1, 2))
+def test_when_backward_has_ended_its_new_weights_are_everywhere(two_ranks, stage):
+    two_ranks.run(whole_after_backward, stage)
+
+
 def gradient_itself_is_read() -> None:
     """A lone rank makes no second copy of a large parameter's gradient: the update sees `.grad`'s own memory."""
     layers = torch.nn.Sequential(*(torch.nn.Linear(64, 64, bias=False) for _ in range(3)))
