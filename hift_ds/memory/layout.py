@@ -281,7 +281,7 @@ class Layout:
                     reducer.finish_backward(last)
                     finish = meter.peak
                 if isinstance(reducer, UnitReducer):
-                    updates.append(Update(meter.current))  # what is on its way, at least
+                    on_its_way.clear()  # it has arrived when backward has ended
                     reducer.give_rest()
                     finish = max(finish, meter.peak)
                 else:
