@@ -25,7 +25,7 @@ from hift_ds.state.host_memory import HostMemory, Shapes
 from hift_ds.state.unit_state import TILE_NUMEL, RingSizes, Storage, extra_bytes, initial_extra, ring_sizes
 from hift_ds.zero.gradients import GradientReducer
 from hift_ds.zero.states import least_slots, turns
-from hift_ds.zero.unit_gradients import HostGradients, UnitReducer
+from hift_ds.zero.unit_gradients import HostGradients, UnitReducer, host_gradient_numel
 
 
 @dataclass(frozen=True)
@@ -299,10 +299,7 @@ class Layout:
 
     @property
     def _host_gradient_numel(self) -> int:
-        """Elements of gradients that wait on the host (`hift.accumulate`)."""
-        if self.config.hift.accumulate == "device" or self.config.micro_steps == 1:
-            return 0
-        return max(sum(shard.numel for shard in self.training(block)) for block in range(len(self.shards)))
+        return host_gradient_numel(self.config, map(self.training, range(len(self.shards))))
 
     def _take(self, reducer: GradientReducer, meter: StorageMeter, param: torch.nn.Parameter) -> tuple[int, int]:
         meter.restart()

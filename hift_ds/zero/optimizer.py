@@ -28,7 +28,7 @@ from hift_ds.zero.reach import Reach
 from hift_ds.zero.states import States
 from hift_ds.zero.step import Step
 from hift_ds.zero.traces import Traces, leave_inference_mode
-from hift_ds.zero.unit_gradients import HostGradients, UnitReducer
+from hift_ds.zero.unit_gradients import HostGradients, UnitReducer, host_gradient_numel
 
 logger = logging.getLogger(__name__)
 ENDED = (
@@ -358,13 +358,11 @@ class HiFTOptimizer(ReadByDeepSpeed):
             assert isinstance(self._step, BackwardStep)
             self._step.give(shard)
 
+        turns = (self._kept.training(block) for block in range(len(self.plan.blocks)))
+        numel = host_gradient_numel(self.config, ([state.shard for state in states] for states in turns))
         host = None
-        if self.config.hift.accumulate == "host" and self.config.micro_steps > 1:
-            largest = max(
-                sum(state.shard.numel for state in self._kept.training(block)) for block in range(len(self.plan.blocks))
-            )
-            memory = host_memory(self.config, self.device)
-            host = HostGradients(memory, largest, self.config.accumulation_dtype)
+        if numel:
+            host = HostGradients(host_memory(self.config, self.device), numel, self.config.accumulation_dtype)
         return UnitReducer(self.config, self.group, give, host)
 
     # The step.

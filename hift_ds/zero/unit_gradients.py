@@ -161,6 +161,13 @@ class UnitReducer(GradientReducer):
         window.whole.clear()
 
 
+def host_gradient_numel(config: ResolvedConfig, turns: Iterable[Iterable[UnitShard]]) -> int:
+    """Elements of gradients that wait on the host (`hift.accumulate`), of all that trains in the largest turn."""
+    if config.hift.accumulate == "device" or config.micro_steps == 1:
+        return 0
+    return max(sum(shard.numel for shard in shards) for shards in turns)
+
+
 class HostGradients:
     """What earlier micro steps' gradients of one block, and of what is always active, add up to: on the host.
 
