@@ -212,7 +212,7 @@ def _arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--experiment", choices=sorted(EXPERIMENTS), help="a ready matrix; the options below change it")
-    add("--methods", nargs="+", choices=("full", "hift"))
+    add("--methods", nargs="+", choices=("full", "offload", "hift"), help="offload: DeepSpeed's, of optimizer state")
     add("--stages", nargs="+", type=int, choices=(0, 1, 2, 3), help="0 = without ZeRO")
     add("--precisions", nargs="+", choices=("fp32", "bf16", "fp16"))
     add("--gpus", nargs="+", type=int, metavar="N", help="numbers of ranks (default: 1, 2, 4 ... and all)")
@@ -222,6 +222,7 @@ def _arguments() -> argparse.Namespace:
     add("--layers_per_block", nargs="+", type=int, metavar="M")
     add("--orders", nargs="+", choices=("bottom2up", "top2down", "random"))
     add("--steps_per_block", nargs="+", type=int, metavar="K")
+    add("--updates", nargs="+", choices=("step", "backward"), help="where HiFT updates")
     add("--deepspeed_config", default=str(HERE / "demo.json"), metavar="JSON", help="what all cells share")
     add("--rounds", type=positive, default=1, metavar="N",
         help="run HiFT and full fine-tuning in turn, N times each; step times are over all rounds")  # fmt: skip

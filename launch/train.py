@@ -57,7 +57,7 @@ def train(args: argparse.Namespace) -> None:
     before = evaluate(engine, run, args, display, "before training", 1)
     began = time.monotonic()
     with MemoryMeter(engine) if args.measure_memory else nullcontext() as meter:
-        steps(engine, run, args, display, start)
+        curve = steps(engine, run, args, display, start)
         if args.hift:
             engine.optimizer.settle()
     seconds = time.monotonic() - began
@@ -67,7 +67,7 @@ def train(args: argparse.Namespace) -> None:
     folder = Path(args.output_dir) / "model"
     training.save_model(engine, run.tokenizer, folder)
     results = {
-        "held_out_loss": [found and found["loss"] for found in (before, after)],
+        "held_out_loss": [found and found["loss"] for found in (before, after)], "curve": curve,
         "training_seconds": round(seconds, 1), "load_average_before": round(load, 1),
         "answers": {"before": before and before["answers"], "after": after and after["answers"]}, **plans,
     }  # fmt: skip
@@ -104,8 +104,8 @@ def evaluate(
     return {"loss": loss, "answers": found}
 
 
-def steps(engine: Any, run: Any, args: argparse.Namespace, display: Any, start: int) -> None:
-    """The training loop, from micro step `start` on. Collective."""
+def steps(engine: Any, run: Any, args: argparse.Namespace, display: Any, start: int) -> list[dict[str, Any]]:
+    """The training loop, from micro step `start` on; the held-out losses on the way. Collective."""
     from deepspeed import comm as dist
 
     from hift_ds.recipes import training
@@ -114,6 +114,7 @@ def steps(engine: Any, run: Any, args: argparse.Namespace, display: Any, start: 
     stream = training.batches(run.data, run.micro_batch, args.seed, start, engine.device)
     engine.train()
     done = start // accumulation
+    curve: list[dict[str, Any]] = []
     with display.progress(run.max_steps, done) as progress:
         for step in range(done, run.max_steps):
             began = time.monotonic()
@@ -126,12 +127,14 @@ def steps(engine: Any, run: Any, args: argparse.Namespace, display: Any, start: 
                 engine.monitor.write_events([("Train/loss", mean, step + 1)])
             if args.eval_every and (step + 1) % args.eval_every == 0 and len(run.data.eval):
                 held_out = training.held_out_loss(engine, run.data, run.micro_batch)
+                curve.append({"step": step + 1, "held_out_loss": held_out})
                 display.print(f"step {step + 1}: held-out loss {held_out:.3f}")
                 if engine.monitor.enabled:
                     engine.monitor.write_events([("Eval/loss", held_out, step + 1)])
             if args.save_every and (step + 1) % args.save_every == 0:
                 state = {"micro_steps": (step + 1) * accumulation}
                 engine.save_checkpoint(str(Path(args.output_dir) / "checkpoints"), client_state=state)
+    return curve
 
 
 def resume(engine: Any, args: argparse.Namespace, display: Any) -> int:

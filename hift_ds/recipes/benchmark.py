@@ -175,9 +175,8 @@ def _row(
         "config": {key: value for key, value in run.ds_config.items() if key != "tensorboard"},
         "report": report.to_json(),
     }
+    if not args.hift and (run.ds_config.get("zero_optimization") or {}).get("offload_optimizer"):
+        forecast = "what DeepSpeed's offloaded optimizer takes is not forecast"
     if isinstance(forecast, Forecast):
-        figures = forecast.worst if args.hift else forecast.full
-        row["forecast"] = figures.to_json()
-    else:
-        row["forecast"] = forecast
-    return row
+        return row | {"forecast": (forecast.worst if args.hift else forecast.full).to_json()}
+    return row | {"forecast": forecast}

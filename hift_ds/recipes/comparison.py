@@ -13,26 +13,30 @@ from pathlib import Path
 from typing import Any
 
 COLUMNS = (
-    "status", "method", "stage", "ranks", "nodes", "dtype", "optimizer", "layers_per_block", "order", "steps_per_block",
-    "blocks", "activation_checkpointing", "micro_batch", "accumulation", "sequence", "peak_mib", "active_mib",
-    "reserved_mib", "forecast_mib", "weights_mib", "gradients_mib", "state_mib", "activations_mib", "other_mib",
-    "step_ms_p20", "step_ms_p50", "step_ms_p80", "rounds", "timed_cycles", "timed_steps", "tokens_per_s",
+    "status", "method", "stage", "ranks", "nodes", "dtype", "optimizer", "update", "layers_per_block", "order",
+    "steps_per_block", "blocks", "activation_checkpointing", "micro_batch", "accumulation", "sequence", "peak_mib",
+    "active_mib", "reserved_mib", "forecast_mib", "weights_mib", "gradients_mib", "state_mib", "activations_mib",
+    "other_mib", "step_ms_p20", "step_ms_p50", "step_ms_p80", "rounds", "timed_cycles", "timed_steps", "tokens_per_s",
     "first_loss", "last_loss", "held_out_loss", "steps", "model", "parameters", "gpu_memory_limit", "how_measured",
     "device", "driver", "python", "torch", "deepspeed", "transformers", "commit", "date",
 )  # fmt: skip
 SHOWN = {
     "method": "method", "stage": "ZeRO", "dtype": "dtype", "ranks": "ranks", "optimizer": "optimizer",
-    "blocks": "blocks", "order": "order", "steps_per_block": "K", "activation_checkpointing": "ckpt",
-    "sequence": "tokens a row", "peak_mib": "peak MiB", "active_mib": "active MiB", "reserved_mib": "reserved MiB",
+    "update": "update", "blocks": "blocks", "order": "order", "steps_per_block": "K",
+    "activation_checkpointing": "ckpt", "sequence": "tokens a row", "peak_mib": "peak MiB",
+    "active_mib": "active MiB", "reserved_mib": "reserved MiB",
     "forecast_mib": "forecast MiB", "step_ms_p50": "step ms", "step_ms_p20": "p20",
     "step_ms_p80": "p80", "timed_steps": "steps timed", "tokens_per_s": "tokens/s", "last_loss": "last loss",
     "held_out_loss": "held-out loss", "status": "status",
 }  # fmt: skip
 
 
+_OF_BLOCKS = ("layers_per_block", "order", "steps_per_block", "update")  # a cell's and the "hift" section's
+
+
 @dataclass(frozen=True)
 class Cell:
-    """One run of the matrix. Full fine-tuning has no blocks: its last three fields are `None`."""
+    """One run of the matrix. Full fine-tuning, offloaded or not, has no blocks: its last four fields are `None`."""
 
     method: str
     stage: int
@@ -44,6 +48,7 @@ class Cell:
     layers_per_block: int | None = None
     order: str | None = None
     steps_per_block: int | None = None
+    update: str | None = None
 
     @property
     def name(self) -> str:
@@ -52,6 +57,7 @@ class Cell:
         parts += [f"{self.seq_len}tokens"] + ["ckpt"] * self.checkpointing
         if self.method == "hift":
             parts += [f"m{self.layers_per_block}", str(self.order), f"k{self.steps_per_block}"]
+            parts += [str(self.update)] * (self.update != "step")
         return "_".join(parts)
 
 
@@ -69,6 +75,7 @@ class Matrix:
     layers_per_block: Sequence[int] = (1,)
     orders: Sequence[str] = ("bottom2up",)
     steps_per_block: Sequence[int] = (1,)
+    updates: Sequence[str] = ("step",)
 
     def cells(self) -> list[Cell]:
         """In an order in which what is compared runs one after the other."""
@@ -80,11 +87,11 @@ class Matrix:
             self.methods,
         ):
             common = (method, stage, precision, gpus, optimizer, checkpointing, seq_len)
-            if method == "full":
+            if method == "hift":
+                dimensions = (self.layers_per_block, self.orders, self.steps_per_block, self.updates)
+                yield from (Cell(*common, *blocks) for blocks in itertools.product(*dimensions))
+            elif method == "full" or stage:  # DeepSpeed offloads nothing without ZeRO
                 yield Cell(*common)
-                continue
-            for blocks in itertools.product(self.layers_per_block, self.orders, self.steps_per_block):
-                yield Cell(*common, *blocks)
 
 
 def in_rounds(cells: Sequence[Cell], rounds: int) -> list[tuple[Cell, int]]:
@@ -93,7 +100,8 @@ def in_rounds(cells: Sequence[Cell], rounds: int) -> list[tuple[Cell, int]]:
     So that a slow drift of the machine's speed falls on all of them.
     """
     alike = itertools.groupby(
-        cells, lambda cell: replace(cell, method="", layers_per_block=None, order=None, steps_per_block=None)
+        cells,
+        lambda cell: replace(cell, method="", layers_per_block=None, order=None, steps_per_block=None, update=None),
     )
     groups = [list(group) for _, group in alike]
     return [(cell, number) for group in groups for number in range(1, rounds + 1) for cell in group]
@@ -109,23 +117,27 @@ def config_of(cell: Cell, base: dict[str, Any]) -> dict[str, Any]:
         # From DeepSpeed's 2**16 a small model's first steps, those that are measured, overflow and update nothing.
         config["fp16"]["initial_scale_power"] = 10
     set_stage(config, cell.stage)
-    config["optimizer"] = _optimizer(config.get("optimizer") or {}, cell.optimizer)
+    config["optimizer"] = _optimizer(config.get("optimizer") or {}, cell.optimizer, cell.method)
+    if cell.method == "offload":
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     section = dict(config.get("hift") or {})
-    for key in ("layers_per_block", "order", "steps_per_block"):
+    for key in _OF_BLOCKS:
         if getattr(cell, key) is not None:
             section[key] = getattr(cell, key)
     config["hift"] = {**section, "enabled": True}  # without --hift the scripts leave it out
     return config
 
 
-def _optimizer(section: dict[str, Any], name: str) -> dict[str, Any]:
+def _optimizer(section: dict[str, Any], name: str, method: str) -> dict[str, Any]:
     kind = "SGD" if name == "SGDM" else name
     params = dict(section.get("params") or {})
     if section.get("type", "AdamW").lower() != kind.lower():  # the others' betas and switches are not this one's
         params = {key: value for key, value in params.items() if key in ("lr", "weight_decay")}
     if name == "SGDM":
         params["momentum"] = 0.9
-    if kind.lower() in ("adam", "adamw"):
+    if method == "offload":  # DeepSpeed takes its own on the host
+        params = {key: value for key, value in params.items() if key not in ("torch_adam", "fused")}
+    elif kind.lower() in ("adam", "adamw"):
         # DeepSpeed's own would be compiled first. Unfused, torch's would make full fine-tuning look worse than it is:
         # it makes temporary tensors as large as all masters.
         params |= {"torch_adam": True, "fused": True}
@@ -147,7 +159,7 @@ def flat_row(cell: Cell, result: dict[str, Any]) -> dict[str, Any]:
     row.update({
         "method": cell.method, "stage": cell.stage, "dtype": cell.precision, "ranks": result.get("ranks", cell.gpus),
         "optimizer": cell.optimizer, "sequence": cell.seq_len, "activation_checkpointing": cell.checkpointing,
-        "layers_per_block": cell.layers_per_block, "order": cell.order, "steps_per_block": cell.steps_per_block,
+        **{key: getattr(cell, key) for key in _OF_BLOCKS},
     })  # fmt: skip
     row.update(result.get("versions") or {})
     measured = result.get("measured")

@@ -26,12 +26,12 @@ def labels_of(cells: Sequence[Any]) -> list[str]:
     parts = []
     for cell in cells:
         parts.append({
-            "method": "HiFT" if cell.method == "hift" else "full",
+            "method": {"hift": "HiFT", "offload": "full, offloaded"}.get(cell.method, "full"),
             "stage": f"ZeRO-{cell.stage}" if cell.stage else "no ZeRO",
             "precision": cell.precision, "gpus": f"{cell.gpus} ranks", "optimizer": cell.optimizer,
             "checkpointing": "ckpt" if cell.checkpointing else "", "seq_len": f"{cell.seq_len} tokens",
             "layers_per_block": "" if cell.layers_per_block is None else f"m={cell.layers_per_block}",
-            "order": cell.order or "",
+            "order": cell.order or "", "update": f"update in {cell.update}" if cell.update else "",
             "steps_per_block": "" if cell.steps_per_block is None else f"K={cell.steps_per_block}",
         })  # fmt: skip
     telling = [key for key in parts[0] if key == "method" or len({part[key] for part in parts} - {""}) > 1]

@@ -92,6 +92,7 @@ class BackwardStep(Step):
         made.updated = True
         del grad  # free before the next allocation
         self._published.send(shard, new, IN_FLIGHT)
+        self._guard.renew(shard)
         state.torn = False
 
     def _begun(self) -> _Made:

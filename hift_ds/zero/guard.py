@@ -26,7 +26,7 @@ class ModuleGuard:
         self._known = set(module.parameters())
         self._facts = {param: _facts(param) for param in trained.values()}
         self._written = {param: _writes(param) for param in trained.values()}
-        self._warned = False
+        self._warned = self._renewed = False
 
     def fault(self) -> str | None:
         """What has been done to the module that its blocks cannot follow, as a sentence, or `None`."""
@@ -43,11 +43,13 @@ class ModuleGuard:
 
     @contextmanager
     def explaining(self) -> Iterator[None]:
-        """An error of torch or ZeRO-3 inside is that of a changed parameter where there is one."""
+        """An error of torch or ZeRO-3 inside is that of a changed parameter where there is one, or of `renew`."""
         try:
             yield
         except Exception as error:
             fault = self.fault()
+            if fault is None and self._renewed and "modified by an inplace operation" in str(error):
+                fault = _NEEDS_OLD
             if fault is None:
                 raise
             raise RuntimeError(fault) from error
@@ -61,6 +63,14 @@ class ModuleGuard:
     def note(self, shard: UnitShard) -> None:
         """The present weights of a block are its masters' (an update, a load)."""
         self._written.update((param, _writes(param)) for param in shard.params)
+
+    def renew(self, shard: UnitShard) -> None:
+        """A unit's weights are new while a backward goes on: where it still needs the old ones, torch says so."""
+        self._renewed = True
+        if shard.world == 1 or not is_partitioned(shard.params[0]):  # else backward has gathered copies of its own
+            for param in shard.params:
+                torch.autograd.graph.increment_version(param)
+        self.note(shard)
 
     def stop_inactive(self, active: set[torch.nn.Parameter]) -> None:
         """Before a forward or a save: `requires_grad_(True)` on anything else would cost gradients that nobody uses."""
@@ -84,6 +94,11 @@ class ModuleGuard:
             )  # fmt: skip
 
 
+_NEEDS_OLD = (
+    "hift.update='backward': this backward needs weights that are updated already, because the update of this window "
+    "is made (its last micro step has one backward: add losses up) or because the model uses a weight where it gets no "
+    'gradient, as under detach(), too; for such a loop or model use "update": "step"'
+)
 _ANEW = "a run's blocks, state and shards are laid out once; call engine.destroy() and hift_ds.initialize again"
 
 

@@ -80,6 +80,22 @@ def test_full_fine_tuning_is_given_torchs_fused_adamw_whose_update_takes_no_memo
     assert params["torch_adam"] and params["fused"]
 
 
+def test_full_fine_tuning_offloaded_has_deepspeeds_adam_on_the_host_and_no_cell_without_zero():
+    cells = Matrix(methods=("full", "offload"), stages=(0, 2), precisions=("bf16",)).cells()
+    assert [(cell.method, cell.stage) for cell in cells] == [("full", 0), ("full", 2), ("offload", 2)]
+    config = config_of(cells[-1], {**BASE, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}}})
+    assert config["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
+    assert config["optimizer"]["params"] == {"lr": 1e-3}
+
+
+def test_updates_in_backward_are_cells_of_their_own_beside_one_cell_of_full_fine_tuning():
+    cells = Matrix(stages=(2,), precisions=("bf16",), updates=("step", "backward")).cells()
+    assert [cell.update for cell in cells] == [None, "step", "backward"] and len({cell.name for cell in cells}) == 3
+    assert [config_of(cell, BASE)["hift"].get("update") for cell in cells] == [None, "step", "backward"]
+    assert labels_of(cells[1:]) == ["HiFT, update in step", "HiFT, update in backward"]
+    assert {number for _, number in in_rounds(cells, 2)[:3]} == {1}, "they do not take turns"
+
+
 @pytest.mark.parametrize("name", ["AdamW", "Adam", "SGD", "SGDM", "Adagrad", "Adafactor", "Lion"])
 def test_every_optimizer_of_the_matrix_is_one_that_the_rules_read(name):
     section = config_of(Cell("hift", 0, "fp32", 1, name, False, 64, 1, "bottom2up", 1), BASE)["optimizer"]
