@@ -118,11 +118,15 @@ def markdown(
     lines = [head, ("---",) * len(head)]
     for name, label in CONTESTANTS.items():
         tried = [run for run in runs if (run.contestant, run.steps) == (name, full.steps)]
-        rates = ", ".join(f"{run.rate}: {run.last:.3f}" for run in sorted(tried, key=lambda run: float(run.rate)))
+        rates = ", ".join(f"{run.rate}: {_said(run.last)}" for run in sorted(tried, key=lambda run: float(run.rate)))
         long = equal_seconds[name]
         losses = (f"{equal_steps[name].last:.4f}", f"{long.last:.4f}")
         lines.append((label, f"{seconds[name]:.2f}", rates, *losses, str(long.steps)))
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def _said(loss: float) -> str:
+    return f"{loss:.3f}" if math.isfinite(loss) else "diverged"
 
 
 def draw(

@@ -188,7 +188,7 @@ def used_under_detach(stage: int, right: bool) -> None:
             engine.step()
             found.append(all_by_block(engine))
         else:
-            assert "needs weights that are updated already" in error_of(lambda: engine.backward(loss))
+            assert "needs weights that are updated already" in error_of(partial(engine.backward, loss))
             assert "load a checkpoint" in error_of(engine.step)
     assert changed(found[0], found[-1]) == []
 

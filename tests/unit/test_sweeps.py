@@ -1,5 +1,6 @@
-"""The sweep scripts: every command that they start is one that compare.py understands, with the limit in its name."""
+"""The sweep scripts and curves.sh: every command that they start is one that its script understands."""
 
+import argparse
 import os
 import shlex
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from hift_ds.recipes.arguments import add_arguments
 from launch import compare
 
 LAUNCH = Path(__file__).parents[2] / "launch"
@@ -17,9 +19,10 @@ NOTE = '#!/usr/bin/env bash\n[ "$1" = -c ] && exit 0\nprintf "%q " "$@" >> "$NOT
 
 def commands_of(script, folder, *options):
     """What a sweep would start."""
-    python = folder / "python"
-    python.write_text(NOTE)
-    python.chmod(0o755)
+    for name in ("python", "deepspeed"):
+        program = folder / name
+        program.write_text(NOTE)
+        program.chmod(0o755)
     environment = {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", "NOTES": str(folder / "notes"),
                    "MODEL": "config.json"}  # fmt: skip
     subprocess.run(["bash", LAUNCH / script, *options], env=environment, check=True, timeout=60, capture_output=True)
@@ -51,3 +54,22 @@ def test_the_sweep_of_the_goals_has_each_shape_under_each_limit_and_full_fine_tu
         found.add(name)
     shapes = [f"{precision}_{shape}" for precision in ("bf16", "fp32") for shape in ("6x512", "1x1024")]
     assert found == {f"{shape}_{limit}" for shape in shapes for limit in ("46GiB", "22GiB", "14GiB", "none")}
+
+
+def test_the_curves_have_full_fine_tuning_and_three_blocks_at_three_rates_each(monkeypatch, tmp_path):
+    (tmp_path / "gsm8k_train.jsonl").write_text("")
+    (tmp_path / "gsm8k_test.jsonl").write_text("")
+    commands = commands_of("curves.sh", tmp_path, tmp_path, tmp_path / "out")
+    monkeypatch.setattr(sys, "argv", commands[0])
+    args = compare._arguments()
+    assert compare._base_config(args)["zero_optimization"] == {"stage": 2}
+    assert [cell.layers_per_block for cell in compare._matrix(args).cells()] == [None, None, 1, 4, 8, 100]
+    parser = argparse.ArgumentParser()
+    add_arguments(parser, tmp_path / "out" / "config.json")
+    found = {"full": set(), 8: set(), 4: set(), 1: set()}
+    for command in commands[1:-2]:
+        assert Path(command[3]).name == "train.py"
+        options = parser.parse_args(command[4:])
+        assert options.hift == (getattr(options, "hift_update", None) == "backward")
+        found[options.hift_layers_per_block if options.hift else "full"].add(options.lr)
+    assert {len(rates) for rates in found.values()} == {3}
