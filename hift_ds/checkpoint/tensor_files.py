@@ -1,0 +1,134 @@
+"""safetensors files, written from tensors where they lie and read by ranges: nothing is copied or unpickled.
+
+Source of the format: github.com/huggingface/safetensors, "Format": 8 bytes with the header's length, a JSON header with
+dtype, shape and place of each tensor, then their bytes. The library's own writer copies all tensors first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+CHUNK_BYTES = 64 << 20  # of a tensor on a device that come to the host at a time
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """What tells a whole file from a damaged one."""
+
+    num_bytes: int
+    sha256: str
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> FileFacts:
+    """Writes a file, and to the disk; tensors of any device, contiguous.
+
+    Raises:
+        OSError: No room, or not writable.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    place = 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [place, place + size],
+        }  # fmt: skip
+        place += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest, count = hashlib.sha256(), 0
+    with path.open("wb") as file:
+        for part in (len(text).to_bytes(8, "little"), text, *_bytes_of(tensors)):
+            digest.update(part)
+            count += file.write(part)
+        file.flush()
+        os.fsync(file.fileno())
+    return FileFacts(count, digest.hexdigest())
+
+
+def num_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
+    """What they take in a file, but for its header."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def facts_of(path: Path) -> FileFacts:
+    """Of a file of any kind, all of which is read."""
+    digest, count = hashlib.sha256(), 0
+    with path.open("rb", buffering=0) as file:
+        while part := file.read(CHUNK_BYTES):
+            digest.update(part)
+            count += len(part)
+    return FileFacts(count, digest.hexdigest())
+
+
+class TensorFile:
+    """A file that is read where it is asked for.
+
+    Attributes:
+        metadata: As it was written.
+        shapes: By name.
+
+    Raises:
+        ValueError: Not such a file, or cut off.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._map = _mapped(path)
+        length = int.from_bytes(self._map[:8], "little") if len(self._map) >= 8 else -1
+        try:
+            header = json.loads(self._map[8 : 8 + length]) if 0 < length <= len(self._map) - 8 else None
+        except ValueError:
+            header = None
+        if not isinstance(header, dict):
+            raise ValueError(f"{str(path)!r} is not a safetensors file")
+        self.metadata: dict[str, str] = header.pop("__metadata__", {})
+        self._start, self._entries = 8 + length, header
+        self.shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
+        if max((entry["data_offsets"][1] for entry in header.values()), default=0) != len(self._map) - self._start:
+            raise ValueError(f"{str(path)!r} is cut off")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def read(self, name: str, first: int = 0, last: int | None = None) -> torch.Tensor:
+        """Elements of a tensor, flattened; not to be written into, as they are the file's own memory."""
+        entry = self._entries[name]
+        dtype, (start, stop) = DTYPES[entry["dtype"]], entry["data_offsets"]
+        last = (stop - start) // dtype.itemsize if last is None else last
+        if last <= first:
+            return torch.empty(0, dtype=dtype)
+        place = self._start + start + first * dtype.itemsize
+        raw = torch.frombuffer(self._map, dtype=torch.uint8, count=(last - first) * dtype.itemsize, offset=place)
+        if raw.data_ptr() % dtype.itemsize:  # after a tensor of single bytes
+            raw = raw.clone()
+        return raw.view(dtype)
+
+
+def _mapped(path: Path) -> Any:
+    with path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size == 0:
+            return b""
+        # Copies of what is written, which nobody does: torch warns of memory that it may not write.
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+
+
+def _bytes_of(tensors: Mapping[str, torch.Tensor]) -> Any:
+    for tensor in tensors.values():
+        flat = tensor.detach().reshape(-1)
+        if flat.numel():
+            raw = flat.view(torch.uint8)
+            for start in range(0, raw.numel(), CHUNK_BYTES):
+                yield raw[start : start + CHUNK_BYTES].cpu().numpy().data
