@@ -15,7 +15,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 from hift_ds.checkpoint import content, fit, folder, manifest, random_states, restore
 from hift_ds.checkpoint.saved import Saved
-from hift_ds.checkpoint.tensor_files import FileFacts, TensorFile, facts_of, num_bytes, write_tensors
+from hift_ds.checkpoint.tensor_files import FileFacts, TensorFiles, facts_of, num_bytes, write_tensors
 from hift_ds.distributed import agree, of_all_ranks, require_alike
 
 logger = logging.getLogger(__name__)
@@ -244,7 +244,8 @@ class CheckpointingEngine(DeepSpeedEngine):
         facts = manifest.read(place)
         if not fit.require_format(facts, place, whole, run.stage) or facts is None:
             return None
-        saved = Saved(facts, _Files(place).of)
+        files = TensorFiles()
+        saved = Saved(facts, lambda rank, part: files.open(place / content.file_name(rank, part)))
         if whole:
             fit.require_state_fits(run, saved)
         if schedule:
@@ -322,18 +323,3 @@ class CheckpointingEngine(DeepSpeedEngine):
 
     def _end_window(self) -> None:
         raise NotImplementedError
-
-
-class _Files:
-    """The tensor files of a checkpoint, each opened once."""
-
-    def __init__(self, place: Path) -> None:
-        self._place = place
-        self._open: dict[str, TensorFile] = {}
-
-    def of(self, rank: int, part: str) -> TensorFile:
-        """A rank's of a part."""
-        name = content.file_name(rank, part)
-        if name not in self._open:
-            self._open[name] = TensorFile(self._place / name)
-        return self._open[name]

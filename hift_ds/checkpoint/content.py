@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from hift_ds.checkpoint.tensor_files import CODES
 from hift_ds.rotation.rotation import Rotation
 from hift_ds.rotation.schedule import CycleScheduler, DelayedRate
 from hift_ds.shards import UnitShard
@@ -113,7 +114,8 @@ def _parameters(state: UnitState) -> Iterable[tuple[str, dict[str, Any]]]:
         for segment in run.segments:
             index = shard.fqns.index(segment.fqn)
             yield segment.fqn, {
-                "shape": list(segment.shape), "slice": -(-segment.shape.numel() // shard.world),
+                "shape": list(segment.shape), "dtype": CODES[shard.params[index].dtype],
+                "slice": -(-segment.shape.numel() // shard.world),
                 "group": run.group, "master": master_form(state, index), "slots": slots_of(state),
                 "moments": moment_form(state), "step": state.step,
             }  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from hift_ds.checkpoint.content import PHASES, REMAINDER
+from hift_ds.checkpoint.tensor_files import CODES
 from hift_ds.state.formats import GROUP, SCALE_SUFFIX, decode_int8, join_split16
 
 RANGE = 1 << 24  # elements of a parameter that are converted at a time
@@ -23,6 +24,9 @@ class Tensors(Protocol):
 
     def __contains__(self, name: str) -> bool: ...
 
+    def code(self, name: str) -> str:
+        """Of a tensor's dtype, as safetensors have it."""
+
     def read(self, name: str, first: int = 0, last: int | None = None) -> torch.Tensor:
         """Elements of a tensor, flattened."""
 
@@ -35,6 +39,10 @@ class Held:
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
+
+    def code(self, name: str) -> str:
+        """As Tensors.code."""
+        return CODES[self._tensors[name].dtype]
 
     def read(self, name: str, first: int = 0, last: int | None = None) -> torch.Tensor:
         """As Tensors.read."""
@@ -105,6 +113,10 @@ class Saved:
     def of_rank(self, rank: int) -> Tensors:
         """What else is a rank's own."""
         return self._tensors(rank, "")
+
+    def dtype_of_rest(self, name: str) -> str:
+        """Of a buffer, or a parameter that was not trained."""
+        return self.of_rank(0).code(name)
 
     def factored(self, fqn: str, name: str) -> torch.Tensor:
         """A tensor that is whole in rank 0's file, flattened."""

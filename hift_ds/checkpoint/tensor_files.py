@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -22,7 +24,7 @@ DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,24 @@ class FileFacts:
     sha256: str
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> FileFacts:
+class Writable(Protocol):
+    """What a file takes for a tensor that is not there as a whole."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """Of all of it."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of all of it."""
+
+    def parts(self) -> Iterator[torch.Tensor]:
+        """In order, 1-D."""
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, torch.Tensor | Writable], metadata: Mapping[str, str]
+) -> FileFacts:
     """Writes a file, and to the disk; tensors of any device, contiguous.
 
     Raises:
@@ -42,16 +61,16 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     place = 0
     for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
+        size = math.prod(tensor.shape) * tensor.dtype.itemsize
         header[name] = {
-            "dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [place, place + size],
+            "dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [place, place + size],
         }  # fmt: skip
         place += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest, count = hashlib.sha256(), 0
     with path.open("wb") as file:
-        for part in (len(text).to_bytes(8, "little"), text, *_bytes_of(tensors)):
+        for part in chain((len(text).to_bytes(8, "little"), text), _bytes_of(tensors)):
             digest.update(part)
             count += file.write(part)
         file.flush()
@@ -79,7 +98,6 @@ class TensorFile:
 
     Attributes:
         metadata: As it was written.
-        shapes: By name.
 
     Raises:
         ValueError: Not such a file, or cut off.
@@ -96,12 +114,15 @@ class TensorFile:
             raise ValueError(f"{str(path)!r} is not a safetensors file")
         self.metadata: dict[str, str] = header.pop("__metadata__", {})
         self._start, self._entries = 8 + length, header
-        self.shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
         if max((entry["data_offsets"][1] for entry in header.values()), default=0) != len(self._map) - self._start:
             raise ValueError(f"{str(path)!r} is cut off")
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries
+
+    def code(self, name: str) -> str:
+        """Of a tensor's dtype (`DTYPES`)."""
+        return self._entries[name]["dtype"]
 
     def read(self, name: str, first: int = 0, last: int | None = None) -> torch.Tensor:
         """Elements of a tensor, flattened; not to be written into, as they are the file's own memory."""
@@ -117,6 +138,19 @@ class TensorFile:
         return raw.view(dtype)
 
 
+class TensorFiles:
+    """Files, each opened once."""
+
+    def __init__(self) -> None:
+        self._open: dict[Path, TensorFile] = {}
+
+    def open(self, path: Path) -> TensorFile:
+        """One of them."""
+        if path not in self._open:
+            self._open[path] = TensorFile(path)
+        return self._open[path]
+
+
 def _mapped(path: Path) -> Any:
     with path.open("rb") as file:
         if os.fstat(file.fileno()).st_size == 0:
@@ -125,10 +159,9 @@ def _mapped(path: Path) -> Any:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
 
-def _bytes_of(tensors: Mapping[str, torch.Tensor]) -> Any:
+def _bytes_of(tensors: Mapping[str, torch.Tensor | Writable]) -> Iterator[Any]:
     for tensor in tensors.values():
-        flat = tensor.detach().reshape(-1)
-        if flat.numel():
-            raw = flat.view(torch.uint8)
+        for flat in (tensor.detach().reshape(-1),) if isinstance(tensor, torch.Tensor) else tensor.parts():
+            raw = flat.view(torch.uint8) if flat.numel() else flat
             for start in range(0, raw.numel(), CHUNK_BYTES):
                 yield raw[start : start + CHUNK_BYTES].cpu().numpy().data

@@ -293,6 +293,11 @@ class HiFTOptimizer(ReadByDeepSpeed):
         self.require_states()
         agree(self.require_same_module)
         self.require_whole()
+        if self._step.half_made:
+            raise RuntimeError(
+                "hift.update='backward': the update of this window is made, and engine.step() has not counted it yet: "
+                "call engine.step() before a save"
+            )
         self.settle()
         self._step.adopt_writes(self._kept.all)
         return self.run_state
@@ -352,7 +357,8 @@ class HiFTOptimizer(ReadByDeepSpeed):
             params: The whole model's.
         """
         self.require_states()
-        self._loads = True
+        self._drop_window()
+        self.window_cut, self._loads = False, True
         # Below stage 3 the model file has every weight, and DeepSpeed would want what is frozen now to have been then.
         whole_in_model_file = self.config.stage < 3
         try:
@@ -366,6 +372,8 @@ class HiFTOptimizer(ReadByDeepSpeed):
         self.checkpoint_event_epilogue()
 
     def _on_gradient(self, param: torch.nn.Parameter) -> None:
+        if param.grad is None:  # switched off since the forward: torch has none for it
+            return
         if not self._begun and not self._warned_of_direct:
             self._warned_of_direct = True
             logger.warning(
