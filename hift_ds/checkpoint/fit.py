@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from hift_ds.checkpoint.content import RunState, master_form, moment_form, sched
 from hift_ds.checkpoint.manifest import DAMAGED, FORMAT
 from hift_ds.checkpoint.restore import same_rotation
 from hift_ds.checkpoint.saved import Saved
-from hift_ds.rotation.names import some
+from hift_ds.rotation.names import shortest, some
 from hift_ds.rotation.rewind import CannotRewind, Rewind
 from hift_ds.shards import full_shape
 
@@ -76,6 +77,15 @@ def notes(run: RunState, saved: Saved) -> Iterator[str]:
         yield (
             f"the checkpoint of {cut[0]} ranks at ZeRO stage {cut[1]} is taken over by {wanted[0]} at stage "
             f"{wanted[1]}: the same weights and state, cut anew"
+        )
+    now_always = [] if run.always is None else list(run.always.shard.fqns)
+    then_always = [fqn for fqn, described in saved.parameters.items() if described["file"] == "always"]
+    if set(then_always) != set(now_always):
+        others = [fqn for fqn in saved.parameters if fqn not in then_always]
+        entries = json.dumps([f"module:{path}" for path in shortest(then_always, others)])
+        yield (
+            f"always active were {some(then_always) or 'none'}, and are {some(now_always) or 'none'} now: to keep what "
+            f'was write "always_active": {entries}'
         )
     if not same_rotation(run, saved):
         yield "blocks, their order or hift.steps_per_block are others than in the checkpoint: a cycle begins"

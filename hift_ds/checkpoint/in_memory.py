@@ -21,7 +21,10 @@ def state_of(run: RunState) -> dict[str, Any]:
         for part, states in run.parts.items()
     }
     described = json.loads(json.dumps({**facts(run), "frozen": {}}))
-    return {"hift": {"facts": described, "rank": run.rank, "tensors": tensors}}
+    return {
+        "hift": {"facts": described, "rank": run.rank, "tensors": tensors},
+        "zero_stage": run.stage, "partition_count": run.state_ranks,  # as DeepSpeed's
+    }  # fmt: skip
 
 
 def restore(

@@ -6,6 +6,7 @@ dtype, shape and place of each tensor, then their bytes. The library's own write
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import math
@@ -164,4 +165,6 @@ def _bytes_of(tensors: Mapping[str, torch.Tensor | Writable]) -> Iterator[Any]:
         for flat in (tensor.detach().reshape(-1),) if isinstance(tensor, torch.Tensor) else tensor.parts():
             raw = flat.view(torch.uint8) if flat.numel() else flat
             for start in range(0, raw.numel(), CHUNK_BYTES):
-                yield raw[start : start + CHUNK_BYTES].cpu().numpy().data
+                part = raw[start : start + CHUNK_BYTES].cpu()
+                # Not numpy: a storage that it has seen can never be resized again, as `offload_states` does.
+                yield memoryview((ctypes.c_char * part.numel()).from_address(part.data_ptr()))
