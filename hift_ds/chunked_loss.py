@@ -22,6 +22,8 @@ from torch import nn
 
 TILE_BYTES = 64 << 20  # of a tile's logits in fp32; half as much again in the model's dtype
 IGNORED = -100
+_OWN_HOOKS = ("deepspeed.", "hift_ds.")  # modules whose hooks see a head as it is
+_PLAIN = "use the plain loss (--loss plain)"
 SCALES = (r"logits = logits / self\.config\.logits_scaling", r"logits = logits \* self\.logit_scale")
 CAP = "final_logit_softcapping"
 # What a forward of transformers may do with logits: pass them on, scale them (the hidden states then are), cap them.
@@ -53,10 +55,11 @@ def use_chunked_loss(model: nn.Module, tile_bytes: int = TILE_BYTES) -> None:
     head, config = getattr(model, "lm_head", None), getattr(model, "config", None)
     if not isinstance(head, nn.Linear) or config is None:
         raise TypeError(
-            f"{kind.__name__}: --loss chunked is for causal language models of transformers with an lm_head; use "
-            "--loss plain"
+            f"{kind.__name__}: the loss in chunks is for causal language models of transformers with an lm_head; "
+            f"{_PLAIN}"
         )
     _check(model, head)
+    _require_as_known(model)
     rows = max(1, tile_bytes // (4 * head.out_features))
     head.chunks = (rows, getattr(config, CAP, None))  # type: ignore[assignment]
     head.forward = MethodType(_head_forward, head)  # type: ignore[method-assign]
@@ -69,11 +72,9 @@ def is_chunked(model: Any) -> bool:
 
 
 def _check(model: Any, head: nn.Linear) -> None:
-    why, function = None, getattr(model.loss_function, "__name__", "")
+    why = None
     if getattr(model.config, "is_encoder_decoder", False):
         why = "is for decoders alone"
-    elif function != "ForCausalLMLoss":
-        why = f"replaces ForCausalLMLoss, and its loss is {function!r}"
     else:
         source = inspect.getsource(inspect.unwrap(type(model).forward)).split('"""')[-1]
         lines = [line.partition("#")[0].strip() for line in source.splitlines()]
@@ -83,7 +84,21 @@ def _check(model: Any, head: nn.Linear) -> None:
         elif head.bias is not None and any(re.fullmatch(scale, line) for scale in SCALES for line in lines):
             why = "scales hidden states in the place of logits, and its head has a bias"
     if why is not None:
-        raise ValueError(f"{type(model).__name__}: --loss chunked {why}; use --loss plain")
+        raise ValueError(f"{type(model).__name__}: the loss in chunks {why}; {_PLAIN}")
+
+
+def _require_as_known(model: Any) -> None:
+    """What the user may do to a model at any time, and what would then be left out of its loss."""
+    head, loss, why = model.lm_head, getattr(model.loss_function, "__name__", "another function"), None
+    hooks = [*head._forward_pre_hooks.values(), *head._forward_hooks.values()]
+    if type(head).forward is not nn.Linear.forward:
+        why = f"knows nn.Linear, and the head is {type(head).__name__}"
+    elif [hook for hook in hooks if not (getattr(hook, "__module__", None) or "").startswith(_OWN_HOOKS)]:
+        why = "does not run forward hooks of the head, and it has one"
+    elif loss != "ForCausalLMLoss":
+        why = f"replaces ForCausalLMLoss, and model.loss_function is {loss!r}"
+    if why is not None:
+        raise ValueError(f"{type(model).__name__}: the loss in chunks {why}; {_PLAIN}")
 
 
 def _model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -91,6 +106,12 @@ def _model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     given = inspect.signature(forward).bind_partial(self, *args, **kwargs).arguments
     if given.get("labels") is None or not _is_zero(given.get("logits_to_keep", 0)):
         return forward(self, *args, **kwargs)
+    if not is_chunked(self):
+        raise ValueError(
+            f"{type(self).__name__}: its lm_head has been replaced since hift_ds.use_chunked_loss (resized?): call it "
+            "again"
+        )
+    _require_as_known(self)
     with _passed_on(self):
         outputs = forward(self, *args, **kwargs)
     if isinstance(outputs, tuple):
@@ -177,6 +198,7 @@ class ChunkedLoss(torch.autograd.Function):
         return total
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         hidden, weight, bias, labels, normalisers = ctx.saved_tensors
         of_hidden, of_weight, of_bias = (

@@ -25,26 +25,53 @@ memory, traffic, full fine-tuning beside, and the cheapest change that makes it 
         --seq_len 2048
 """
 
+_EXPORT = """Writes the weights of a checkpoint, of any ranks and ZeRO stage, as a folder that transformers'
+from_pretrained loads. One process, no GPU, memory of a few chunks.
+
+    hift-ds export outputs/train/checkpoints exported
+    hift-ds export outputs/train/checkpoints/global_step100 exported --dtype fp32
+"""
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns its exit code: 0, 1 if a plan does not fit, 2 for an error."""
     parser = argparse.ArgumentParser(prog="hift-ds", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    add_plan_arguments(
-        commands.add_parser(
-            "plan", help="will it fit?", description=_PLAN, allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-    )  # fmt: skip
+    shown: dict[str, Any] = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    add_plan_arguments(commands.add_parser("plan", help="will it fit?", description=_PLAN, **shown))
+    add_export_arguments(
+        commands.add_parser("export", help="a checkpoint for from_pretrained", description=_EXPORT, **shown)
+    )
     args = parser.parse_args(arguments)
     from hift_ds.recipes.setup import prepare_process, refuse
 
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # nothing runs on a device, and DeepSpeed would warn of none
     prepare_process(verbose=False)
     try:
-        return run_plan(args)
+        return run_plan(args) if args.command == "plan" else run_export(args)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
-        return refuse("hift-ds plan", error)
+        return refuse(f"hift-ds {args.command}", error)
+
+
+def add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `hift-ds export`."""
+    add = parser.add_argument
+    add("checkpoint", metavar="CKPT", help="the folder that save_checkpoint was given (its newest), or one of its tags")
+    add("out", metavar="OUT", help="the folder to write; it must be empty or new")
+    add("--dtype", choices=("bf16", "fp16", "fp32"), help="default: the model's own")
+
+
+def run_export(args: argparse.Namespace) -> int:
+    """Writes the folder; returns 0."""
+    from hift_ds.checkpoint.export import export
+
+    out = Path(args.out)
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{args.out!r} is not empty: name a new folder")
+    for path in export(Path(args.checkpoint), out, args.dtype):
+        print(f"wrote {path}")
+    print(f"AutoModelForCausalLM.from_pretrained({args.out!r}) loads it, or the class that it was; without a tokenizer")
+    return 0
 
 
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:

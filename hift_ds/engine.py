@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
 from deepspeed.runtime.zero import parameter_offload
 from torch.utils import _pytree as pytree
 
 from hift_ds.config.keys import HiFTConfig
 from hift_ds.config.resolve import ResolvedConfig
-from hift_ds.distributed import agree, of_all_ranks, require_alike
+from hift_ds.distributed import agree
+from hift_ds.engine_checkpoints import CheckpointingEngine
 from hift_ds.rotation.blocks import BlockPlan
 from hift_ds.rotation.param_groups import (
     HyperParameters,
@@ -28,7 +25,6 @@ from hift_ds.rotation.param_groups import (
 )
 from hift_ds.rotation.schedule import CycleScheduler, step_once_per_cycle
 from hift_ds.view import HiFT
-from hift_ds.zero import checkpoint
 from hift_ds.zero.activations import use_non_reentrant_checkpointing
 from hift_ds.zero.attachment import Flags
 from hift_ds.zero.offload import WEIGHTS
@@ -39,7 +35,7 @@ logger = logging.getLogger(__name__)
 LIVING: weakref.WeakSet[HiFTEngine] = weakref.WeakSet()  # from initialize to destroy
 
 
-class HiFTEngine(DeepSpeedEngine):
+class HiFTEngine(CheckpointingEngine):
     """DeepSpeedEngine with a HiFTOptimizer at every ZeRO stage, 0 to 3. Build it with `hift_ds.initialize`.
 
     Attributes:
@@ -338,111 +334,6 @@ class HiFTEngine(DeepSpeedEngine):
     def get_lr(self) -> list[float]:
         """The learning rate in force, one per param group (the scheduler's own value is in `param_groups`)."""
         return self.optimizer.rates
-
-    def save_checkpoint(
-        self, save_dir: str, tag: str | None = None, client_state: Mapping[str, Any] | None = None,
-        save_latest: bool = True, exclude_frozen_parameters: bool = False,
-    ) -> bool:  # fmt: skip
-        """As DeepSpeedEngine.save_checkpoint: position, masters and state of every block are in it. Collective."""
-        self._require_living()
-        self.optimizer.require_states()
-        agree(self.optimizer.require_same_module)
-        self.optimizer.require_whole()
-        self.optimizer.settle()  # what is wrong with the last step is said before an older save is written over
-        tag = f"global_step{self.global_steps}" if tag is None else str(tag)
-        if save_dir:  # DeepSpeed refuses an empty one
-            writes = self.global_rank == 0 or (self.use_node_local_storage() and self.local_rank == 0)
-            self.optimizer.save_mark = of_all_ranks(checkpoint.new_mark(self.optimizer.rotation.step))[0]
-            run, mark = self.optimizer.run_state, self.optimizer.save_mark
-            agree(lambda: checkpoint.write_manifest(run, mark, Path(save_dir, tag)) if writes else None)
-        with self.optimizer.all_trainable():
-            marked = {**(client_state or {}), checkpoint.MARK: self.optimizer.save_mark}
-            return super().save_checkpoint(save_dir, tag, marked, save_latest, exclude_frozen_parameters)
-
-    def _copy_recovery_script(self, save_path: str) -> None:
-        """Writes no zero_to_fp32.py beside the checkpoint: it cannot read the layout."""
-
-    def save_16bit_model(self, *args: Any, **kwargs: Any) -> Any:
-        """As DeepSpeedEngine.save_16bit_model. Collective."""
-        self._require_living()
-        with self.optimizer.all_trainable():
-            return super().save_16bit_model(*args, **kwargs)
-
-    def module_state_dict(self, *args: Any, exclude_frozen_parameters: bool = False, **kwargs: Any) -> Any:
-        """As DeepSpeedEngine.module_state_dict; what waits for its turn is not frozen."""
-        with self.optimizer.all_trainable() if exclude_frozen_parameters else nullcontext():
-            return super().module_state_dict(*args, exclude_frozen_parameters=exclude_frozen_parameters, **kwargs)
-
-    def _zero3_consolidated_16bit_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        with self.optimizer.all_trainable():  # Trainer asks for it without the frozen parameters
-            return super()._zero3_consolidated_16bit_state_dict(*args, **kwargs)
-
-    def _check_checkpoint(
-        self, load_dir: str, tag: str, whole: bool, schedule: bool, module: torch.nn.Module | None, strict: bool
-    ) -> bool:
-        """Refuses what a load would fail on half way; returns whether it goes through the optimizer's files."""
-        stage, folder = self.zero_optimization_stage(), Path(load_dir, tag)
-        manifest = checkpoint.check_manifest(self.optimizer.run_state, folder, whole, schedule)
-        # At stage 3 the weights are in the optimizer's files: weights alone are a full load that takes nothing else.
-        through_optimizer = whole or (manifest is not None and stage == 3)
-        files = [self._get_ckpt_name(load_dir, tag)]
-        if through_optimizer and stage > 0:
-            files.append(self._get_zero_ckpt_name(load_dir, tag))
-        samples = self.training_dataloader is not None and self.curriculum_learning_enabled()
-        read = {"lr_scheduler": schedule and self.lr_scheduler is not None, "data_sampler": schedule and samples}
-        parts = [part for part, is_read in read.items() if is_read]
-        whose = manifest if through_optimizer else None
-        rank = self.optimizer.states[0].shard.rank
-        content = checkpoint.check_files(whose, [*map(Path, files)], rank, parts, module, strict)
-        if read["lr_scheduler"]:
-            checkpoint.check_schedule(content["lr_scheduler"], self.lr_scheduler, self.optimizer.param_groups)
-        return through_optimizer
-
-    def load_checkpoint(
-        self, load_dir: str, tag: str | None = None, load_module_strict: bool = True,
-        load_optimizer_states: bool = True, load_lr_scheduler_states: bool = True, load_module_only: bool = False,
-        custom_load_fn: Callable | None = None,
-    ) -> tuple[str | None, Any]:  # fmt: skip
-        """As DeepSpeedEngine.load_checkpoint; a full load resumes exactly where `save_checkpoint` was. Collective.
-
-        `load_module_only` or `load_optimizer_states=False` takes the weights alone, and masters anew from them.
-
-        Returns:
-            (path, client state), or (None, None) if `load_dir` has no "latest" and no tag was given.
-
-        Raises:
-            ValueError: There is no such checkpoint.
-            RuntimeError: It does not fit this run; the message says why. On every rank, whichever found it.
-        """
-        self._require_living()
-        agree(self.optimizer.require_same_module)
-        self.optimizer.finish("load_checkpoint()")
-        whole = load_optimizer_states and not load_module_only
-        counters = (self.global_steps, self.global_samples, self.skipped_steps)
-        tag = agree(lambda: checkpoint.latest_tag(load_dir)) if tag is None else str(tag)
-        require_alike("checkpoint tag", tag)
-        schedule = load_lr_scheduler_states and not load_module_only
-        module = self.module if custom_load_fn is None else None
-        through_optimizer = tag is not None and agree(
-            lambda: self._check_checkpoint(load_dir, tag, whole, schedule, module, load_module_strict)
-        )
-
-        def load() -> tuple[str | None, Any]:
-            return super(HiFTEngine, self).load_checkpoint(
-                load_dir, tag, load_module_strict, through_optimizer, schedule,
-                load_module_only and not through_optimizer, custom_load_fn,
-            )  # fmt: skip
-
-        with self.optimizer.loading(not whole, self.module.parameters()):
-            result = agree(load)
-        (result[1] or {}).pop(checkpoint.MARK, None)
-        self._end_window()
-        if result[0] is not None and not whole:
-            self.optimizer.refresh_fp32_params()
-            if load_module_only:
-                self.global_steps, self.global_samples, self.skipped_steps = counters
-        require_alike("position in the rotation", self.optimizer.rotation.step)
-        return result
 
 
 def _drop(tensor: torch.Tensor) -> None:

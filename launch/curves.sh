@@ -18,11 +18,6 @@ cat > "$out/config.json" <<'END'
 END
 same=(--deepspeed_config "$out/config.json" --dataset "$out/data" --seq_len 192)
 
-# Step times, all in turn: they say how many steps fit into full fine-tuning's seconds.
-python "$here/compare.py" --methods full offload hift --stages 2 --precisions ${PRECISIONS:-fp32} --gpus 2 --seq_lens 192 \
-    --updates backward --layers_per_block 1 4 8 100 --rounds "$rounds" --deepspeed_config "$out/config.json" \
-    --output_dir "$out/speed" -- --random --model_name_or_path smollm2-135m ${SPEED_STEPS:+--max_steps "$SPEED_STEPS"}
-
 run() { # full or LAYERS of a block, RATE, STEPS
     local folder="$out/runs/$1,$2,$3" hift=(--hift --hift_layers_per_block "$1" --hift_update backward)
     [ ! -f "$folder/summary.json" ] || return 0
@@ -37,10 +32,17 @@ for rate in ${FULL_RATES:-3e-5 1e-4 3e-4}; do
     run full "$rate" "$steps"
 done
 for layers in 8 4 1; do
-    for rate in ${HIFT_RATES:-1e-4 3e-4 1e-3}; do
+    [ "$layers" = 1 ] && rates="3e-4 1e-3 3e-3" || rates="1e-4 3e-4 1e-3" # smaller blocks, larger rates
+    for rate in ${HIFT_RATES:-$rates}; do
         run "$layers" "$rate" "$steps"
     done
 done
+
+# Step times, all in turn: they say how many steps fit into full fine-tuning's seconds.
+python "$here/compare.py" --methods full offload hift --stages 2 --precisions ${PRECISIONS:-fp32} --gpus 2 --seq_lens 192 \
+    --updates backward --layers_per_block 1 4 8 100 --rounds "$rounds" --deepspeed_config "$out/config.json" \
+    --output_dir "$out/speed" -- --random --model_name_or_path smollm2-135m ${SPEED_STEPS:+--max_steps "$SPEED_STEPS"}
+
 python -m hift_ds.recipes.curves "$out" > "$out/next.txt" # one block at full fine-tuning's rate, and all for its seconds
 while read -r layers rate count; do
     run "$layers" "$rate" "$count"

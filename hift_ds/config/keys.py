@@ -76,7 +76,7 @@ def _state(given: Mapping[str, Any]) -> StateConfig:
 @document
 @dataclass(frozen=True)
 class HiFTConfig:
-    """How blocks are formed and rotated. `None` always means "choose for me"."""
+    """How blocks are formed and rotated. Where `None` is allowed, it means "choose for me"."""
 
     enabled: bool = key(..., boolean(), "`false` makes `hift_ds.initialize` exactly `deepspeed.initialize`")
     layers_per_block: int | None = key(

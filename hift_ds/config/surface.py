@@ -28,16 +28,17 @@ SURFACE: dict[str, dict[str, tuple[str, ...]]] = {
     "deepspeed.runtime.engine": {
         "DeepSpeedEngine": (
             # overridden
-            "_backward_post_hook", "_configure_optimizer", "_configure_lr_scheduler", "_copy_recovery_script",
-            "_take_model_step", "_zero3_consolidated_16bit_state_dict", "allreduce_gradients", "backward",
-            "clip_fp32_gradients", "compile", "destroy", "forward", "get_global_grad_norm", "get_lr", "load_checkpoint",
+            "_backward_post_hook", "_configure_optimizer", "_configure_lr_scheduler", "_get_ckpt_name",
+            "_load_zero_checkpoint", "_save_checkpoint", "_save_zero_checkpoint", "_take_model_step",
+            "_zero3_consolidated_16bit_state_dict", "allreduce_gradients", "backward", "clip_fp32_gradients", "compile",
+            "destroy", "forward", "get_global_grad_norm", "get_lr", "load_checkpoint", "load_module_state_dict",
             "module_state_dict", "save_checkpoint", "save_16bit_model", "step", "zero_grad",
             # called
             "_backward_prologue", "_check_for_duplicates", "_configure_zero_optimizer",
-            "_create_module_forward_post_hook", "_create_module_forward_pre_hook", "_get_ckpt_name",
-            "_get_zero_ckpt_name", "curriculum_learning_enabled", "dynamic_loss_scale", "dynamic_loss_scale_args",
-            "get_data_types", "gradient_accumulation_steps", "is_gradient_accumulation_boundary", "loss_scale",
-            "use_node_local_storage", "zero_allgather_sequential", "zero_optimization_stage",
+            "_create_module_forward_post_hook", "_create_module_forward_pre_hook", "curriculum_learning_enabled",
+            "dynamic_loss_scale", "dynamic_loss_scale_args", "get_data_types", "gradient_accumulation_steps",
+            "is_gradient_accumulation_boundary", "loss_scale", "use_node_local_storage", "zero_allgather_sequential",
+            "zero_optimization_stage",
         ),
     },
     "deepspeed.runtime.lr_schedules": {"": ("VALID_LR_SCHEDULES",)},
@@ -72,9 +73,9 @@ SURFACE: dict[str, dict[str, tuple[str, ...]]] = {
 INSTANCE_SURFACE: dict[str, dict[str, tuple[str, ...]]] = {
     "deepspeed.runtime.engine": {
         "DeepSpeedEngine": (
-            "_config", "basic_optimizer", "config", "device", "global_rank", "inside_no_sync_ctxt", "local_rank",
-            "lr_scheduler",
-            "seq_data_parallel_group", "tput_timer", "training_dataloader",
+            "_config", "basic_optimizer", "checkpoint_mp_rank", "config", "device", "global_rank",
+            "inside_no_sync_ctxt", "local_rank", "lr_scheduler", "save_non_zero_checkpoint", "seq_data_parallel_group",
+            "tput_timer", "training_dataloader",
         ),
     },
     "deepspeed.runtime.config": {

@@ -48,3 +48,15 @@ def decode_int8(codes: torch.Tensor, scales: torch.Tensor, first: int, signed: b
     value = torch.where(codes > 127, -value, value) if signed else value
     group = (torch.arange(codes.numel(), device=codes.device) + first) // GROUP
     return (value * scales[group]).float()
+
+
+def encode_int8(values: torch.Tensor, signed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Nearest codes of fp32 values that begin with a group, and a scale a group: the inverse of `decode_int8`."""
+    groups = torch.nn.functional.pad(values, (0, -values.numel() % GROUP)).view(-1, GROUP)
+    scales = groups.abs().amax(1)
+    steps = decode_int8(torch.arange(128 if signed else 255), torch.ones(1), 0, signed)
+    fractions = groups.abs() / torch.where(scales > 0, scales, 1.0).unsqueeze(1)
+    codes = torch.bucketize(fractions, (steps[1:] + steps[:-1]) / 2).to(torch.uint8)
+    if signed:
+        codes |= (groups < 0).to(torch.uint8) << 7
+    return codes.view(-1)[: values.numel()], scales

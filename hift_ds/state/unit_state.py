@@ -17,6 +17,7 @@ from hift_ds.state.formats import (
     MOMENT_DTYPES,
     SCALE_SUFFIX,
     decode_int8,
+    encode_int8,
     join_split16,
     master_dtype,
     split_master,
@@ -216,15 +217,28 @@ class UnitState:
         self._check_key(key)
         here, value = self._slice(index), value.view(-1)
         if key is None:
-            if self.master is not None and self.master.dtype == torch.int16:
-                self.master[here].copy_(split_master(value)[1])
-            elif self.master is not None:
-                self.master[here].copy_(value)
+            self.write_master(index, 0, value)
             self.shard.weight_slice(index).copy_(self.rounded(value))
         elif self.tensors[key].dtype == torch.uint8:
             raise ValueError(f"optim_state_key={key!r}: hift.state.moments 'int8' can be read, not set; use 'bf16'")
         else:
             self.tensors[key][here].copy_(value)
+
+    def write_master(self, index: int, first: int, value: torch.Tensor) -> None:
+        """Elements of a parameter's slice from `first` on, in fp32; the model weight is the caller's."""
+        start = self.shard.segments[index].offset + first
+        if self.master is not None:
+            part = split_master(value)[1] if self.master.dtype == torch.int16 else value
+            self.master[start : start + value.numel()].copy_(part)
+
+    def encode(self, slot: str, values: torch.Tensor) -> None:
+        """A slot of 8-bit codes, all of it, from fp32 values of the shard's length."""
+        for index, run in enumerate(self.shard.runs):
+            span = slice(run.start, run.stop)
+            codes, scales = encode_int8(values[span], signed=slot != "exp_avg_sq")
+            home = self.tile_of(index, span)
+            home[slot].copy_(codes)
+            home[slot + SCALE_SUFFIX].copy_(scales)
 
     def rounded(self, master: torch.Tensor) -> torch.Tensor:
         """fp32 master weights as the model's, where copying them there would round otherwise than the update does."""

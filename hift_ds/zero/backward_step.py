@@ -69,7 +69,7 @@ class BackwardStep(Step):
         if of_block:
             made.touched |= touched
         always = self._states.always
-        reached = len(made.touched) + self._reducer.num_touched(None if always is None else always.shard)
+        reached = len(made.touched) + self._reducer.num_reached(None if always is None else always.shard)
         parts = grad.parts if isinstance(grad, LoneGradient) else [grad]
         check = self._check(parts, reached, self._note(state, touched), made.fault)
         del parts

@@ -112,7 +112,10 @@ class Fragments:
         """Overwrites this rank's slice of the gradient."""
         averaged = self._averaged(param)
         if averaged is None:
-            raise RuntimeError("no gradient to set: it is there from the window's last backward to engine.step()")
+            raise RuntimeError(
+                "no gradient to set: it is there from the window's last backward to engine.step(), and with "
+                "hift.update 'backward' its update is made by then"
+            )
         averaged.copy_(value.view(-1))
 
     def update_fp32_grad_for_param_vectorized(self, update: Callable, params: Iterable[Parameter]) -> None:

@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from deepspeed.accelerator import get_accelerator
 
+from hift_ds.checkpoint import in_memory
+from hift_ds.checkpoint.content import RunState
 from hift_ds.config.resolve import ResolvedConfig
+from hift_ds.distributed import agree
 from hift_ds.rotation.blocks import BlockPlan
 from hift_ds.rotation.rotation import Rotation
 from hift_ds.rotation.schedule import DelayedRate
 from hift_ds.shards import UnitShard
 from hift_ds.state.unit_state import UnitState, host_memory
-from hift_ds.zero import checkpoint
 from hift_ds.zero.answers import ReadByDeepSpeed
 from hift_ds.zero.attachment import Attachment, Flags
 from hift_ds.zero.backward_step import BackwardStep
@@ -73,8 +75,7 @@ class HiFTOptimizer(ReadByDeepSpeed):
         self.config, self.device, self.group, self._module = config, device, group, module
         self.dynamic_loss_scale = bool(loss_scaler.dynamic)
         self.overflow = False
-        self.load_weights_only = self._loads = False
-        self.save_mark: str | None = None  # of the last save
+        self._saves = self._loads = False  # the engine does, and has our part of it
         self.rate = DelayedRate(holder.param_groups, hift.lr_update, self.rotation.steps_per_cycle)
         if config.stage > 0:
             self.dp_process_group = group  # tells DeepSpeed that every rank saves an optimizer file
@@ -263,30 +264,58 @@ class HiFTOptimizer(ReadByDeepSpeed):
     _restore_from_bit16_weights = refresh_fp32_params
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's part of the optimizer: position, rates, masters and state of every block."""
-        self.require_same_module()
-        self.require_whole()
-        self.settle()
-        self._step.adopt_writes(self._kept.all)
-        return checkpoint.optimizer_state(self.run_state, self.save_mark)
+        """This rank's part of the optimizer: facts of the run, and tensors by file and name, which are no copies."""
+        if self._saves:
+            return {}
+        return in_memory.state_of(self.settled_run())
 
     def load_state_dict(self, state_dict_list: Any, load_optimizer_states: bool = True, **_: Any) -> None:
-        """Restores `state_dict`; DeepSpeed passes one per rank (stages 1-3) or the whole (stage 0)."""
-        whole = load_optimizer_states and not self.load_weights_only
-        if whole:
+        """Restores what `state_dict` has given on every rank, as a list by rank, or on a lone one or at stage 0."""
+        if not self._loads:
             self.settle()
-        checkpoint.load_optimizer_state(self.run_state, state_dict_list, whole)
-        if whole:
+            in_memory.restore(self.run_state, self._module, state_dict_list, load_optimizer_states)
             self.reducer.discard()
 
     @property
-    def run_state(self) -> checkpoint.RunState:
+    def run_state(self) -> RunState:
         """What a checkpoint holds."""
-        state = self.config.hift.state
-        return checkpoint.RunState(
-            self._kept.blocks, self.always, self.rule.name, (state.master, state.moments), self.config.stage,
-            self.config.world, self.rotation, self.rate, self.param_groups, self.loss_scaler, self.scheduler,
+        return RunState(
+            self._kept.blocks, self.always, self.rule.name, self.config.stage, self.config.world, self.rotation,
+            self.rate, self.param_groups, self.loss_scaler, self.scheduler,
         )  # fmt: skip
+
+    def settled_run(self) -> RunState:
+        """`run_state`, all of which has landed where it is at home. Collective.
+
+        Raises:
+            RuntimeError: States are offloaded, the module has other parameters, or the last step was not good.
+        """
+        self.require_states()
+        agree(self.require_same_module)
+        self.require_whole()
+        if self._step.half_made:
+            raise RuntimeError(
+                "hift.update='backward': the update of this window is made, and engine.step() has not counted it yet: "
+                "call engine.step() before a save"
+            )
+        self.settle()
+        self._step.adopt_writes(self._kept.all)
+        return self.run_state
+
+    @property
+    def trained(self) -> set[torch.nn.Parameter]:
+        """All parameters of blocks and those that are always active."""
+        return {param for state in self._kept.all for param in state.shard.params}
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Around DeepSpeed's save, which is not to write the optimizer."""
+        self._saves = True
+        try:
+            with self.all_trainable():
+                yield
+        finally:
+            self._saves = False
 
     # Rotation.
 
@@ -321,28 +350,30 @@ class HiFTOptimizer(ReadByDeepSpeed):
                 param.requires_grad_(flag)
 
     @contextmanager
-    def loading(self, weights_only: bool, params: Iterable[torch.nn.Parameter]) -> Iterator[None]:
+    def loading(self, params: Iterable[torch.nn.Parameter]) -> Iterator[None]:
         """Around DeepSpeed's load, which issues no collective inside: a rank that fails leaves no other waiting.
 
         Args:
-            weights_only: What `load_state_dict` shall take.
             params: The whole model's.
         """
         self.require_states()
-        self.load_weights_only, self._loads = weights_only, True
+        self._drop_window()
+        self.window_cut, self._loads = False, True
         # Below stage 3 the model file has every weight, and DeepSpeed would want what is frozen now to have been then.
         whole_in_model_file = self.config.stage < 3
         try:
             with self.all_trainable(params if whole_in_model_file else ()):
                 yield
         finally:
-            self.load_weights_only = self._loads = False
+            self._loads = False
             for state in self._kept.all:
                 self.guard.note(state.shard)
             self.activate()
         self.checkpoint_event_epilogue()
 
     def _on_gradient(self, param: torch.nn.Parameter) -> None:
+        if param.grad is None:  # switched off since the forward: torch has none for it
+            return
         if not self._begun and not self._warned_of_direct:
             self._warned_of_direct = True
             logger.warning(

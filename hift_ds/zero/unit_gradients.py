@@ -118,9 +118,13 @@ class UnitReducer(GradientReducer):
         if self._host is not None:
             self._host.clear()
 
-    def num_touched(self, but: UnitShard | None) -> int:
-        """How many parameters have had a gradient in the window, `but` those of one shard and what `take` has had."""
-        return sum(len(window.touched) for window in self._windows.values() if window.shard is not but)
+    def num_reached(self, but: UnitShard | None) -> int:
+        """How many parameters have or get a gradient in the window, `but` those of one shard and what `take` has had.
+
+        What is always active may be whole before anything of the block is.
+        """
+        windows = [window for window in self._windows.values() if window.shard is not but and not window.gone]
+        return sum(len(window.touched | window.missing if self._begun else window.touched) for window in windows)
 
     def _refuse_second(self, window: Window, param: torch.nn.Parameter) -> None:
         if window.gone:

@@ -158,14 +158,12 @@ def newly_frozen(folder: str, stage: int) -> None:
     run_steps(first, 2)
     first.save_checkpoint(folder)
     fresh = seeded_engine(stage, "bf16", {"frozen": ["embed_tokens"]}, seed=1)
-    error = error_of(lambda: fresh.load_checkpoint(folder, load_module_only=True))
-    assert (weights_by_name(first) == weights_by_name(fresh)) == (stage < 3)
-    assert error.startswith("RuntimeError: the checkpoint was written with another" if stage == 3 else "")
-    assert bool(error) == (stage == 3)
+    fresh.load_checkpoint(folder, load_module_only=True)
+    assert weights_by_name(first) == weights_by_name(fresh)
 
 
 @pytest.mark.parametrize("stage", range(4))
-def test_weights_alone_may_be_frozen_now_where_they_are_whole(two_ranks, tmp_path, stage):
+def test_weights_alone_may_be_frozen_now(two_ranks, tmp_path, stage):
     two_ranks.run(newly_frozen, str(tmp_path), stage)
 
 

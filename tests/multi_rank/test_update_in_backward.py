@@ -88,7 +88,10 @@ def test_updates_in_backward_leave_the_bits_of_updates_in_the_step(two_ranks, st
     two_ranks.run(both_ways, stage, dtype, hift, **extra)
 
 
-@pytest.mark.parametrize(("stage", "dtype", "hift", "extra"), CASES[:3] + CASES[5:10])
+ALONE = (0, "fp32", {"layers_per_block": 3, "order": "bottom2up", "always_active": ["lm_head"]}, {})
+
+
+@pytest.mark.parametrize(("stage", "dtype", "hift", "extra"), [*CASES[:3], *CASES[5:10], ALONE])
 def test_a_lone_rank_s_updates_in_backward_leave_the_bits_of_updates_in_the_step(one_rank, stage, dtype, hift, extra):
     one_rank.run(both_ways, stage, dtype, hift, **extra)
 
@@ -331,6 +334,46 @@ def interrupted(stage: int, folder: str) -> None:
     assert largest_difference(*weights) == 0.0
 
 
+def loaded_at_once(stage: int, folder: str) -> None:
+    """As above, without anything between the error and the load; of everything and of weights alone."""
+    model, weights = Fused(0), []
+    engine = engine_of(ds_config(stage, "fp32", BACKWARD), model)
+    engine.backward(loss_of(engine(data(0))))
+    engine.step()
+    engine.save_checkpoint(folder)
+    for fails, load in ((False, {}), (True, {}), (True, {"load_module_only": True})):
+        engine.load_checkpoint(folder)
+        if fails:
+            model.switch[0] = True
+            assert "out of memory" in error_of(lambda: engine.backward(loss_of(engine(data(7)))))
+            model.switch[0] = False
+            engine.load_checkpoint(folder, **load)
+        for step in range(1, 4):
+            engine.backward(loss_of(engine(data(step))))
+            engine.step()
+        weights.append(whole_weights(engine))
+    assert largest_difference(*weights[:2]) == 0.0
+
+
+@pytest.mark.parametrize("stage", (0, 2, 3))
+def test_a_load_right_after_a_backward_that_ended_half_way_is_enough(two_ranks, tmp_path, stage):
+    two_ranks.run(loaded_at_once, stage, str(tmp_path))
+
+
+def saved_between(folder: str) -> None:
+    """The update is made and not counted: resumed from there it would be made twice."""
+    engine = engine_of(ds_config(2, "fp32", PAIR))
+    engine.backward(engine(**batch_of(0, 0, dist.get_rank())).loss)
+    for ask in (lambda: engine.save_checkpoint(folder), engine.optimizer.state_dict):
+        assert "call engine.step() before a save" in error_of(ask)
+    engine.step()
+    engine.save_checkpoint(folder)
+
+
+def test_a_save_between_backward_and_step_is_refused(two_ranks, tmp_path):
+    two_ranks.run(saved_between, str(tmp_path))
+
+
 @pytest.mark.parametrize("stage", (0, 2, 3))
 def test_after_a_backward_that_ends_half_way_only_a_checkpoint_goes_on(two_ranks, tmp_path, stage):
     two_ranks.run(interrupted, stage, str(tmp_path))
@@ -379,21 +422,28 @@ def test_a_second_backward_in_no_sync_is_refused_and_not_lost(two_ranks):
     two_ranks.run(second_in_no_sync)
 
 
-def switched_off() -> None:
-    """A parameter of the active block that asks for no gradient counts as zero, and its unit is updated."""
-    engine = engine_of(ds_config(2, "fp32", BACKWARD))
-    name, param = list(engine.module.named_parameters())[5]
-    before = whole_weights(engine)
-    with logged("hift_ds.zero") as warnings:
-        param.requires_grad_(False)
-        run_steps(engine, 1)
-    moved = [n for n, weight in whole_weights(engine).items() if not torch.equal(weight, before[n])]
-    assert len(moved) == len(before), "by weight decay, where there is no gradient"
-    assert any("requires_grad was set to False" in text for text in warnings) and name
+def switched_off(update: str) -> None:
+    """A parameter of the active block that asks for no gradient counts as zero, whenever that was said."""
+    for after_forward in (False, True):
+        engine = engine_of(ds_config(2, "fp32", {**BACKWARD, "update": update}))
+        param = list(engine.module.parameters())[5]
+        before = whole_weights(engine)
+        with logged("hift_ds.zero") as warnings:
+            if not after_forward:
+                param.requires_grad_(False)
+            loss = engine(**batch_of(0, 0, dist.get_rank())).loss
+            param.requires_grad_(False)
+            engine.backward(loss)
+            engine.step()
+        moved = [n for n, weight in whole_weights(engine).items() if not torch.equal(weight, before[n])]
+        assert len(moved) == len(before), "by weight decay, where there is no gradient"
+        assert any("requires_grad was set to False" in text for text in warnings)
 
 
-def test_a_parameter_that_is_switched_off_in_its_turn_counts_as_zero(two_ranks):
-    two_ranks.run(switched_off)
+@pytest.mark.parametrize("update", ("step", "backward"))
+def test_a_parameter_that_is_switched_off_in_its_turn_counts_as_zero(one_rank, two_ranks, update):
+    one_rank.run(switched_off, update)
+    two_ranks.run(switched_off, update)
 
 
 def zeroed() -> None:

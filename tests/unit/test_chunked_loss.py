@@ -134,9 +134,9 @@ class Twice(T.LlamaForCausalLM):
 
 
 def test_what_is_not_known_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"^Twice: --loss chunked does not know .* in `logits = logits \* 2`"):
+    with pytest.raises(ValueError, match=r"^Twice: the loss in chunks does not know .* in `logits = logits \* 2`"):
         use_chunked_loss(Twice(T.LlamaConfig(**SIZES)))
-    with pytest.raises(TypeError, match=r"^Linear: --loss chunked is for causal language models"):
+    with pytest.raises(TypeError, match=r"^Linear: the loss in chunks is for causal language models"):
         use_chunked_loss(nn.Linear(2, 2))
     t5 = T.T5ForConditionalGeneration(
         T.T5Config(vocab_size=VOCAB, d_model=WIDTH, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
@@ -147,3 +147,42 @@ def test_what_is_not_known_is_refused_by_name():
     own.loss_function = lambda **_: None
     with pytest.raises(ValueError, match="replaces ForCausalLMLoss"):
         use_chunked_loss(own)
+
+
+class Scaled(nn.Linear):
+    def forward(self, hidden):
+        return 2 * super().forward(hidden)
+
+
+def scaled_head(model):
+    model.lm_head = Scaled(WIDTH, VOCAB, bias=False)
+
+
+CHANGES = {
+    "head": (scaled_head, "the head is Scaled"),
+    "hook": (lambda model: model.lm_head.register_forward_hook(lambda *call: 2 * call[-1]), "forward hooks of"),
+    "pre-hook": (lambda model: model.lm_head.register_forward_pre_hook(lambda *call: None), "forward hooks of"),
+    "loss": (lambda model: setattr(model, "loss_function", lambda **_: None), "replaces ForCausalLMLoss"),
+    "resized": (lambda model: model.resize_token_embeddings(VOCAB + 8), "lm_head has been replaced"),
+}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_head_or_loss_that_is_more_than_it_knows_is_refused_whenever_the_user_changes_it(change, when):
+    work, says = CHANGES[change]
+    model = T.LlamaForCausalLM(T.LlamaConfig(**SIZES))
+    if when == "after":
+        use_chunked_loss(model)
+        if change == "head":
+            model.lm_head.__class__ = Scaled
+        else:
+            work(model)
+    else:
+        work(model)
+    if change == "resized" and when == "before":
+        use_chunked_loss(model)
+        assert torch.isfinite(model(**batch()).loss)
+        return
+    with pytest.raises(ValueError, match=says):
+        use_chunked_loss(model) if when == "before" else model(**batch())

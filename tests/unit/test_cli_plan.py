@@ -246,7 +246,7 @@ def test_the_loss_in_chunks_is_planned_or_refused(tiny, capsys, tmp_path):
     t5 = hf.T5Config(num_layers=1, d_model=16, d_ff=16, d_kv=8, num_heads=2)
     t5.architectures = ["T5ForConditionalGeneration"]
     t5.save_pretrained(tmp_path)
-    assert "--loss chunked is for decoders alone" in error_of(capsys, "--model", tmp_path, "--loss", "chunked")
+    assert "the loss in chunks is for decoders alone" in error_of(capsys, "--model", tmp_path, "--loss", "chunked")
 
 
 def test_table_of_the_command_fits_80_columns_where_output_is_no_terminal(tiny, capsys):

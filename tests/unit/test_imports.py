@@ -14,7 +14,9 @@ PACKAGE = Path(hift_ds.__file__).parent
 ROOT = PACKAGE.parent
 
 # Of the core, only these rooms know DeepSpeed (of config/, the files that read its config and name its surface).
-KNOW_DEEPSPEED = {"engine", "start", "enabling", "zero", "distributed", "config", "memory"}
+KNOW_DEEPSPEED = {
+    "engine", "engine_checkpoints", "checkpoint", "start", "enabling", "zero", "distributed", "config", "memory",
+}  # fmt: skip
 # From the bottom up: a module imports from its own room and those before it.
 LAYERS = (
     ("shards", "extras", "chunked_loss"),
@@ -22,9 +24,10 @@ LAYERS = (
     ("config",),
     ("state",),
     ("distributed",),
+    ("checkpoint",),
     ("zero",),
     ("memory",),
-    ("view", "engine"),
+    ("view", "engine_checkpoints", "engine"),
     ("start",),
     ("integrations",),
     ("enabling",),

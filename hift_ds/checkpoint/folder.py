@@ -1,0 +1,96 @@
+"""A checkpoint's folder: it is there as a whole, or not at all; the one that it replaces is there until then."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+UNFINISHED, REPLACED = ".unfinished", ".replaced"
+LATEST = "latest"
+
+
+def unfinished(tag: str) -> str:
+    """The tag under which a save writes."""
+    return tag + UNFINISHED
+
+
+def begin(save_dir: Path, tag: str) -> None:
+    """An empty folder to write into; what an earlier save that was cut off has left is removed."""
+    recover(save_dir, tag)
+    folder = save_dir / unfinished(tag)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def finish(save_dir: Path, tag: str) -> None:
+    """Puts what has been written in its place."""
+    place, replaced = save_dir / tag, save_dir / (tag + REPLACED)
+    sync(save_dir / unfinished(tag))
+    if place.exists():
+        place.rename(replaced)
+    (save_dir / unfinished(tag)).rename(place)
+    sync(place.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def recover(save_dir: Path, tag: str) -> None:
+    """After a save that was cut off between two renames: the old checkpoint is in its place again."""
+    replaced = save_dir / (tag + REPLACED)
+    if replaced.exists():
+        if (save_dir / tag).exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+        else:
+            replaced.rename(save_dir / tag)
+
+
+def drop(save_dir: Path, tag: str) -> None:
+    """Removes what a save that failed has written."""
+    shutil.rmtree(save_dir / unfinished(tag), ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Whole or not at all, and on the disk."""
+    part = path.with_name(path.name + UNFINISHED)
+    with part.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+    sync(path.parent)
+
+
+def latest_tag(load_dir: str | Path) -> str | None:
+    """The tag in the file "latest", or `None` without such a file.
+
+    Raises:
+        RuntimeError: The file is empty.
+    """
+    latest = Path(load_dir, LATEST)
+    if not latest.is_file():
+        return None
+    tag = latest.read_text(encoding="utf-8").strip()
+    if not tag:
+        raise RuntimeError(f"checkpoint {str(latest)!r} is empty: a save was cut off; say which tag to load")
+    return tag
+
+
+def require_room(save_dir: Path, needed: int) -> None:
+    """Raises OSError where a folder's disk has not so many bytes free."""
+    free = shutil.disk_usage(save_dir).free
+    if free < needed:
+        raise OSError(
+            f"save_checkpoint: {needed / 2**30:.1f} GiB are needed in {str(save_dir)!r} and {free / 2**30:.1f} GiB are "
+            "free: free some, or name a folder on another disk; nothing has been written"
+        )
+
+
+def sync(folder: Path) -> None:
+    """A folder's entries are on the disk, on file systems that can do that."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:  # some network file systems know no fsync of a folder
+        pass
+    finally:
+        os.close(descriptor)

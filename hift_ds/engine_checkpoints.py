@@ -1,0 +1,325 @@
+"""The engine's saving and loading, around DeepSpeed's own."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+from hift_ds.checkpoint import content, fit, folder, manifest, random_states, restore
+from hift_ds.checkpoint.saved import Saved
+from hift_ds.checkpoint.tensor_files import FileFacts, TensorFiles, facts_of, num_bytes, write_tensors
+from hift_ds.distributed import agree, of_all_ranks, require_alike
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointingEngine(DeepSpeedEngine):
+    """DeepSpeedEngine whose checkpoints are of any number of ranks and any stage.
+
+    What DeepSpeed's engine needs of itself stays in its own file (counters, schedule, client state, below stage 3 the
+    module); masters, moments and what is cut over ranks are in safetensors files (`checkpoint.content`), and
+    `hift.json` has all facts.
+    """
+
+    optimizer: Any
+    _reads: Saved | None = None  # of a load, while it goes on
+    _failed: Exception | None = None  # of a save, until all ranks have heard of it
+
+    def save_checkpoint(
+        self, save_dir: str, tag: str | None = None, client_state: Mapping[str, Any] | None = None,
+        save_latest: bool = True, exclude_frozen_parameters: bool = False,
+    ) -> bool:  # fmt: skip
+        """As DeepSpeedEngine.save_checkpoint: position, masters and state of every block are in it. Collective.
+
+        Written beside its place and put there as a whole: whatever is cut off, the folder `tag` is the old checkpoint
+        or the new one.
+
+        Raises:
+            OSError: No room on the disk, or not writable; nothing of an older checkpoint is lost. On every rank.
+        """
+        self._require_living()
+        run = self.optimizer.settled_run()  # what is wrong with the last step is said first
+        tag = f"global_step{self.global_steps}" if tag is None else str(tag)
+        if not save_dir:
+            return super().save_checkpoint(save_dir, tag)  # which refuses it
+        require_alike("checkpoint tag", tag)
+        root, part, without = Path(save_dir), folder.unfinished(tag), exclude_frozen_parameters
+        keeps = self._keeps_a_folder()
+        try:
+            self._make_room(run, root)
+            agree(lambda: folder.begin(root, tag) if keeps else None)
+            with self.optimizer.saving():
+                super().save_checkpoint(save_dir, part, client_state or {}, False, without)
+            files: dict[str, FileFacts] = {}
+            for of_rank in of_all_ranks(agree(lambda: self._write_files(run, root / part, without))):
+                files.update(of_rank)
+            facts = {**content.facts(run), **self._facts(without)}
+            agree(lambda: manifest.write(root / part, facts, files) if keeps else None)
+        except Exception:
+            if keeps:
+                folder.drop(root, tag)
+            raise
+        agree(lambda: folder.finish(root, tag) if keeps else None)
+        if save_latest:
+            agree(lambda: folder.write_text(root / folder.LATEST, tag) if self.global_rank == 0 else None)
+        return True
+
+    def _keeps_a_folder(self) -> bool:
+        return self.global_rank == 0 or (self.use_node_local_storage() and self.local_rank == 0)
+
+    def _writes_state(self) -> bool:
+        return self.zero_optimization_stage() > 0 or self.global_rank == 0
+
+    def _make_room(self, run: content.RunState, root: Path) -> None:
+        mine = sum(num_bytes(content.tensors_of(state)) for state in run.states) if self._writes_state() else 0
+        if self.save_non_zero_checkpoint and self.zero_optimization_stage() < 3:
+            mine += sum(tensor.numel() * tensor.element_size() for tensor in self.module.state_dict().values())
+        needed = mine if self.use_node_local_storage() else sum(of_all_ranks(mine))
+
+        def check() -> None:
+            root.mkdir(parents=True, exist_ok=True)
+            folder.require_room(root, needed)
+
+        agree(lambda: check() if self._keeps_a_folder() else None)
+
+    def _write_files(self, run: content.RunState, place: Path, without_frozen: bool) -> dict[str, FileFacts]:
+        """This rank's; their facts by name, DeepSpeed's file included."""
+        failed, self._failed = self._failed, None
+        if failed is not None:
+            raise failed
+        files = {}
+        if self._writes_state():
+            for part, states in run.parts.items():
+                tensors = {name: tensor for state in states for name, tensor in content.tensors_of(state).items()}
+                name = content.file_name(run.rank, part)
+                files[name] = write_tensors(place / name, tensors, content.phases(states))
+        name = content.file_name(self._place()[0])
+        random, metadata = random_states.present(self.device)
+        files[name] = write_tensors(place / name, {**random, **self._untrained(without_frozen)}, metadata)
+        if self.save_non_zero_checkpoint:
+            path = Path(self._get_ckpt_name(str(place.parent), place.name))
+            files[path.name] = facts_of(path)
+        return files
+
+    def _untrained(self, without_frozen: bool) -> dict[str, torch.Tensor]:
+        """What is in no block: this rank's slices at stage 3, else all of it on rank 0, where buffers are, too."""
+        frozen = {} if without_frozen else self._frozen()
+        first, sharded = self.global_rank == 0, self.zero_optimization_stage() == 3
+        found = {name: value.contiguous() for name, value in self._saved_buffers().items()} if first else {}
+        if sharded:
+            found.update((name, restore.held_weights(param, *self._place())[0]) for name, param in frozen.items())
+        elif first:
+            found.update((name, param.detach().contiguous()) for name, param in frozen.items())
+        return found
+
+    def _saved_buffers(self) -> dict[str, torch.Tensor]:
+        params = dict(self.module.named_parameters(remove_duplicate=False))
+        found = self.module.state_dict(keep_vars=True)
+        return {name: value for name, value in found.items() if torch.is_tensor(value) and name not in params}
+
+    def _frozen(self) -> dict[str, torch.nn.Parameter]:
+        trained = self.optimizer.trained
+        return {name: param for name, param in self.module.named_parameters() if param not in trained}
+
+    def _place(self) -> tuple[int, int]:
+        group = self.optimizer.group
+        return dist.get_rank(group=group), dist.get_world_size(group=group)
+
+    def _facts(self, without_frozen: bool) -> dict[str, Any]:
+        frozen, shapes = self._frozen(), fit.shapes_in(self.module)
+        if without_frozen:
+            shapes = {name: shape for name, shape in shapes.items() if name not in frozen}
+        ranks = self._place()[1] if self.zero_optimization_stage() == 3 else 1
+        to_json = getattr(getattr(self.module, "config", None), "to_json_string", None)  # of a model of transformers
+        return {
+            "module": shapes,
+            "frozen": {} if without_frozen else {n: restore.slice_numel(param, ranks) for n, param in frozen.items()},
+            "buffers": sorted(self._saved_buffers()),
+            "tied": self._tied(),
+            "model_config": None if to_json is None else json.loads(to_json(use_diff=False)),
+            "global_steps": self.global_steps,
+            "written_by": manifest.versions(),
+        }
+
+    def _tied(self) -> dict[str, str]:
+        """Other names of parameters."""
+        names = {param: name for name, param in self.module.named_parameters()}
+        return {
+            name: names[param] for name, param in self.module.named_parameters(remove_duplicate=False)
+            if name != names[param]
+        }  # fmt: skip
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """DeepSpeed's own file. An error here, on one rank, would leave the others at a barrier."""
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except Exception as error:
+            self._failed = error
+
+    def _save_zero_checkpoint(self, save_path: str, tag: str) -> None:
+        """Nothing: the optimizer's part is ours."""
+
+    def save_16bit_model(self, *args: Any, **kwargs: Any) -> Any:
+        """As DeepSpeedEngine.save_16bit_model. Collective."""
+        self._require_living()
+        with self.optimizer.all_trainable():
+            return super().save_16bit_model(*args, **kwargs)
+
+    def module_state_dict(self, *args: Any, exclude_frozen_parameters: bool = False, **kwargs: Any) -> Any:
+        """As DeepSpeedEngine.module_state_dict; what waits for its turn is not frozen."""
+        with self.optimizer.all_trainable() if exclude_frozen_parameters else nullcontext():
+            return super().module_state_dict(*args, exclude_frozen_parameters=exclude_frozen_parameters, **kwargs)
+
+    def _zero3_consolidated_16bit_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        with self.optimizer.all_trainable():  # Trainer asks for it without the frozen parameters
+            return super()._zero3_consolidated_16bit_state_dict(*args, **kwargs)
+
+    def load_checkpoint(
+        self, load_dir: str, tag: str | None = None, load_module_strict: bool = True,
+        load_optimizer_states: bool = True, load_lr_scheduler_states: bool = True, load_module_only: bool = False,
+        custom_load_fn: Callable | None = None,
+    ) -> tuple[str | None, Any]:  # fmt: skip
+        """As DeepSpeedEngine.load_checkpoint; a full load resumes exactly where `save_checkpoint` was. Collective.
+
+        Ranks, stage, blocks and the form of state may be others than then (docs/checkpoints.md).
+        `load_module_only` or `load_optimizer_states=False` takes the weights alone, and masters anew from them.
+
+        Returns:
+            (path, client state), or (None, None) if `load_dir` has no "latest" and no tag was given.
+
+        Raises:
+            ValueError: There is no such checkpoint.
+            RuntimeError: It does not fit this run, or a file of it is damaged. On every rank, whichever found it, and
+                before anything is changed.
+        """
+        self._require_living()
+        agree(self.optimizer.require_same_module)
+        self.optimizer.finish("load_checkpoint()")
+        whole = load_optimizer_states and not load_module_only
+        schedule = load_lr_scheduler_states and not load_module_only
+        counters = (self.global_steps, self.global_samples, self.skipped_steps)
+        tag = agree(lambda: folder.latest_tag(load_dir)) if tag is None else str(tag)
+        require_alike("checkpoint tag", tag)
+        module = self.module if custom_load_fn is None else None
+        saved = None
+        if tag is not None:
+            agree(lambda: folder.recover(Path(load_dir), tag) if self._keeps_a_folder() else None)
+            saved = agree(lambda: self._open(Path(load_dir), tag, whole, schedule))
+            self._reads = saved
+        try:
+            if tag is not None:
+                agree(lambda: self._check(load_dir, tag, schedule, module, load_module_strict))
+
+            def load() -> tuple[str | None, Any]:
+                result = super(CheckpointingEngine, self).load_checkpoint(
+                    load_dir, tag, load_module_strict, saved is not None, schedule, load_module_only, custom_load_fn
+                )
+                if saved is not None and whole:
+                    self._resume(saved)
+                return result
+
+            with self.optimizer.loading(self.module.parameters()):
+                result = agree(load)
+        finally:
+            self._reads = None
+        self._end_window()
+        if result[0] is not None and not whole:
+            self.optimizer.refresh_fp32_params()
+            if load_module_only:
+                self.global_steps, self.global_samples, self.skipped_steps = counters
+        require_alike("position in the rotation", self.optimizer.rotation.step)
+        return result
+
+    def _open(self, load_dir: Path, tag: str, whole: bool, schedule: bool) -> Saved | None:
+        """The checkpoint, whose files are as they were written and which fits this run; `None`: weights of others."""
+        place, run = load_dir / tag, self.optimizer.run_state
+        facts = manifest.read(place)
+        if not fit.require_format(facts, place, whole, run.stage) or facts is None:
+            return None
+        files = TensorFiles()
+        saved = Saved(facts, lambda rank, part: files.open(place / content.file_name(rank, part)))
+        if whole:
+            fit.require_state_fits(run, saved)
+        if schedule:
+            fit.require_schedule(facts, run.scheduler)
+        mine = self._place()[0]
+        names = sorted(facts["files"])
+        if self.use_node_local_storage():
+            names = [name for name in names if f"rank_{mine}_" in name or f"rank_{mine}." in name]
+        else:  # each file once, whoever reads it afterwards
+            names = names[mine :: run.world]
+        manifest.verify(place, facts, names)
+        return saved
+
+    def _check(
+        self, load_dir: str, tag: str, schedule: bool, module: torch.nn.Module | None, strict: bool
+    ) -> None:
+        """Refuses what DeepSpeed's part of a load would fail on half way."""
+        file = fit.opened(Path(self._get_ckpt_name(load_dir, tag)))
+        samples = self.training_dataloader is not None and self.curriculum_learning_enabled()
+        read = {"lr_scheduler": schedule and self.lr_scheduler is not None, "data_sampler": schedule and samples}
+        for part, is_read in read.items():
+            if is_read and file.get(part) is None:
+                raise RuntimeError(f"the checkpoint has no {part}, and this run has one: {fit.WEIGHTS_ALONE}")
+        if module is not None:
+            shapes = fit.shapes_of_file(file) if self._reads is None else self._reads.manifest["module"]
+            fit.require_module_fits(shapes, module, strict)
+        if read["lr_scheduler"]:
+            fit.require_schedule_takes(file["lr_scheduler"], self.lr_scheduler, self.optimizer.param_groups)
+
+    def _resume(self, saved: Saved) -> None:
+        run = self.optimizer.run_state
+        for note in fit.notes(run, saved):
+            if self.global_rank == 0:
+                logger.warning("load_checkpoint: %s", note)
+        restore.load_states(run, saved)
+        restore.load_position(run, saved)
+        if saved.manifest["ranks"] == run.world:
+            random_states.restore(saved.of_rank(self._place()[0]), self.device)
+        self.optimizer.reducer.discard()
+
+    def load_module_state_dict(self, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """As DeepSpeedEngine.load_module_state_dict; where weights were cut otherwise, each rank takes its slices."""
+        saved, run = self._reads, self.optimizer.run_state
+        if saved is None or restore.same_weights(run, saved):
+            super().load_module_state_dict(checkpoint, *args, **kwargs)
+            return
+        params = dict(self.module.named_parameters(remove_duplicate=False))
+        rest = {name: value for name, value in checkpoint["module"].items() if name not in params}
+        self.module.load_state_dict(rest, strict=False)
+        restore.load_weights(self.module, run, saved, *self._place())
+
+    def _load_zero_checkpoint(self, load_dir: str, tag: str, load_optimizer_states: bool = True) -> bool:
+        """Nothing where the checkpoint is ours: `_resume` follows."""
+        if self._reads is not None:
+            return True
+        return super()._load_zero_checkpoint(load_dir, tag, load_optimizer_states)
+
+    def _get_ckpt_name(self, checkpoints_path: str, tag: str, *args: Any, **kwargs: Any) -> str:
+        """As DeepSpeedEngine._get_ckpt_name; in a load the file of the rank that was, or of rank 0."""
+        if self._reads is None:
+            return super()._get_ckpt_name(checkpoints_path, tag, *args, **kwargs)
+        facts = self._reads.manifest
+        mine = self._place()[0]
+        rank = f"zero_pp_rank_{mine if mine < facts['ranks'] else 0}_" if facts["zero_stage"] == 3 else ""
+        return str(Path(checkpoints_path, str(tag), f"{rank}mp_rank_{self.checkpoint_mp_rank:02d}_model_states.pt"))
+
+    # Of the engine's other half.
+
+    global_steps: int
+    global_samples: int
+    skipped_steps: int
+
+    def _require_living(self) -> None:
+        raise NotImplementedError
+
+    def _end_window(self) -> None:
+        raise NotImplementedError
