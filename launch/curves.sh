@@ -28,12 +28,14 @@ run() { # full or LAYERS of a block, RATE, STEPS
     rm -rf "$folder/model" # half a gigabyte
 }
 
-for rate in ${FULL_RATES:-3e-5 1e-4 3e-4}; do
+# Smaller blocks, larger rates.
+: "${RATES_FULL:=3e-5 1e-4 3e-4}" "${RATES_8:=1e-4 3e-4 1e-3}" "${RATES_4:=1e-4 3e-4 1e-3}" "${RATES_1:=3e-4 1e-3 3e-3}"
+for rate in $RATES_FULL; do
     run full "$rate" "$steps"
 done
 for layers in 8 4 1; do
-    [ "$layers" = 1 ] && rates="3e-4 1e-3 3e-3" || rates="1e-4 3e-4 1e-3" # smaller blocks, larger rates
-    for rate in ${HIFT_RATES:-$rates}; do
+    rates="RATES_$layers"
+    for rate in ${!rates}; do
         run "$layers" "$rate" "$steps"
     done
 done
