@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+CHECKPOINTS = "checkpoints"  # in the output folder
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "kernels")]  # a checkout need not be installed
 
 
@@ -31,16 +33,21 @@ def main() -> int:
 def train(args: argparse.Namespace) -> None:
     """One run: load, evaluate, train, evaluate, save. Collective."""
     import hift_ds
+    from hift_ds.distributed import agree
     from hift_ds.memory import MemoryMeter
     from hift_ds.memory.figures import mib
     from hift_ds.recipes import training
     from hift_ds.recipes.display import Display
     from hift_ds.recipes.packing import check_apart
+    from hift_ds.recipes.resuming import require_same
     from hift_ds.recipes.setup import load_run
 
     hift_ds.init_distributed()
     display = Display(int(os.environ["RANK"]))
     run = load_run(args)
+    folder = Path(args.output_dir, CHECKPOINTS)
+    if args.resume and not args.allow_changed:
+        agree(lambda: require_same(folder, of_run(run, args)))
     display.print(
         f"model {args.model_name_or_path}, data {run.data.name}: {len(run.data.train)} rows to train on, "
         f"{len(run.data.eval)} held out; {run.max_steps} steps", markup=False,
@@ -52,14 +59,18 @@ def train(args: argparse.Namespace) -> None:
     if args.hift:
         display.print(engine.hift.summary())
         plans = show_memory(engine, run, args, display)
-    start = resume(engine, args, display) if args.resume else 0
+    if args.resume:
+        resume(engine, run, args, display)
     load = os.getloadavg()[0]
     before = evaluate(engine, run, args, display, "before training", 1)
     began = time.monotonic()
     with MemoryMeter(engine) if args.measure_memory else nullcontext() as meter:
-        curve = steps(engine, run, args, display, start)
+        curve, stopped = steps(engine, run, args, display)
         if args.hift:
             engine.optimizer.settle()
+    if stopped:
+        display.print(f"SIGTERM: saved at step {engine.global_steps}, go on with --resume", markup=False)
+        return
     seconds = time.monotonic() - began
     after = evaluate(engine, run, args, display, "after training", args.answers)
     if before and after:
@@ -104,24 +115,29 @@ def evaluate(
     return {"loss": loss, "answers": found}
 
 
-def steps(engine: Any, run: Any, args: argparse.Namespace, display: Any, start: int) -> list[dict[str, Any]]:
-    """The training loop, from micro step `start` on; the held-out losses on the way. Collective."""
+def steps(engine: Any, run: Any, args: argparse.Namespace, display: Any) -> tuple[list[dict[str, Any]], bool]:
+    """The training loop, from where the engine is on. Collective.
+
+    Returns:
+        The held-out losses on the way, and whether a signal has ended it.
+    """
+    import torch
     from deepspeed import comm as dist
 
     from hift_ds.recipes import training
+    from hift_ds.recipes.resuming import Stop
 
-    accumulation = engine.gradient_accumulation_steps()
-    stream = training.batches(run.data, run.micro_batch, args.seed, start, engine.device)
+    stop, curve, done = Stop(args.save_on_signal), [], engine.global_steps
+    stream = training.batches(run.data, run.micro_batch, args.seed, run.start, engine.device)
     engine.train()
-    done = start // accumulation
-    curve: list[dict[str, Any]] = []
     with display.progress(run.max_steps, done) as progress:
         for step in range(done, run.max_steps):
             began = time.monotonic()
             block = engine.hift.blocks[engine.hift.active_block].name if args.hift else ""
             sums = training.optimizer_step(engine, stream)
+            sums = torch.cat((sums, sums.new_tensor([stop.asked])))
             dist.all_reduce(sums)
-            mean, tokens = sums.tolist()
+            mean, tokens, asked = sums.tolist()
             progress.update(mean, engine.get_lr()[0], block, tokens / (time.monotonic() - began))
             if engine.monitor.enabled:
                 engine.monitor.write_events([("Train/loss", mean, step + 1)])
@@ -131,20 +147,48 @@ def steps(engine: Any, run: Any, args: argparse.Namespace, display: Any, start: 
                 display.print(f"step {step + 1}: held-out loss {held_out:.3f}")
                 if engine.monitor.enabled:
                     engine.monitor.write_events([("Eval/loss", held_out, step + 1)])
-            if args.save_every and (step + 1) % args.save_every == 0:
-                state = {"micro_steps": (step + 1) * accumulation}
-                engine.save_checkpoint(str(Path(args.output_dir) / "checkpoints"), client_state=state)
-    return curve
+            if asked or (args.save_every and (step + 1) % args.save_every == 0):
+                save(engine, run, args, display)
+            if asked:
+                return curve, True
+    return curve, False
 
 
-def resume(engine: Any, args: argparse.Namespace, display: Any) -> int:
-    """Loads the newest checkpoint; returns the micro step to go on from. Collective."""
-    folder = Path(args.output_dir) / "checkpoints"
+def save(engine: Any, run: Any, args: argparse.Namespace, display: Any) -> None:
+    """A checkpoint, and what the run is. Collective."""
+    from hift_ds.checkpoint.folder import prune, write_text
+    from hift_ds.recipes.resuming import RUN
+
+    folder = Path(args.output_dir, CHECKPOINTS)
+    micro_steps = run.start + (engine.global_steps - run.start_step) * engine.gradient_accumulation_steps()
+    rows = run.micro_batch * engine.dp_world_size
+    engine.save_checkpoint(str(folder), client_state={"rows": micro_steps * rows})
+    if display.active:
+        write_text(folder / RUN, json.dumps(of_run(run, args), indent=1))
+        if args.keep_last:
+            prune(folder, args.keep_last)
+
+
+def of_run(run: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """What must be the same where it goes on."""
+    from deepspeed import comm as dist
+
+    from hift_ds.config.batch import batch_sizes
+    from hift_ds.recipes.resuming import described
+
+    world = dist.get_world_size()
+    micro_batch, accumulation = batch_sizes(run.ds_config, world)
+    return described(args, run.ds_config, micro_batch * accumulation * world)
+
+
+def resume(engine: Any, run: Any, args: argparse.Namespace, display: Any) -> None:
+    """Loads the newest checkpoint; the data goes on behind the rows that it has seen. Collective."""
+    folder = Path(args.output_dir, CHECKPOINTS)
     path, state = engine.load_checkpoint(str(folder))
     if path is None:
         raise FileNotFoundError(f"--resume: no checkpoint in {str(folder)!r}; train with --save_every first")
+    run.start_step, run.start = engine.global_steps, state["rows"] // (run.micro_batch * engine.dp_world_size)
     display.print(f"resumed at step {engine.global_steps} from {path}", markup=False)
-    return state["micro_steps"]
 
 
 def save_summary(engine: Any, run: Any, args: argparse.Namespace, display: Any, results: dict[str, Any]) -> None:

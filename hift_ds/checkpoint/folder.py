@@ -8,6 +8,7 @@ from pathlib import Path
 
 UNFINISHED, REPLACED = ".unfinished", ".replaced"
 LATEST = "latest"
+_ASIDE = (UNFINISHED, REPLACED)
 
 
 def unfinished(tag: str) -> str:
@@ -73,6 +74,17 @@ def latest_tag(load_dir: str | Path) -> str | None:
     if not tag:
         raise RuntimeError(f"checkpoint {str(latest)!r} is empty: a save was cut off; say which tag to load")
     return tag
+
+
+def prune(save_dir: Path, keep: int) -> None:
+    """Removes all but the newest checkpoints, plain DeepSpeed's too; the one that "latest" names stays."""
+    files = {path: list(path.glob("*_model_states.pt")) for path in save_dir.iterdir() if path.suffix not in _ASIDE}
+    found = [path for path, inside in files.items() if inside]
+    newest = sorted(found, key=lambda path: max(file.stat().st_mtime_ns for file in files[path]))[-keep:]
+    for path in found:
+        if path not in newest and path.name != latest_tag(save_dir):
+            aside = path.rename(path.with_name(path.name + UNFINISHED))  # never half a checkpoint under its name
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def require_room(save_dir: Path, needed: int) -> None:

@@ -20,7 +20,12 @@ FAILED, OUT_OF_MEMORY = 2, 3  # exit codes
 
 @dataclass
 class Run:
-    """What one training run works with."""
+    """What one training run works with.
+
+    Attributes:
+        start_step: Where it goes on: optimizer steps that are made.
+        start: Micro steps whose rows have been seen.
+    """
 
     model: Any
     tokenizer: Any
@@ -28,6 +33,8 @@ class Run:
     ds_config: dict[str, Any]
     micro_batch: int
     max_steps: int
+    start_step: int = 0
+    start: int = 0
 
 
 def prepare_process(verbose: bool) -> None:

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -325,6 +326,45 @@ def test_resumed_run_ends_where_the_uninterrupted_one_did(train_on_two_ranks, by
     assert events(part, "Train/loss") == {step: losses[step] for step in (5, 6, 7, 8)}
     assert events(part, "Eval/loss") == events(whole, "Eval/loss")
     assert_same_weights(part / "model", whole / "model")
+
+
+def lone(*options: object) -> list[object]:
+    return [sys.executable, SCRIPT, *COMMON, *HIFT, *options]
+
+
+def test_a_run_goes_on_with_fewer_ranks_on_the_same_rows_and_with_other_options_only_where_that_is_allowed(
+    by_deepspeed, folder
+):
+    part = folder / "fewer"
+    shutil.copytree(folder / "deepspeed" / "checkpoints", part / "checkpoints")
+    shutil.rmtree(part / "checkpoints" / "global_step8")
+    (part / "checkpoints" / "latest").write_text("global_step4")
+    options = [*STEPS, "--resume", "--output_dir", part, "--tensorboard", "--micro_batch", "4"]
+    other = run(lone(*options, "--hift_order", "random", "--seed", "1"), folder)
+    assert other.code == 2 and other.err.count("\n") == 1
+    assert '--resume: hift.order was null and is "random" now; seed was 42 and is 1 now: go on' in other.err
+    done = run(lone(*options, "--keep_last", "1", "--save_every", "2"), folder)
+    assert done.code == 0, done.err
+    assert "the checkpoint of 2 ranks at ZeRO stage 2 is taken over by 1 at stage 2" in done.err + done.out
+    whole, losses = events(folder / "deepspeed", "Train/loss"), events(part, "Train/loss")
+    assert losses.keys() == {5, 6, 7, 8}
+    assert all(losses[step] == pytest.approx(whole[step], abs=2e-3) for step in losses)
+    assert sorted(path.name for path in (part / "checkpoints").iterdir()) == ["global_step8", "latest", "run.json"]
+
+
+def test_a_signal_saves_and_leaves_with_0_and_the_run_goes_on_from_there(folder):
+    endless = ["--max_steps", "4000", "--output_dir", "signalled", "--save_on_signal"]
+    process = start(lone(*endless), folder, PYTHONUNBUFFERED="1")
+    assert process.stdout is not None
+    for line in process.stdout:
+        if re.match(r"step \d+/4000", line):
+            break
+    process.send_signal(signal.SIGTERM)
+    done = finish(process)
+    assert done.code == 0, done.err
+    step = int(re.search(r"SIGTERM: saved at step (\d+), go on with --resume", done.out)[1])
+    again = run(lone(*endless, "--resume", "--max_steps", str(step + 1), "--allow_changed"), folder)
+    assert again.code == 0 and f"resumed at step {step} from" in again.out, again.err
 
 
 @pytest.mark.parametrize("hift", [True, False], ids=["hift", "full"])
