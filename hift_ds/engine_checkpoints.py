@@ -69,7 +69,7 @@ class CheckpointingEngine(DeepSpeedEngine):
             raise
         agree(lambda: folder.finish(root, tag) if keeps else None)
         if save_latest:
-            agree(lambda: folder.write_text(root / folder.LATEST, tag) if self.global_rank == 0 else None)
+            agree(lambda: folder.write_text(root / folder.LATEST, tag) if keeps else None)
         return True
 
     def _keeps_a_folder(self) -> bool:

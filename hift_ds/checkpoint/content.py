@@ -94,9 +94,14 @@ def facts(run: RunState) -> dict[str, Any]:
         "step": run.rotation.step,
         "rates": run.rate.rates,
         "param_groups": [_plain(group) for group in run.param_groups],
-        "loss_scaler": {k: v for k, v in vars(run.loss_scaler).items() if isinstance(v, (bool, int, float))},
+        "loss_scaler": scale_of(run),
         "lr_scheduler": schedule_name(run.scheduler),
     }  # fmt: skip
+
+
+def scale_of(run: RunState) -> dict[str, Any]:
+    """The loss scaler's attributes."""
+    return {key: value for key, value in vars(run.loss_scaler).items() if isinstance(value, (bool, int, float))}
 
 
 def rotation_of(run: RunState) -> dict[str, Any]:

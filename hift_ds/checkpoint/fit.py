@@ -15,6 +15,7 @@ from hift_ds.checkpoint.content import RunState, master_form, moment_form, sched
 from hift_ds.checkpoint.manifest import DAMAGED, FORMAT
 from hift_ds.checkpoint.restore import same_rotation
 from hift_ds.checkpoint.saved import Saved
+from hift_ds.checkpoint.tensor_files import CODES
 from hift_ds.rotation.names import shortest, some
 from hift_ds.rotation.rewind import CannotRewind, Rewind
 from hift_ds.shards import full_shape
@@ -96,11 +97,12 @@ def notes(run: RunState, saved: Saved) -> Iterator[str]:
             if before is None:
                 fresh.append(fqn)
             else:
-                then, now = (before["master"], before["moments"]), (master_form(state, index), moment_form(state))
+                then = (before["dtype"], before["master"], before["moments"])
+                now = (CODES[state.shard.params[index].dtype], master_form(state, index), moment_form(state))
                 if then != now:
                     forms.add((*then, *now))
     for form in sorted(forms):
-        yield "masters and moments are converted, {}, {} -> {}, {}".format(*form)
+        yield "weights, masters and moments are converted, {}, {}, {} -> {}, {}, {}".format(*form)
     if fresh:
         yield f"the checkpoint has no state of {some(fresh)}, which begin anew"
 

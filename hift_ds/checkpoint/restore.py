@@ -13,10 +13,12 @@ from hift_ds.checkpoint.content import (
     moment_form,
     phase_of,
     rotation_of,
+    scale_of,
     scales_of,
     slots_of,
 )
 from hift_ds.checkpoint.saved import RANGE, Saved
+from hift_ds.checkpoint.tensor_files import CODES
 from hift_ds.shards import full_numel, is_partitioned
 from hift_ds.state.formats import SCALE_SUFFIX
 from hift_ds.state.unit_state import UnitState
@@ -27,7 +29,8 @@ def same_weights(run: RunState, saved: Saved) -> bool:
     if 3 in (run.stage, saved.manifest["zero_stage"]):
         return False
     return all(
-        saved.parameters[fqn]["master"] == master_form(state, index)
+        (saved.parameters[fqn]["master"], saved.parameters[fqn]["dtype"])
+        == (master_form(state, index), CODES[state.shard.params[index].dtype])
         for state in run.states for index, fqn in enumerate(state.shard.fqns) if fqn in saved.parameters
     )  # fmt: skip
 
@@ -154,7 +157,7 @@ def load_position(run: RunState, saved: Saved) -> None:
     for group, values in zip(run.param_groups, facts["param_groups"], strict=True):
         group.update({key: _as_now(group.get(key), value) for key, value in values.items()})
     scale = facts["loss_scaler"]
-    if scale.keys() <= vars(run.loss_scaler).keys():
+    if scale.keys() == scale_of(run).keys():
         vars(run.loss_scaler).update(scale)
 
 

@@ -182,6 +182,29 @@ def test_another_form_of_state_is_converted_and_a_note_says_so(two_ranks, tmp_pa
     two_ranks.run(converted, str(tmp_path), stage, then, now)
 
 
+def other_dtype(folder: str, stage: int, dtypes: tuple[str, str]) -> None:
+    """The masters are the same, though the weights are of another dtype: no bit of them is lost."""
+    first = seeded_engine(stage, dtypes[0], {}, 0)
+    run_steps(first, 8)
+    first.save_checkpoint(folder)
+    other = seeded_engine(stage, dtypes[1], {}, 1)
+    scale = other.optimizer.loss_scale
+    with logged("hift_ds.engine_checkpoints") as notes:
+        other.load_checkpoint(folder)
+    assert "masters and moments are converted" in notes[0] if dist.get_rank() == 0 else notes == []
+    mine = dict(other.module.named_parameters())
+    for name, param in first.module.named_parameters():
+        assert torch.equal(safe_get_full_fp32_param(param), safe_get_full_fp32_param(mine[name])), name
+    assert other.optimizer.loss_scale == scale
+    run_steps(other, 1, start=8)
+
+
+@pytest.mark.parametrize("stage", (0, 2, 3))
+@pytest.mark.parametrize("dtypes", [("bf16", "fp32"), ("fp32", "bf16"), slow(("bf16", "fp16"))])
+def test_weights_of_another_dtype_keep_the_masters_bit_by_bit(two_ranks, tmp_path, stage, dtypes):
+    two_ranks.run(other_dtype, str(tmp_path), stage, dtypes)
+
+
 def same_codes(folder: str, stage: int) -> None:
     first = seeded_engine(stage, "bf16", {**INT8, "layers_per_block": 2}, 0)
     run_steps(first, 8)
