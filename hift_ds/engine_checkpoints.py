@@ -56,8 +56,12 @@ class CheckpointingEngine(DeepSpeedEngine):
         try:
             self._make_room(run, root)
             agree(lambda: folder.begin(root, tag) if keeps else None)
+            # Plain DeepSpeed would take it for one without optimizer state, at stage 3 without weights, and go on. It
+            # stops at another number of ranks, and says it.
+            whose = f"{run.world} under HiFT, which has to load it (hift_ds),"
+            marked = {**(client_state or {}), "dp_world_size": whose}
             with self.optimizer.saving():
-                super().save_checkpoint(save_dir, part, client_state or {}, False, without)
+                super().save_checkpoint(save_dir, part, marked, False, without)
             files: dict[str, FileFacts] = {}
             for of_rank in of_all_ranks(agree(lambda: self._write_files(run, root / part, without))):
                 files.update(of_rank)
@@ -222,6 +226,8 @@ class CheckpointingEngine(DeepSpeedEngine):
                 result = super(CheckpointingEngine, self).load_checkpoint(
                     load_dir, tag, load_module_strict, saved is not None, schedule, load_module_only, custom_load_fn
                 )
+                if saved is not None:
+                    self.loaded_checkpoint_dp_world_size = saved.manifest["ranks"]
                 if saved is not None and whole:
                     self._resume(saved)
                 return result

@@ -126,11 +126,18 @@ class TensorFile:
         return self._entries[name]["dtype"]
 
     def read(self, name: str, first: int = 0, last: int | None = None) -> torch.Tensor:
-        """Elements of a tensor, flattened; not to be written into, as they are the file's own memory."""
+        """Elements of a tensor, flattened; not to be written into, as they are the file's own memory.
+
+        Raises:
+            IndexError: It has not so many.
+        """
         entry = self._entries[name]
         dtype, (start, stop) = DTYPES[entry["dtype"]], entry["data_offsets"]
-        last = (stop - start) // dtype.itemsize if last is None else last
-        if last <= first:
+        numel = (stop - start) // dtype.itemsize
+        last = numel if last is None else last
+        if not 0 <= first <= last <= numel:
+            raise IndexError(f"{name!r} has {numel} elements, and {first} to {last} are asked for")
+        if last == first:
             return torch.empty(0, dtype=dtype)
         place = self._start + start + first * dtype.itemsize
         raw = torch.frombuffer(self._map, dtype=torch.uint8, count=(last - first) * dtype.itemsize, offset=place)

@@ -271,6 +271,20 @@ def test_files_that_are_missing_or_not_as_they_were_written_are_refused_before_a
     two_ranks.run(damaged, str(tmp_path), stage)
 
 
+def by_plain_deepspeed(folder: str, stage: int) -> None:
+    engine = seeded_engine(stage, "bf16", {}, seed=0)
+    engine.save_checkpoint(folder)
+    engine.load_checkpoint(folder)
+    assert engine.loaded_checkpoint_dp_world_size == 2
+    error = error_of(lambda: plain_engine(small_llama(1), stage, "bf16").load_checkpoint(folder))
+    assert "2 under HiFT, which has to load it (hift_ds), but the current world size is 2" in error, error
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_plain_deepspeed_does_not_go_on_from_a_checkpoint_whose_state_it_cannot_find(two_ranks, tmp_path, stage):
+    two_ranks.run(by_plain_deepspeed, str(tmp_path), stage)
+
+
 def after_a_step_that_failed(folder: str, stage: int) -> None:
     """Save and load when the last step, which the host has not waited for, had no gradient."""
     root, hift = Path(folder), {"layers_per_block": 1, "kernel": "triton"}
