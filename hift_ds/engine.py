@@ -299,6 +299,7 @@ class HiFTEngine(CheckpointingEngine):
         """
         if not self._destroyed:
             self._destroyed = True
+            self._end_saving()
             self._release()
             super().destroy()
             if self.module in parameter_offload.FWD_MODULE_STACK:  # where ZeRO-3 keeps every model for ever

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,74 @@ from deepspeed import comm as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from hift_ds.checkpoint import content, fit, folder, manifest, random_states, restore
+from hift_ds.checkpoint.background import BackgroundSave, Job
 from hift_ds.checkpoint.saved import Saved
 from hift_ds.checkpoint.tensor_files import FileFacts, TensorFiles, facts_of, num_bytes, write_tensors
 from hift_ds.distributed import agree, of_all_ranks, require_alike
+from hift_ds.rotation.rotation import Rotation
+from hift_ds.state.unit_state import UnitState
 
 logger = logging.getLogger(__name__)
+REPORT_SECONDS = 1800.0  # that the ranks' disks may be apart, in a save in the background
+
+
+@dataclass(frozen=True)
+class _Save:
+    """One save, as all ranks go through it."""
+
+    root: Path
+    tag: str
+    latest: bool
+    without_frozen: bool
+    keeps: bool  # this rank does what is done once a folder
+
+    @property
+    def place(self) -> Path:
+        """Where it is written."""
+        return self.root / folder.unfinished(self.tag)
+
+    def describe(self, facts: Mapping[str, Any], files: Mapping[str, FileFacts]) -> None:
+        """Writes the manifest."""
+        if self.keeps:
+            manifest.write(self.place, facts, files)
+
+    def finish(self) -> None:
+        """Puts it in its place."""
+        if self.keeps:
+            folder.finish(self.root, self.tag)
+            if self.latest:
+                folder.write_text(self.root / folder.LATEST, self.tag)
+
+    def drop(self) -> None:
+        """Removes it."""
+        if self.keeps:
+            folder.drop(self.root, self.tag)
+
+    def report(self, rank: int, files: Mapping[str, FileFacts], error: Exception | None) -> None:
+        """Tells the rank that keeps the folder, by a file, what this one has written."""
+        found = {"files": {name: asdict(facts) for name, facts in files.items()}, "error": error and str(error)}
+        folder.write_text(self.place / f"rank_{rank}.written", json.dumps(found))
+
+    def conclude(self, world: int, facts: Mapping[str, Any]) -> None:
+        """Waits for all reports, and finishes.
+
+        Raises:
+            RuntimeError: A rank has failed, or has not reported in time; nothing is left of the save.
+        """
+        files: dict[str, FileFacts] = {}
+        try:
+            for rank in range(world):
+                report = json.loads(folder.read_when_there(self.place / f"rank_{rank}.written", REPORT_SECONDS))
+                if report["error"]:
+                    raise RuntimeError(f"rank {rank} failed to save in the background: {report['error']}")
+                files.update((name, FileFacts(**of_file)) for name, of_file in report["files"].items())
+            for path in self.place.glob("rank_*.written"):
+                path.unlink()
+            self.describe(facts, files)
+            self.finish()
+        except Exception:
+            self.drop()
+            raise
 
 
 class CheckpointingEngine(DeepSpeedEngine):
@@ -32,49 +97,127 @@ class CheckpointingEngine(DeepSpeedEngine):
     optimizer: Any
     _reads: Saved | None = None  # of a load, while it goes on
     _failed: Exception | None = None  # of a save, until all ranks have heard of it
+    _background: BackgroundSave | None = None
 
     def save_checkpoint(
         self, save_dir: str, tag: str | None = None, client_state: Mapping[str, Any] | None = None,
-        save_latest: bool = True, exclude_frozen_parameters: bool = False,
+        save_latest: bool = True, exclude_frozen_parameters: bool = False, asynchronous: bool = False,
     ) -> bool:  # fmt: skip
         """As DeepSpeedEngine.save_checkpoint: position, masters and state of every block are in it. Collective.
 
         Written beside its place and put there as a whole: whatever is cut off, the folder `tag` is the old checkpoint
         or the new one.
 
+        Args:
+            asynchronous: Write what waits for its turn in a thread while training goes on. The folder is in its place
+                some time later, or after `finish_saving`; an error comes there, at the next save, load or `destroy`.
+
         Raises:
             OSError: No room on the disk, or not writable; nothing of an older checkpoint is lost. On every rank.
         """
         self._require_living()
+        self.finish_saving()
         run = self.optimizer.settled_run()  # what is wrong with the last step is said first
         tag = f"global_step{self.global_steps}" if tag is None else str(tag)
         if not save_dir:
             return super().save_checkpoint(save_dir, tag)  # which refuses it
-        require_alike("checkpoint tag", tag)
-        root, part, without = Path(save_dir), folder.unfinished(tag), exclude_frozen_parameters
-        keeps = self._keeps_a_folder()
+        require_alike("checkpoint tag and how it is saved", (tag, asynchronous))
+        save = _Save(Path(save_dir), tag, save_latest, exclude_frozen_parameters, self._keeps_a_folder())
         try:
-            self._make_room(run, root)
-            agree(lambda: folder.begin(root, tag) if keeps else None)
+            self._make_room(run, save.root)
+            agree(lambda: folder.begin(save.root, tag) if save.keeps else None)
             # Plain DeepSpeed would take it for one without optimizer state, at stage 3 without weights, and go on. It
             # stops at another number of ranks, and says it.
             whose = f"{run.world} under HiFT, which has to load it (hift_ds),"
             marked = {**(client_state or {}), "dp_world_size": whose}
             with self.optimizer.saving():
-                super().save_checkpoint(save_dir, part, marked, False, without)
+                super().save_checkpoint(save_dir, folder.unfinished(tag), marked, False, save.without_frozen)
+            facts = {**content.facts(run), **self._facts(save.without_frozen)}
+            jobs = agree(lambda: self._jobs(run, save))
+            if asynchronous and not self.use_node_local_storage():
+                self._save_in_background(save, jobs, facts)
+                return True
             files: dict[str, FileFacts] = {}
-            for of_rank in of_all_ranks(agree(lambda: self._write_files(run, root / part, without))):
+            for of_rank in of_all_ranks(agree(lambda: {n: f for job in jobs.values() for n, f in job().items()})):
                 files.update(of_rank)
-            facts = {**content.facts(run), **self._facts(without)}
-            agree(lambda: manifest.write(root / part, facts, files) if keeps else None)
+            agree(lambda: save.describe(facts, files))
         except Exception:
-            if keeps:
-                folder.drop(root, tag)
+            save.drop()
             raise
-        agree(lambda: folder.finish(root, tag) if keeps else None)
-        if save_latest:
-            agree(lambda: folder.write_text(root / folder.LATEST, tag) if keeps else None)
+        agree(save.finish)
         return True
+
+    def finish_saving(self) -> None:
+        """Waits for a save that goes on in the background. Collective.
+
+        Raises:
+            Exception: What has gone wrong with it, on any rank; there is no new checkpoint then.
+        """
+        background, self._background = self._background, None
+        self.optimizer.before_turn = self.optimizer.before_change = None
+        if any(of_all_ranks(background is not None)):
+            agree(lambda: None if background is None else background.wait())
+
+    def _end_saving(self) -> None:
+        """As `finish_saving` where nobody else can be asked any more: what has gone wrong is logged."""
+        background, self._background = self._background, None
+        try:
+            if background is not None:
+                background.wait()
+        except Exception:
+            logger.exception("the checkpoint that was being saved in the background is not there")
+
+    def _save_in_background(self, save: _Save, jobs: dict[str, Job], facts: dict[str, Any]) -> None:
+        """What changes at the next step now, the rest in the order of the turns to come."""
+        mine, world = self._place()
+        rotation = self.optimizer.rotation
+        order = [f"block_{block}" for block in _from_now(rotation)]
+        now = ("always", order[0], "rest")
+        files = agree(lambda: {n: f for name in now if name in jobs for n, f in jobs.pop(name)().items()})
+        later = {name: jobs.pop(name) for name in order if name in jobs} | jobs
+
+        def conclude(written: Mapping[str, FileFacts], error: Exception | None) -> None:
+            save.report(mine, {**files, **written}, error)
+            if save.keeps:
+                save.conclude(world, facts)
+
+        background = self._background = BackgroundSave(later, conclude)
+        self.optimizer.before_turn = lambda block: background.ensure(f"block_{block}")
+        self.optimizer.before_change = background.flush
+
+    def _jobs(self, run: content.RunState, save: _Save) -> dict[str, Job]:
+        """What this rank has to write, by part; "rest": what else is its own, "model": DeepSpeed's file, written."""
+        failed, self._failed = self._failed, None
+        if failed is not None:
+            raise failed
+        place = save.place
+
+        def of_part(part: str, states: Sequence[UnitState]) -> dict[str, FileFacts]:
+            before = self.optimizer.guard.written_marks(states)
+            tensors = {name: tensor for state in states for name, tensor in content.tensors_of(state).items()}
+            name = content.file_name(run.rank, part)
+            facts = write_tensors(place / name, tensors, content.phases(states))
+            if before != marks[part]:
+                raise RuntimeError(
+                    f"weights of {part} were written while they were saved in the background, so the checkpoint is "
+                    "dropped: call engine.finish_saving() before you change weights"
+                )
+            return {name: facts}
+
+        def of_rest() -> dict[str, FileFacts]:
+            name = content.file_name(self._place()[0])
+            random, metadata = random_states.present(self.device)
+            return {name: write_tensors(place / name, {**random, **self._untrained(save.without_frozen)}, metadata)}
+
+        def of_model() -> dict[str, FileFacts]:
+            path = Path(self._get_ckpt_name(str(place.parent), place.name))
+            return {path.name: facts_of(path)}
+
+        parts = run.parts if self._writes_state() else {}
+        marks = {part: self.optimizer.guard.written_marks(states) for part, states in parts.items()}
+        jobs: dict[str, Job] = {part: partial(of_part, part, states) for part, states in parts.items()}
+        jobs["rest"] = of_rest
+        return {**jobs, "model": of_model} if self.save_non_zero_checkpoint else jobs
 
     def _keeps_a_folder(self) -> bool:
         return self.global_rank == 0 or (self.use_node_local_storage() and self.local_rank == 0)
@@ -93,25 +236,6 @@ class CheckpointingEngine(DeepSpeedEngine):
             folder.require_room(root, needed)
 
         agree(lambda: check() if self._keeps_a_folder() else None)
-
-    def _write_files(self, run: content.RunState, place: Path, without_frozen: bool) -> dict[str, FileFacts]:
-        """This rank's; their facts by name, DeepSpeed's file included."""
-        failed, self._failed = self._failed, None
-        if failed is not None:
-            raise failed
-        files = {}
-        if self._writes_state():
-            for part, states in run.parts.items():
-                tensors = {name: tensor for state in states for name, tensor in content.tensors_of(state).items()}
-                name = content.file_name(run.rank, part)
-                files[name] = write_tensors(place / name, tensors, content.phases(states))
-        name = content.file_name(self._place()[0])
-        random, metadata = random_states.present(self.device)
-        files[name] = write_tensors(place / name, {**random, **self._untrained(without_frozen)}, metadata)
-        if self.save_non_zero_checkpoint:
-            path = Path(self._get_ckpt_name(str(place.parent), place.name))
-            files[path.name] = facts_of(path)
-        return files
 
     def _untrained(self, without_frozen: bool) -> dict[str, torch.Tensor]:
         """What is in no block: this rank's slices at stage 3, else all of it on rank 0, where buffers are, too."""
@@ -205,6 +329,7 @@ class CheckpointingEngine(DeepSpeedEngine):
                 before anything is changed.
         """
         self._require_living()
+        self.finish_saving()
         agree(self.optimizer.require_same_module)
         self.optimizer.finish("load_checkpoint()")
         whole = load_optimizer_states and not load_module_only
@@ -329,3 +454,10 @@ class CheckpointingEngine(DeepSpeedEngine):
 
     def _end_window(self) -> None:
         raise NotImplementedError
+
+
+def _from_now(rotation: Rotation) -> list[int]:
+    """Blocks in the order of their turns, the present one first."""
+    order = rotation.order
+    start = order.index(rotation.active_block)
+    return [*order[start:], *order[:start]]

@@ -44,6 +44,8 @@ def train(args: argparse.Namespace) -> None:
 
     hift_ds.init_distributed()
     display = Display(int(os.environ["RANK"]))
+    if args.save_in_background and not args.hift:
+        raise ValueError("--save_in_background: is HiFT's; add --hift, or leave it out")
     run = load_run(args)
     folder = Path(args.output_dir, CHECKPOINTS)
     if args.resume and not args.allow_changed:
@@ -68,6 +70,7 @@ def train(args: argparse.Namespace) -> None:
         curve, stopped = steps(engine, run, args, display)
         if args.hift:
             engine.optimizer.settle()
+            engine.finish_saving()
     if stopped:
         display.print(f"SIGTERM: saved at step {engine.global_steps}, go on with --resume", markup=False)
         return
@@ -162,7 +165,8 @@ def save(engine: Any, run: Any, args: argparse.Namespace, display: Any) -> None:
     folder = Path(args.output_dir, CHECKPOINTS)
     micro_steps = run.start + (engine.global_steps - run.start_step) * engine.gradient_accumulation_steps()
     rows = run.micro_batch * engine.dp_world_size
-    engine.save_checkpoint(str(folder), client_state={"rows": micro_steps * rows})
+    options = {"asynchronous": True} if args.save_in_background else {}
+    engine.save_checkpoint(str(folder), client_state={"rows": micro_steps * rows}, **options)
     if display.active:
         write_text(folder / RUN, json.dumps(of_run(run, args), indent=1))
         if args.keep_last:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from pathlib import Path
 
 UNFINISHED, REPLACED = ".unfinished", ".replaced"
@@ -59,6 +60,20 @@ def write_text(path: Path, text: str) -> None:
         os.fsync(file.fileno())
     part.replace(path)
     sync(path.parent)
+
+
+def read_when_there(path: Path, seconds: float) -> str:
+    """A file's text, as soon as `write_text` of another process has put it there.
+
+    Raises:
+        TimeoutError: It has not come.
+    """
+    end = time.monotonic() + seconds
+    while not path.is_file():
+        if time.monotonic() > end:
+            raise TimeoutError(f"{str(path)!r} has not come in {seconds:.0f} s: has its rank ended, or another disk?")
+        time.sleep(0.02)
+    return path.read_text(encoding="utf-8")
 
 
 def latest_tag(load_dir: str | Path) -> str | None:

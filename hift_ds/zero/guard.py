@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -53,6 +54,10 @@ class ModuleGuard:
             if fault is None:
                 raise
             raise RuntimeError(fault) from error
+
+    def written_marks(self, states: Iterable[Any]) -> list[tuple[int, int]]:
+        """What changes when weights of units are written; compare it with an earlier one."""
+        return [_writes(param) for state in states for param in state.shard.params]
 
     def written(self, shard: UnitShard) -> list[int]:
         """Indices of parameters of a block whose weights the user has written since `note`; notes them."""

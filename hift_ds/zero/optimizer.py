@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -76,6 +76,9 @@ class HiFTOptimizer(ReadByDeepSpeed):
         self.dynamic_loss_scale = bool(loss_scaler.dynamic)
         self.overflow = False
         self._saves = self._loads = False  # the engine does, and has our part of it
+        # While a save goes on: before a block's turn, and before other changes of state.
+        self.before_turn: Callable[[int], None] | None = None
+        self.before_change: Callable[[], None] | None = None
         self.rate = DelayedRate(holder.param_groups, hift.lr_update, self.rotation.steps_per_cycle)
         if config.stage > 0:
             self.dp_process_group = group  # tells DeepSpeed that every rank saves an optimizer file
@@ -325,6 +328,8 @@ class HiFTOptimizer(ReadByDeepSpeed):
 
     def activate(self) -> None:
         """Makes the rotation's active block, and no other, require gradients."""
+        if self.before_turn is not None:
+            self.before_turn(self.rotation.active_block)
         self._active = active = self._kept.training(self.rotation.active_block)
         self._active_params = {param for state in active for param in state.shard.params}
         if self._traces is not None:
@@ -465,6 +470,8 @@ class HiFTOptimizer(ReadByDeepSpeed):
         """Before the host reads or changes state: all updates have landed there and have been checked."""
         self.require_states(*STATES)
         self._step.settle()
+        if self.before_change is not None:
+            self.before_change()
 
     def _bring_up_to_date(self, state: UnitState) -> None:
         self.require_whole()
