@@ -71,6 +71,7 @@ def train(args: argparse.Namespace) -> None:
         if args.hift:
             engine.optimizer.settle()
             engine.finish_saving()
+            drop_old(args, display)
     if stopped:
         display.print(f"SIGTERM: saved at step {engine.global_steps}, go on with --resume", markup=False)
         return
@@ -159,7 +160,7 @@ def steps(engine: Any, run: Any, args: argparse.Namespace, display: Any) -> tupl
 
 def save(engine: Any, run: Any, args: argparse.Namespace, display: Any) -> None:
     """A checkpoint, and what the run is. Collective."""
-    from hift_ds.checkpoint.folder import prune, write_text
+    from hift_ds.checkpoint.folder import write_text
     from hift_ds.recipes.resuming import RUN
 
     folder = Path(args.output_dir, CHECKPOINTS)
@@ -169,8 +170,16 @@ def save(engine: Any, run: Any, args: argparse.Namespace, display: Any) -> None:
     engine.save_checkpoint(str(folder), client_state={"rows": micro_steps * rows}, **options)
     if display.active:
         write_text(folder / RUN, json.dumps(of_run(run, args), indent=1))
-        if args.keep_last:
-            prune(folder, args.keep_last)
+    drop_old(args, display)
+
+
+def drop_old(args: argparse.Namespace, display: Any) -> None:
+    """Removes all checkpoints but the last. Rank 0 does."""
+    from hift_ds.checkpoint.folder import prune
+
+    folder = Path(args.output_dir, CHECKPOINTS)
+    if args.keep_last and display.active and folder.is_dir():
+        prune(folder, args.keep_last)
 
 
 def of_run(run: Any, args: argparse.Namespace) -> dict[str, Any]:
