@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from hift_ds import __version__
 from hift_ds.checkpoint.folder import write_text
 from hift_ds.checkpoint.tensor_files import FileFacts, facts_of
 
@@ -21,7 +22,7 @@ DAMAGED = "it was cut off or damaged; load another tag"
 
 def versions() -> dict[str, str]:
     """What a checkpoint is written by."""
-    return {name: version(name) for name in ("hift_ds", "deepspeed", "torch")}
+    return {"hift_ds": __version__, **{name: version(name) for name in ("deepspeed", "torch")}}  # it may be a checkout
 
 
 def write(folder: Path, content: Mapping[str, Any], files: Mapping[str, FileFacts]) -> None:
