@@ -147,6 +147,11 @@ class CheckpointingEngine(DeepSpeedEngine):
         agree(save.finish)
         return True
 
+    @property
+    def saves_in_background(self) -> bool:
+        """Whether this rank, or the one that puts the folder in its place, still has something to do for a save."""
+        return self._background is not None and self._background.goes_on
+
     def finish_saving(self) -> None:
         """Waits for a save that goes on in the background. Collective.
 

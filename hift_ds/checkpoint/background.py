@@ -53,6 +53,11 @@ class BackgroundSave:
         with self._changed:
             self._changed.wait_for(lambda: not self._running)
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether it is not concluded yet."""
+        return self._thread.is_alive()
+
     def wait(self) -> None:
         """Until all is concluded.
 

@@ -59,10 +59,7 @@ def measure(args: argparse.Namespace, display: Display, limit: int | None) -> di
     engine, _, _, _ = hift_ds.initialize(model=run.model, model_parameters=run.model.parameters(), config=run.ds_config)
     cycle = max(2, engine.optimizer.rotation.steps_per_cycle) if args.hift else 2
     steps = args.max_steps or cycle * (2 + max(2, math.ceil(_LEAST_TIMED / cycle)))
-    stream = _Watched(
-        _random_batches(run, args, engine) if args.random
-        else training.batches(run.data, run.micro_batch, args.seed, 0, engine.device)
-    )  # fmt: skip
+    stream = _Watched(endless(run, args, engine))
     engine.train()  # from_pretrained leaves a model in evaluation
     evaluates = not (args.random or args.skip_evaluation)
     held_out = [training.held_out_loss(engine, run.data, run.micro_batch)] if evaluates else []
@@ -140,6 +137,13 @@ class _Watched:
         elif mask is not None:
             self.padded = True
         return batch
+
+
+def endless(run: Any, args: argparse.Namespace, engine: Any) -> Iterator[dict[str, torch.Tensor]]:
+    """This rank's batches for ever: of the data, or of random tokens."""
+    if args.random:
+        return _random_batches(run, args, engine)
+    return training.batches(run.data, run.micro_batch, args.seed, 0, engine.device)
 
 
 def _random_batches(run: Any, args: argparse.Namespace, engine: Any) -> Iterator[dict[str, torch.Tensor]]:

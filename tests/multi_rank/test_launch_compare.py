@@ -248,3 +248,16 @@ def test_options_that_compare_sets_itself_are_refused_after_the_dashes(monkeypat
     monkeypatch.setattr(sys, "argv", ["compare.py", "--output_dir", str(tmp_path), "--", "--hift"])
     assert compare.main() == 2
     assert "--hift after --: compare.py sets it for each cell" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_saves_has_both_ways_and_leaves_no_checkpoint(folder):
+    done = start(
+        folder, BIN / "torchrun", "--standalone", "--nproc_per_node", "2", ROOT / "launch/benchmark_save.py", "--hift",
+        "--random", "--model_name_or_path", "tiny.json", "--seq_len", "32", "--deepspeed_config", "base.json",
+        "--output_dir", "saves", "--results", "save.json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    row = json.loads((folder / "save.json").read_text())
+    assert len(row["rounds"]) == 3 and min(row["waits_s"], row["stalls_s"], row["step_meanwhile_s"]) > 0
+    assert row["bytes"] > 4 * 3 * 100_000 and not list((folder / "saves").iterdir())
