@@ -19,6 +19,7 @@ from deepspeed import comm as dist
 from hift_testing.fingerprints import all_by_block
 from hift_testing.messages import error_of
 from hift_testing.resuming import seeded_engine
+from hift_testing.selection import slow
 from hift_testing.training import run_steps
 
 from hift_ds.checkpoint import folder
@@ -94,7 +95,7 @@ def killed_everywhere(root: str, stage: int, same_tag: bool) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize(("stage", "same_tag"), [(0, True), (2, False), (3, True)])
+@pytest.mark.parametrize(("stage", "same_tag"), [slow(0, True), slow(2, False), (3, True)])
 def test_a_save_that_is_killed_at_any_write_leaves_the_old_checkpoint_or_the_new_one(
     one_rank, tmp_path, stage, same_tag
 ):

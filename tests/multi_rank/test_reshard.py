@@ -30,6 +30,9 @@ FORMS: dict[str, Any] = {
 }  # fmt: skip
 
 
+SLOW_ROUNDS = [slow("bf16", "adamw"), slow("none", "adamw"), slow("bf16", "adafactor")]
+
+
 def whole(engine: Any) -> dict[str, str]:
     """A fingerprint of each parameter's weight, master and moments, all of them whole. Collective."""
     found = weights_by_name(engine)
@@ -59,7 +62,7 @@ def gone_on(folder: str, number: int, stage: int, dtype: str, hift: dict[str, An
     return whole(engine), facts, notes
 
 
-@pytest.mark.parametrize(("form", "rule"), [*((form, "adamw") for form in FORMS), ("bf16", "adafactor")])
+@pytest.mark.parametrize(("form", "rule"), [("fp32", "adamw"), ("split16", "adamw"), *SLOW_ROUNDS])
 def test_weights_and_state_go_round_all_stages_and_numbers_of_ranks_without_a_bit_changed(
     one_rank, two_ranks, tmp_path, form, rule
 ):
@@ -107,7 +110,7 @@ def trained_on(folder: str, stage: int, load: bool, steps: tuple[int, int]) -> d
     return {name: safe_get_full_fp32_param(param).clone() for name, param in engine.module.named_parameters()}
 
 
-@pytest.mark.parametrize(("first", "then"), [((2, 2), (1, 3)), ((1, 0), (2, 3)), ((2, 3), (2, 1)), ((2, 0), (1, 1))])
+@pytest.mark.parametrize(("first", "then"), [((2, 2), (1, 3)), ((1, 0), (2, 3)), slow((2, 3), (2, 1)), slow((2, 0), (1, 1))])
 def test_the_steps_that_follow_are_those_of_a_run_that_was_not_cut(one_rank, two_ranks, tmp_path, first, then):
     pools = {1: one_rank, 2: two_ranks}
     straight = pools[first[0]].run(trained_on, str(tmp_path / "whole"), first[1], False, (0, 14))[0]
@@ -199,7 +202,7 @@ def other_dtype(folder: str, stage: int, dtypes: tuple[str, str]) -> None:
     run_steps(other, 1, start=8)
 
 
-@pytest.mark.parametrize("stage", (0, 2, 3))
+@pytest.mark.parametrize("stage", (slow(0), 2, 3))
 @pytest.mark.parametrize("dtypes", [("bf16", "fp32"), ("fp32", "bf16"), slow(("bf16", "fp16"))])
 def test_weights_of_another_dtype_keep_the_masters_bit_by_bit(two_ranks, tmp_path, stage, dtypes):
     two_ranks.run(other_dtype, str(tmp_path), stage, dtypes)
