@@ -110,7 +110,10 @@ def trained_on(folder: str, stage: int, load: bool, steps: tuple[int, int]) -> d
     return {name: safe_get_full_fp32_param(param).clone() for name, param in engine.module.named_parameters()}
 
 
-@pytest.mark.parametrize(("first", "then"), [((2, 2), (1, 3)), ((1, 0), (2, 3)), slow((2, 3), (2, 1)), slow((2, 0), (1, 1))])
+PAIRS = [((2, 2), (1, 3)), ((1, 0), (2, 3)), slow((2, 3), (2, 1)), slow((2, 0), (1, 1))]
+
+
+@pytest.mark.parametrize(("first", "then"), PAIRS)
 def test_the_steps_that_follow_are_those_of_a_run_that_was_not_cut(one_rank, two_ranks, tmp_path, first, then):
     pools = {1: one_rank, 2: two_ranks}
     straight = pools[first[0]].run(trained_on, str(tmp_path / "whole"), first[1], False, (0, 14))[0]
