@@ -198,11 +198,10 @@ class CheckpointingEngine(DeepSpeedEngine):
         place = save.place
 
         def of_part(part: str, states: Sequence[UnitState]) -> dict[str, FileFacts]:
-            before = self.optimizer.guard.written_marks(states)
             tensors = {name: tensor for state in states for name, tensor in content.tensors_of(state).items()}
             name = content.file_name(run.rank, part)
             facts = write_tensors(place / name, tensors, content.phases(states))
-            if before != marks[part]:
+            if self.optimizer.guard.written_marks(states) != marks[part]:
                 raise RuntimeError(
                     f"weights of {part} were written while they were saved in the background, so the checkpoint is "
                     "dropped: call engine.finish_saving() before you change weights"

@@ -157,10 +157,8 @@ def tensors_of(state: UnitState) -> dict[str, torch.Tensor]:
     for index, (fqn, segment) in enumerate(zip(shard.fqns, shard.segments, strict=True)):
         here = slice(segment.offset, segment.offset + segment.numel)
         shape = segment.shape if segment.numel == segment.shape.numel() else (segment.numel,)
-        if state.master is not None and state.master.dtype == torch.float32:
-            found[fqn] = state.master[here].view(shape)
-        else:
-            found[fqn] = shard.weight_slice(index).view(shape)
+        source = shard.weight_slice(index) if state.master is None or state.weights_count else state.master[here]
+        found[fqn] = source.view(shape)
         if master_form(state, index) == "split16":
             assert state.master is not None
             found[fqn + REMAINDER] = state.master[here].view(shape)

@@ -121,6 +121,11 @@ class UnitState:
         return self.tensors.get("master")
 
     @property
+    def weights_count(self) -> bool:
+        """Whether the model weights are the masters, or a part of them."""
+        return self.master is None or self.master.dtype != torch.float32
+
+    @property
     def slots(self) -> dict[str, torch.Tensor]:
         """The rule's state tensors by torch's names, and the scales of int8 moments."""
         return {name: tensor for name, tensor in self.tensors.items() if name != "master"}
@@ -247,8 +252,8 @@ class UnitState:
     @torch.no_grad()
     def adopt(self, index: int) -> None:
         """Takes over what has been written into a parameter's model weights: masters that do not round to them."""
-        if self.master is None or self.master.dtype != torch.float32:
-            return  # the weights are the masters, or a part of them
+        if self.master is None or self.weights_count:
+            return
         weight, master = self.shard.weight_slice(index).to(self.master.device), self.master[self._slice(index)]
         torch.where(master.to(weight.dtype) == weight, master, weight.float(), out=master)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
 from hift_ds.shards import UnitShard, full_numel, full_shape, is_partitioned
+from hift_ds.state.unit_state import UnitState
 
 logger = logging.getLogger(__name__)
 
@@ -55,9 +55,9 @@ class ModuleGuard:
                 raise
             raise RuntimeError(fault) from error
 
-    def written_marks(self, states: Iterable[Any]) -> list[tuple[int, int]]:
-        """What changes when weights of units are written; compare it with an earlier one."""
-        return [_writes(param) for state in states for param in state.shard.params]
+    def written_marks(self, states: Iterable[UnitState]) -> list[tuple[int, int]]:
+        """What changes when weights are written that are masters or a part of them; compare it with an earlier one."""
+        return [_writes(param) for state in states if state.weights_count for param in state.shard.params]
 
     def written(self, shard: UnitShard) -> list[int]:
         """Indices of parameters of a block whose weights the user has written since `note`; notes them."""

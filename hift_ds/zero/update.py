@@ -96,7 +96,7 @@ class UnitUpdate:
                 return
             of_run = self._fused if self.kernel == "triton" else self._eager
             computes = [of_run(state, run, scaling, rates[run.group], unit) for run in state.shard.runs]
-            reads = _reads(state)
+            reads = state.weights_count
             for tile, tensors in self._visit(state, state.tiles, fresh=fresh):
                 weights = new.begin(tile.span, reads)
                 computes[tile.run](tile.span, grad[tile.span], weights, tensors)
@@ -157,7 +157,7 @@ class UnitUpdate:
             lr=lr, step=state.step, segments=run.segments, extra=state.extra, all_reduce=self.all_reduce
         )
 
-        reads = _reads(state)
+        reads = state.weights_count
 
         def masters(write: bool) -> Iterator[tuple[int, torch.Tensor]]:
             for tile, tensors in self._visit(state, tiles, write):
@@ -184,11 +184,6 @@ class UnitUpdate:
             gradient = unscaled(gradient, scaling)
             state.torn = True
             self.rule.update_run(masters, gradient, group, **common)
-
-
-def _reads(state: UnitState) -> bool:
-    """Whether the present model weights are the masters, or a part of them."""
-    return state.master is None or state.master.dtype != torch.float32
 
 
 def unscaled(grad: torch.Tensor, scaling: Scaling) -> torch.Tensor:

@@ -148,6 +148,33 @@ def disturbed(root: str) -> None:
         unslowed(original)
 
 
+def written_half_way(root: str, hift: dict[str, Any]) -> str:
+    """Weights are written while the file that would have them is being written."""
+    engine = seeded_engine(2, "bf16", hift, 0)
+    original, weight = engine_checkpoints.write_tensors, engine.module.model.layers[2].mlp.up_proj.weight
+
+    def disturbed_write(path: Path, *rest: Any) -> FileFacts:
+        facts = original(path, *rest)
+        if "block_3." in path.name:
+            with torch.no_grad():
+                weight.mul_(2)
+        return facts
+
+    engine_checkpoints.write_tensors = disturbed_write  # type: ignore[assignment]
+    try:
+        engine.save_checkpoint(root, asynchronous=True)
+        return error_of(engine.finish_saving)
+    finally:
+        unslowed(original)
+
+
+def test_weights_that_are_written_half_way_are_an_error_where_they_are_in_the_file(two_ranks, tmp_path):
+    split = {"kernel": "triton", "state": {"master": "split16"}}
+    errors = two_ranks.run(written_half_way, str(tmp_path / "split"), split)
+    assert all("were written while they were saved" in error for error in errors)
+    assert two_ranks.run(written_half_way, str(tmp_path / "fp32"), {}) == ["", ""]
+
+
 def test_weights_that_are_written_meanwhile_are_an_error_and_a_load_waits(two_ranks, tmp_path):
     two_ranks.run(disturbed, str(tmp_path))
 
