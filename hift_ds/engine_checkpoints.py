@@ -6,7 +6,6 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,73 +16,15 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 from hift_ds.checkpoint import content, fit, folder, manifest, random_states, restore
 from hift_ds.checkpoint.background import BackgroundSave, Job
+from hift_ds.checkpoint.save import Save
 from hift_ds.checkpoint.saved import Saved
 from hift_ds.checkpoint.tensor_files import FileFacts, TensorFiles, facts_of, num_bytes, write_tensors
 from hift_ds.distributed import agree, of_all_ranks, require_alike
 from hift_ds.rotation.rotation import Rotation
+from hift_ds.shards import full_numel, slice_numel
 from hift_ds.state.unit_state import UnitState
 
 logger = logging.getLogger(__name__)
-REPORT_SECONDS = 1800.0  # that the ranks' disks may be apart, in a save in the background
-
-
-@dataclass(frozen=True)
-class _Save:
-    """One save, as all ranks go through it."""
-
-    root: Path
-    tag: str
-    latest: bool
-    without_frozen: bool
-    keeps: bool  # this rank does what is done once a folder
-
-    @property
-    def place(self) -> Path:
-        """Where it is written."""
-        return self.root / folder.unfinished(self.tag)
-
-    def describe(self, facts: Mapping[str, Any], files: Mapping[str, FileFacts]) -> None:
-        """Writes the manifest."""
-        if self.keeps:
-            manifest.write(self.place, facts, files)
-
-    def finish(self) -> None:
-        """Puts it in its place."""
-        if self.keeps:
-            folder.finish(self.root, self.tag)
-            if self.latest:
-                folder.write_text(self.root / folder.LATEST, self.tag)
-
-    def drop(self) -> None:
-        """Removes it."""
-        if self.keeps:
-            folder.drop(self.root, self.tag)
-
-    def report(self, rank: int, files: Mapping[str, FileFacts], error: Exception | None) -> None:
-        """Tells the rank that keeps the folder, by a file, what this one has written."""
-        found = {"files": {name: asdict(facts) for name, facts in files.items()}, "error": error and str(error)}
-        folder.write_text(self.place / f"rank_{rank}.written", json.dumps(found))
-
-    def conclude(self, world: int, facts: Mapping[str, Any]) -> None:
-        """Waits for all reports, and finishes.
-
-        Raises:
-            RuntimeError: A rank has failed, or has not reported in time; nothing is left of the save.
-        """
-        files: dict[str, FileFacts] = {}
-        try:
-            for rank in range(world):
-                report = json.loads(folder.read_when_there(self.place / f"rank_{rank}.written", REPORT_SECONDS))
-                if report["error"]:
-                    raise RuntimeError(f"rank {rank} failed to save in the background: {report['error']}")
-                files.update((name, FileFacts(**of_file)) for name, of_file in report["files"].items())
-            for path in self.place.glob("rank_*.written"):
-                path.unlink()
-            self.describe(facts, files)
-            self.finish()
-        except Exception:
-            self.drop()
-            raise
 
 
 class CheckpointingEngine(DeepSpeedEngine):
@@ -122,7 +63,7 @@ class CheckpointingEngine(DeepSpeedEngine):
         if not save_dir:
             return super().save_checkpoint(save_dir, tag)  # which refuses it
         require_alike("checkpoint tag and how it is saved", (tag, asynchronous))
-        save = _Save(Path(save_dir), tag, save_latest, exclude_frozen_parameters, self._keeps_a_folder())
+        save = Save(Path(save_dir), tag, save_latest, exclude_frozen_parameters, self._keeps_a_folder())
         try:
             self._make_room(run, save.root)
             agree(lambda: folder.begin(save.root, tag) if save.keeps else None)
@@ -172,7 +113,7 @@ class CheckpointingEngine(DeepSpeedEngine):
         except Exception:
             logger.exception("the checkpoint that was being saved in the background is not there")
 
-    def _save_in_background(self, save: _Save, jobs: dict[str, Job], facts: dict[str, Any]) -> None:
+    def _save_in_background(self, save: Save, jobs: dict[str, Job], facts: dict[str, Any]) -> None:
         """What changes at the next step now, the rest in the order of the turns to come."""
         mine, world = self._place()
         rotation = self.optimizer.rotation
@@ -190,7 +131,7 @@ class CheckpointingEngine(DeepSpeedEngine):
         self.optimizer.before_turn = lambda block: background.ensure(f"block_{block}")
         self.optimizer.before_change = background.flush
 
-    def _jobs(self, run: content.RunState, save: _Save) -> dict[str, Job]:
+    def _jobs(self, run: content.RunState, save: Save) -> dict[str, Job]:
         """What this rank has to write, by part; "rest": what else is its own, "model": DeepSpeed's file, written."""
         failed, self._failed = self._failed, None
         if failed is not None:
@@ -213,15 +154,14 @@ class CheckpointingEngine(DeepSpeedEngine):
             random, metadata = random_states.present(self.device)
             return {name: write_tensors(place / name, {**random, **self._untrained(save.without_frozen)}, metadata)}
 
-        def of_model() -> dict[str, FileFacts]:
-            path = Path(self._get_ckpt_name(str(place.parent), place.name))
-            return {path.name: facts_of(path)}
-
+        model = Path(self._get_ckpt_name(str(place.parent), place.name))
         parts = run.parts if self._writes_state() else {}
         marks = {part: self.optimizer.guard.written_marks(states) for part, states in parts.items()}
         jobs: dict[str, Job] = {part: partial(of_part, part, states) for part, states in parts.items()}
         jobs["rest"] = of_rest
-        return {**jobs, "model": of_model} if self.save_non_zero_checkpoint else jobs
+        if self.save_non_zero_checkpoint:
+            jobs["model"] = lambda: {model.name: facts_of(model)}
+        return jobs
 
     def _keeps_a_folder(self) -> bool:
         return self.global_rank == 0 or (self.use_node_local_storage() and self.local_rank == 0)
@@ -273,7 +213,7 @@ class CheckpointingEngine(DeepSpeedEngine):
         to_json = getattr(getattr(self.module, "config", None), "to_json_string", None)  # of a model of transformers
         return {
             "module": shapes,
-            "frozen": {} if without_frozen else {n: restore.slice_numel(param, ranks) for n, param in frozen.items()},
+            "frozen": {} if without_frozen else {n: slice_numel(full_numel(p), ranks) for n, p in frozen.items()},
             "buffers": sorted(self._saved_buffers()),
             "tied": self._tied(),
             "model_config": None if to_json is None else json.loads(to_json(use_diff=False)),

@@ -32,6 +32,11 @@ ALIGNMENT = 16  # elements: lets Triton prove 128-bit alignment for 16- and 32-b
 STAGE3_ATTRIBUTES = ("ds_numel", "ds_shape", "ds_tensor")  # of a ZeRO-3 parameter (partition_parameters.py)
 
 
+def slice_numel(numel: int, world: int) -> int:
+    """Elements of a rank's slice of a parameter, the last one's padding included."""
+    return -(-numel // world)
+
+
 @dataclass(frozen=True)
 class Segment:
     """One parameter's slice inside a run of a block's shard."""
@@ -75,10 +80,10 @@ class UnitShard:
         offset = 0
         for fqn, param in ordered:
             numel, shape = full_numel(param), full_shape(param)
-            slice_numel = -(-numel // world)
-            start = min(rank * slice_numel, numel)
-            slot = -(-slice_numel // ALIGNMENT) * ALIGNMENT
-            valid = min(slice_numel, numel - start)
+            each = slice_numel(numel, world)
+            start = min(rank * each, numel)
+            slot = -(-each // ALIGNMENT) * ALIGNMENT
+            valid = min(each, numel - start)
             self.segments.append(Segment(fqn, shape, start, valid, offset, slot))
             offset += slot
         self.numel = offset
@@ -140,11 +145,11 @@ class UnitShard:
 
     def _scatter_into(self, packed: torch.Tensor, index: int, base: int, flat: torch.Tensor) -> None:
         segment = self.segments[index]
-        slice_numel = -(-flat.numel() // self.world)
+        each = slice_numel(flat.numel(), self.world)
         column = segment.offset - base
-        whole = flat.numel() // slice_numel if slice_numel else 0
-        packed[:whole, column : column + slice_numel].copy_(flat[: whole * slice_numel].view(whole, slice_numel))
-        rest = flat[whole * slice_numel :]
+        whole = flat.numel() // each if each else 0
+        packed[:whole, column : column + each].copy_(flat[: whole * each].view(whole, each))
+        rest = flat[whole * each :]
         if rest.numel():
             packed[whole, column : column + rest.numel()].copy_(rest)
 
@@ -154,14 +159,14 @@ class UnitShard:
         packed = packed.view(self.world, span.stop - span.start)
         for index in bucket:
             segment, target = self.segments[index], self.params[index].data.view(-1)
-            slice_numel = -(-target.numel() // self.world)
+            each = slice_numel(target.numel(), self.world)
             column = segment.offset - span.start
-            whole = target.numel() // slice_numel if slice_numel else 0
-            rows = packed[:whole, column : column + slice_numel]
-            target[: whole * slice_numel].view(whole, slice_numel).copy_(rows)
-            rest = target.numel() - whole * slice_numel
+            whole = target.numel() // each if each else 0
+            rows = packed[:whole, column : column + each]
+            target[: whole * each].view(whole, each).copy_(rows)
+            rest = target.numel() - whole * each
             if rest:
-                target[whole * slice_numel :].copy_(packed[whole, column : column + rest])
+                target[whole * each :].copy_(packed[whole, column : column + rest])
 
     def weight_slice(self, index: int) -> torch.Tensor:
         """This rank's valid elements of a parameter's model weights, a 1-D view (stage 3: of `ds_tensor`)."""

@@ -21,7 +21,7 @@ import torch
 from hift_ds.checkpoint.tensor_files import CODES
 from hift_ds.rotation.rotation import Rotation
 from hift_ds.rotation.schedule import CycleScheduler, DelayedRate
-from hift_ds.shards import UnitShard
+from hift_ds.shards import UnitShard, slice_numel
 from hift_ds.state.formats import GROUP, SCALE_SUFFIX
 from hift_ds.state.unit_state import UnitState
 
@@ -120,7 +120,7 @@ def _parameters(state: UnitState) -> Iterable[tuple[str, dict[str, Any]]]:
             index = shard.fqns.index(segment.fqn)
             yield segment.fqn, {
                 "shape": list(segment.shape), "dtype": CODES[shard.params[index].dtype],
-                "slice": -(-segment.shape.numel() // shard.world),
+                "slice": slice_numel(segment.shape.numel(), shard.world),
                 "group": run.group, "master": master_form(state, index), "slots": slots_of(state),
                 "moments": moment_form(state), "step": state.step,
             }  # fmt: skip

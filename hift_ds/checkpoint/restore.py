@@ -19,7 +19,7 @@ from hift_ds.checkpoint.content import (
 )
 from hift_ds.checkpoint.saved import RANGE, Saved
 from hift_ds.checkpoint.tensor_files import CODES
-from hift_ds.shards import full_numel, is_partitioned
+from hift_ds.shards import full_numel, is_partitioned, slice_numel
 from hift_ds.state.formats import SCALE_SUFFIX
 from hift_ds.state.unit_state import UnitState
 
@@ -65,14 +65,10 @@ def held_weights(param: torch.nn.Parameter, rank: int, world: int) -> tuple[torc
     """The weights of a parameter that this rank holds, 1-D, and where in the flattened parameter they begin."""
     if not is_partitioned(param):
         return param.data.view(-1), 0
-    each, numel = slice_numel(param, world), full_numel(param)
+    numel = full_numel(param)
+    each = slice_numel(numel, world)
     start = min(rank * each, numel)
     return param.ds_tensor.data.view(-1)[: min(each, numel - start)], start
-
-
-def slice_numel(param: torch.nn.Parameter, world: int) -> int:
-    """Elements of a rank's slice, padding included."""
-    return -(-full_numel(param) // world)
 
 
 @torch.no_grad()

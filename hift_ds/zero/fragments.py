@@ -13,7 +13,7 @@ import torch
 from deepspeed import comm as dist
 from torch.nn import Parameter
 
-from hift_ds.shards import UnitShard, is_partitioned
+from hift_ds.shards import UnitShard, is_partitioned, slice_numel
 from hift_ds.state.unit_state import UnitState
 
 _NAMES = (
@@ -145,7 +145,7 @@ class Fragments:
         shape, world = state.shard.segments[index].shape, state.shard.world
         if world == 1:
             return local.view(shape)
-        padded = local.new_zeros(-(-shape.numel() // world))
+        padded = local.new_zeros(slice_numel(shape.numel(), world))
         padded[: local.numel()] = local
         whole = local.new_empty(world * padded.numel())
         dist.all_gather_into_tensor(whole, padded, group=self._group)

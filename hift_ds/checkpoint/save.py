@@ -1,0 +1,80 @@
+"""One save as the ranks go through it: written beside its place, described, put there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hift_ds.checkpoint import folder, manifest
+from hift_ds.checkpoint.tensor_files import FileFacts
+
+REPORT_SECONDS = 1800.0  # that the ranks' disks may be apart, in a save in the background
+
+
+@dataclass(frozen=True)
+class Save:
+    """One save.
+
+    Attributes:
+        root: The folder that the user has named.
+        latest: "latest" shall name it.
+        without_frozen: Frozen parameters are left out.
+        keeps: This rank does what is done once a folder; on the others most of it is nothing.
+    """
+
+    root: Path
+    tag: str
+    latest: bool
+    without_frozen: bool
+    keeps: bool
+
+    @property
+    def place(self) -> Path:
+        """Where it is written."""
+        return self.root / folder.unfinished(self.tag)
+
+    def describe(self, facts: Mapping[str, Any], files: Mapping[str, FileFacts]) -> None:
+        """Writes the manifest."""
+        if self.keeps:
+            manifest.write(self.place, facts, files)
+
+    def finish(self) -> None:
+        """Puts it in its place."""
+        if self.keeps:
+            folder.finish(self.root, self.tag)
+            if self.latest:
+                folder.write_text(self.root / folder.LATEST, self.tag)
+
+    def drop(self) -> None:
+        """Removes it."""
+        if self.keeps:
+            folder.drop(self.root, self.tag)
+
+    def report(self, rank: int, files: Mapping[str, FileFacts], error: Exception | None) -> None:
+        """Tells the rank that keeps the folder, by a file, what this one has written."""
+        found = {"files": {name: asdict(facts) for name, facts in files.items()}, "error": error and str(error)}
+        folder.write_text(self.place / f"rank_{rank}.written", json.dumps(found))
+
+    def conclude(self, world: int, facts: Mapping[str, Any]) -> None:
+        """Waits for all reports, and finishes.
+
+        Raises:
+            RuntimeError: A rank has failed, or has not reported in time; nothing is left of the save.
+        """
+        files: dict[str, FileFacts] = {}
+        try:
+            for rank in range(world):
+                report = json.loads(folder.read_when_there(self.place / f"rank_{rank}.written", REPORT_SECONDS))
+                if report["error"]:
+                    raise RuntimeError(f"rank {rank} failed to save in the background: {report['error']}")
+                files.update((name, FileFacts(**of_file)) for name, of_file in report["files"].items())
+            for path in self.place.glob("rank_*.written"):
+                path.unlink()
+            self.describe(facts, files)
+            self.finish()
+        except Exception:
+            self.drop()
+            raise
