@@ -176,7 +176,10 @@ class CheckpointingEngine(DeepSpeedEngine):
         needed = mine if self.use_node_local_storage() else sum(of_all_ranks(mine))
 
         def check() -> None:
-            root.mkdir(parents=True, exist_ok=True)
+            try:
+                root.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise OSError(f"save_checkpoint: {str(root)!r} is no folder and cannot be made one ({error})") from None
             folder.require_room(root, needed)
 
         agree(lambda: check() if self._keeps_a_folder() else None)

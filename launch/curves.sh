@@ -5,6 +5,7 @@
 #     launch/curves.sh DATA OUT     # DATA has gsm8k_{train,test}.jsonl; stop and start again at will
 set -euo pipefail
 here="$(cd "$(dirname "$0")" && pwd)"
+: "${2:?the output folder is missing: launch/curves.sh DATA OUT}"
 data="$1" out="$2" steps="${STEPS:-62}" every="${EVAL_EVERY:-10}" rows="${ROWS:-32}" rounds="${ROUNDS:-2}"
 export PYTHONPATH="$here/..:$here/../kernels${PYTHONPATH:+:$PYTHONPATH}" DS_ACCELERATOR=cpu OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 mkdir -p "$out/data" "$out/runs"

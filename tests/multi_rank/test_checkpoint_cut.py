@@ -124,6 +124,8 @@ def failing(root: str, stage: int) -> None:
         finally:
             setattr(home, name, original)
         assert "No space left on device" in error, (name, error)
+    error = error_of(lambda: engine.save_checkpoint(Path(root, "latest"), tag="run"))
+    assert "latest' is no folder and cannot be made one" in error, error
     free = folder.shutil.disk_usage
     folder.shutil.disk_usage = lambda path: type("Usage", (), {"free": 1000})()  # type: ignore[assignment]
     try:
