@@ -14,7 +14,7 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from hift_ds.checkpoint import content, fit, folder, manifest, random_states, restore
+from hift_ds.checkpoint import content, fit, folder, manifest, pickled, plain, random_states, restore
 from hift_ds.checkpoint.background import BackgroundSave, Job
 from hift_ds.checkpoint.save import Save
 from hift_ds.checkpoint.saved import Saved
@@ -316,18 +316,23 @@ class CheckpointingEngine(DeepSpeedEngine):
         require_alike("position in the rotation", self.optimizer.rotation.step)
         return result
 
-    def _open(self, load_dir: Path, tag: str, whole: bool, schedule: bool) -> Saved | None:
-        """The checkpoint, whose files are as they were written and which fits this run; `None`: weights of others."""
+    def _open(self, load_dir: Path, tag: str, whole: bool, schedule: bool) -> Saved:
+        """The checkpoint, whose files are as they were written and which fits this run."""
         place, run = load_dir / tag, self.optimizer.run_state
         facts = manifest.read(place)
-        if not fit.require_format(facts, place, whole, run.stage) or facts is None:
-            return None
         files = TensorFiles()
-        saved = Saved(facts, lambda rank, part: files.open(place / content.file_name(rank, part)))
+        if facts is not None and facts["format"] == manifest.FORMAT:
+            saved = Saved(facts, lambda rank, part: files.open(place / content.file_name(rank, part)))
+        else:
+            if facts is not None:
+                fit.require_earlier_format(facts, whole)
+            saved = plain.read(place, run, self.module, whole)
         if whole:
             fit.require_state_fits(run, saved)
         if schedule:
-            fit.require_schedule(facts, run.scheduler)
+            fit.require_schedule(saved.manifest, run.scheduler)
+        if facts is None or saved.plain:
+            return saved
         mine = self._place()[0]
         names = sorted(facts["files"])
         if self.use_node_local_storage():
@@ -341,15 +346,14 @@ class CheckpointingEngine(DeepSpeedEngine):
         self, load_dir: str, tag: str, schedule: bool, module: torch.nn.Module | None, strict: bool
     ) -> None:
         """Refuses what DeepSpeed's part of a load would fail on half way."""
-        file = fit.opened(Path(self._get_ckpt_name(load_dir, tag)))
+        file = pickled.opened(Path(self._get_ckpt_name(load_dir, tag)))
         samples = self.training_dataloader is not None and self.curriculum_learning_enabled()
         read = {"lr_scheduler": schedule and self.lr_scheduler is not None, "data_sampler": schedule and samples}
         for part, is_read in read.items():
             if is_read and file.get(part) is None:
                 raise RuntimeError(f"the checkpoint has no {part}, and this run has one: {fit.WEIGHTS_ALONE}")
-        if module is not None:
-            shapes = fit.shapes_of_file(file) if self._reads is None else self._reads.manifest["module"]
-            fit.require_module_fits(shapes, module, strict)
+        if module is not None and self._reads is not None:
+            fit.require_module_fits(self._reads.manifest["module"], module, strict)
         if read["lr_scheduler"]:
             fit.require_schedule_takes(file["lr_scheduler"], self.lr_scheduler, self.optimizer.param_groups)
 
@@ -360,14 +364,18 @@ class CheckpointingEngine(DeepSpeedEngine):
                 logger.warning("load_checkpoint: %s", note)
         restore.load_states(run, saved)
         restore.load_position(run, saved)
-        if saved.manifest["ranks"] == run.world:
+        if saved.manifest["ranks"] == run.world and not saved.plain:
             random_states.restore(saved.of_rank(self._place()[0]), self.device)
         self.optimizer.reducer.discard()
 
-    def load_module_state_dict(self, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+    def load_module_state_dict(
+        self, checkpoint: dict[str, Any], *args: Any, custom_load_fn: Callable | None = None, **kwargs: Any
+    ) -> None:
         """As DeepSpeedEngine.load_module_state_dict; where weights were cut otherwise, each rank takes its slices."""
         saved, run = self._reads, self.optimizer.run_state
-        if saved is None or restore.same_weights(run, saved):
+        whole = saved is None or saved.manifest["zero_stage"] < 3
+        if saved is None or (whole and custom_load_fn is not None) or restore.same_weights(run, saved):
+            kwargs["custom_load_fn"] = custom_load_fn
             super().load_module_state_dict(checkpoint, *args, **kwargs)
             return
         params = dict(self.module.named_parameters(remove_duplicate=False))
@@ -376,10 +384,8 @@ class CheckpointingEngine(DeepSpeedEngine):
         restore.load_weights(self.module, run, saved, *self._place())
 
     def _load_zero_checkpoint(self, load_dir: str, tag: str, load_optimizer_states: bool = True) -> bool:
-        """Nothing where the checkpoint is ours: `_resume` follows."""
-        if self._reads is not None:
-            return True
-        return super()._load_zero_checkpoint(load_dir, tag, load_optimizer_states)
+        """Nothing: `_resume` follows."""
+        return True
 
     def _get_ckpt_name(self, checkpoints_path: str, tag: str, *args: Any, **kwargs: Any) -> str:
         """As DeepSpeedEngine._get_ckpt_name; in a load the file of the rank that was, or of rank 0."""

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
-import zipfile
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from hift_ds.checkpoint.content import RunState, master_form, moment_form, schedule_name, slots_of
-from hift_ds.checkpoint.manifest import DAMAGED, FORMAT
+from hift_ds.checkpoint.manifest import FORMAT
 from hift_ds.checkpoint.restore import same_rotation
 from hift_ds.checkpoint.saved import Saved
 from hift_ds.checkpoint.tensor_files import CODES
@@ -23,24 +21,13 @@ from hift_ds.shards import full_shape
 WEIGHTS_ALONE = "load its weights alone with load_checkpoint(..., load_module_only=True)"
 
 
-def require_format(manifest: Mapping[str, Any] | None, folder: Path, whole: bool, stage: int) -> bool:
-    """Whether a checkpoint has the layout of this version; others serve their weights where one file has them all.
-
-    Raises:
-        RuntimeError: More is wanted than it can give.
-    """
-    if manifest is not None and manifest["format"] == FORMAT:
-        return True
-    if manifest is None:
-        why, sharded = f"checkpoint {str(folder)!r} was not written by HiFT", stage == 3
-    else:
-        why = f"the checkpoint has HiFT format {manifest['format']!r}, this version reads {FORMAT}"
-        sharded = 3 in (stage, manifest.get("identity", {}).get("zero_optimization.stage", 3))
-    if manifest is not None and sharded:
+def require_earlier_format(manifest: Mapping[str, Any], whole: bool) -> None:
+    """Raises RuntimeError where more is wanted of an earlier HiFT's checkpoint than its weights, in one file."""
+    why = f"the checkpoint has HiFT format {manifest['format']!r}, this version reads {FORMAT}"
+    if manifest.get("identity", {}).get("zero_optimization.stage", 3) == 3:
         raise RuntimeError(f"{why}, and at stage 3 its weights lie in shards: resume with the version that wrote it")
     if whole:
         raise RuntimeError(f"{why}: {WEIGHTS_ALONE}")
-    return False
 
 
 def require_state_fits(run: RunState, saved: Saved) -> None:
@@ -51,7 +38,8 @@ def require_state_fits(run: RunState, saved: Saved) -> None:
     """
     facts = saved.manifest
     groups = len(facts["param_groups"]), len(run.param_groups)
-    for what, then, now in (("optimizer.type", facts["rule"], run.rule), ("number of param groups", *groups)):
+    rules = (run.rule if saved.plain else facts["rule"], run.rule)
+    for what, then, now in (("optimizer.type", *rules), ("number of param groups", *groups)):
         if then != now:
             raise _another(what, repr(then), repr(now))
     for state in run.states:
@@ -60,7 +48,7 @@ def require_state_fits(run: RunState, saved: Saved) -> None:
                 before = saved.parameters.get(segment.fqn)
                 if before is None:
                     continue
-                if before["slots"] != slots_of(state):
+                if before["slots"] != slots_of(state) and not saved.plain:
                     raise _another(
                         "state kept by the update rule, which optimizer.params (momentum) decide",
                         some(before["slots"]) or "none", some(slots_of(state)) or "none",
@@ -72,6 +60,32 @@ def require_state_fits(run: RunState, saved: Saved) -> None:
 
 def notes(run: RunState, saved: Saved) -> Iterator[str]:
     """What differs and is taken over; said once, on rank 0."""
+    if saved.plain:
+        begun = sum(bool(described["slots"]) for described in saved.parameters.values())
+        yield (
+            f"a checkpoint of plain DeepSpeed is taken over: masters of {len(saved.parameters)} parameters, moments of "
+            f"{begun} of them, and its param groups' rates; a cycle begins"
+        )
+    else:
+        yield from _notes_of_rotation(run, saved)
+    fresh, forms = [], set()
+    for state in run.states:
+        for index, fqn in enumerate(state.shard.fqns):
+            before = saved.parameters.get(fqn)
+            if before is None or (saved.plain and slots_of(state) and not before["slots"]):
+                fresh.append(fqn)
+            else:
+                then = (before["dtype"], before["master"], before["moments"])
+                now = (CODES[state.shard.params[index].dtype], master_form(state, index), moment_form(state))
+                if then != now:
+                    forms.add((*then, *now))
+    for form in sorted(forms):
+        yield "weights, masters and moments are converted, {}, {}, {} -> {}, {}, {}".format(*form)
+    if fresh:
+        yield f"the checkpoint has no state of {some(fresh)}, which begin anew"
+
+
+def _notes_of_rotation(run: RunState, saved: Saved) -> Iterator[str]:
     facts = saved.manifest
     cut, wanted = (facts["ranks"], facts["zero_stage"]), (run.world, run.stage)
     if cut != wanted:
@@ -90,21 +104,6 @@ def notes(run: RunState, saved: Saved) -> Iterator[str]:
         )
     if not same_rotation(run, saved):
         yield "blocks, their order or hift.steps_per_block are others than in the checkpoint: a cycle begins"
-    fresh, forms = [], set()
-    for state in run.states:
-        for index, fqn in enumerate(state.shard.fqns):
-            before = saved.parameters.get(fqn)
-            if before is None:
-                fresh.append(fqn)
-            else:
-                then = (before["dtype"], before["master"], before["moments"])
-                now = (CODES[state.shard.params[index].dtype], master_form(state, index), moment_form(state))
-                if then != now:
-                    forms.add((*then, *now))
-    for form in sorted(forms):
-        yield "weights, masters and moments are converted, {}, {}, {} -> {}, {}, {}".format(*form)
-    if fresh:
-        yield f"the checkpoint has no state of {some(fresh)}, which begin anew"
 
 
 def require_schedule(manifest: Mapping[str, Any], scheduler: Any) -> None:
@@ -138,36 +137,12 @@ def require_schedule_takes(saved: Mapping[str, Any], scheduler: Any, param_group
         rewind.back()
 
 
-def opened(path: Path) -> dict[str, Any]:
-    """DeepSpeed's file of a checkpoint, whose tensors stay on the disk.
-
-    Raises:
-        RuntimeError: It is missing or cannot be read.
-    """
-    if not path.is_file():
-        raise RuntimeError(f"checkpoint file {str(path)!r} is missing: the save was cut off; load another tag")
-    try:
-        # Mapped where it can be; with checkpoint_serialization: false it cannot.
-        return torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=False)
-    except Exception as error:  # of unpickling, any
-        raise RuntimeError(f"checkpoint file {str(path)!r} cannot be read ({error}): {DAMAGED}") from error
-
-
 def shapes_in(module: torch.nn.Module) -> dict[str, list[int]]:
     """Of everything in a module's state dict, whole."""
     return {
         name: list(full_shape(value)) for name, value in module.state_dict(keep_vars=True).items()
         if isinstance(value, torch.Tensor)
     }  # fmt: skip
-
-
-def shapes_of_file(file: Mapping[str, Any]) -> dict[str, list[int]]:
-    """Of everything in a module that plain DeepSpeed has saved."""
-    shapes = {name: value.shape for name, value in file["module"].items() if isinstance(value, torch.Tensor)}
-    for of_a_group in file.get("param_shapes") or []:  # at stage 3 the module's are placeholders
-        shapes.update(of_a_group)
-    shapes.update(file.get("frozen_param_shapes") or {})
-    return {name: list(shape) for name, shape in shapes.items()}
 
 
 def require_module_fits(saved: Mapping[str, Any], module: torch.nn.Module, strict: bool) -> None:

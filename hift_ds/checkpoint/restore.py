@@ -83,7 +83,7 @@ def load_states(run: RunState, saved: Saved) -> None:
         for index, fqn in enumerate(state.shard.fqns):
             if fqn in saved.parameters:
                 _load_master(state, index, saved)
-                for key in state.extra:
+                for key in () if saved.plain else state.extra:
                     name = extra_name(state, key)
                     if name.startswith(f"{fqn}::"):
                         state.extra[key].view(-1).copy_(saved.factored(fqn, name))
@@ -134,7 +134,7 @@ def _load_moments(state: UnitState, slot: str, saved: Saved) -> None:
     in_codes = slot + SCALE_SUFFIX in state.slots
     values = torch.zeros(shard.numel) if in_codes else target
     for segment in shard.segments:
-        if segment.fqn in saved.parameters:
+        if segment.fqn in saved.parameters and slot in saved.parameters[segment.fqn]["slots"]:
             here = slice(segment.offset, segment.offset + segment.numel)
             stop = segment.start + segment.numel
             values[here].copy_(saved.moment(segment.fqn, slot, segment.start, stop))

@@ -60,6 +60,7 @@ class Saved:
     def __init__(self, manifest: Mapping[str, Any], tensors: Callable[[int, str], Tensors]) -> None:
         self.manifest = manifest
         self.parameters: Mapping[str, Mapping[str, Any]] = manifest["parameters"]
+        self.plain: bool = manifest.get("plain", False)  # of DeepSpeed, without HiFT
         self._tensors = tensors
 
     def slices(self, fqn: str, start: int, stop: int) -> Iterator[tuple[int, int, int]]:

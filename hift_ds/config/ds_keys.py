@@ -289,7 +289,8 @@ ROWS: tuple[Row, ...] = (
     # checkpoints
     Row("checkpoint", _names("tag_validation", "use_node_local_storage", "checkpoint_serialization"), HONOURED),
     Row("checkpoint.parallel_write", {"pipeline_stage": False}, NO_EFFECT, "it belongs to pipeline parallelism"),
-    Row("checkpoint", {"load_universal": False}, REFUSED, "HiFT has its own shard layout, the same at every stage"),
+    Row("checkpoint", {"load_universal": False}, REFUSED, "without it engine.load_checkpoint reads a "
+        "universal checkpoint, and any stage's, by its tag"),
     Row("checkpoint", {"writer": None}, REFUSED, "such a writer may read host buffers after the next step has changed "
         "them", label="`checkpoint.writer.*`"),
     Row("", {"datastates_ckpt": False}, REFUSED, "it reads host buffers after the next step has changed them",
