@@ -279,6 +279,7 @@ class HiFTEngine(CheckpointingEngine):
             self.micro_steps += 1
             self._running_engine_step = False
             raise
+        self.skipped_steps += self.optimizer.take_left_out()
 
     def _at_boundary(self) -> bool:
         return self.is_gradient_accumulation_boundary() and not self.inside_no_sync_ctxt

@@ -59,6 +59,7 @@ class CheckpointingEngine(DeepSpeedEngine):
         self._require_living()
         self.finish_saving()
         run = self.optimizer.settled_run()  # what is wrong with the last step is said first
+        self.skipped_steps += self.optimizer.take_left_out()
         tag = f"global_step{self.global_steps}" if tag is None else str(tag)
         if not save_dir:
             return super().save_checkpoint(save_dir, tag)  # which refuses it

@@ -151,6 +151,11 @@ class HiFTConfig:
         "counted in `engine.hift.summary()` (LayerDrop, batches without images, experts that are rarely routed to); "
         "the host then waits for each step's gradients",
     )  # fmt: skip
+    not_finite: str = key(
+        "skip", one_of("skip", "stop"),
+        "what a gradient with inf or nan does, but for fp16's dynamic loss scale: a `skip`: its update is left out "
+        "with a warning and counted in `engine.skipped_steps`, or a `stop`: an error on every rank, nothing changed",
+    )  # fmt: skip
 
     @property
     def block_keys(self) -> dict[str, Any]:

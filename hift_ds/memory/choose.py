@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
@@ -17,6 +16,7 @@ from hift_ds.distributed import agree, of_all_ranks
 from hift_ds.memory.fake_model import positions_of
 from hift_ds.memory.planner import Planner
 from hift_ds.memory.request import RESERVE_BYTES, Request
+from hift_ds.state.host_memory import available_bytes
 from hift_ds.state.unit_state import card_bytes
 
 logger = logging.getLogger(__name__)
@@ -136,7 +136,7 @@ def memory_found() -> int:
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or dist.get_world_size())
-        return psutil.virtual_memory().available // ranks
+        return available_bytes() // ranks
     if accelerator.device_name() != "cuda":
         return accelerator.total_memory()
     free, total = torch.cuda.mem_get_info()

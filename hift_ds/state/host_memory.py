@@ -9,15 +9,74 @@ import logging
 import math
 import mmap
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from pathlib import Path
 
+import psutil
 import torch
 
 logger = logging.getLogger(__name__)
 
 ALIGNMENT = 256  # bytes between the starts of two tensors: what CUDA's own allocations keep
 Shapes = Mapping[str, tuple[int, torch.dtype]]  # name -> number of elements, dtype
+
+
+_LESS = (
+    'free some or raise the limit, or take less: hift.state ("master": "split16", "moments": "bf16" or "int8"), a '
+    "higher ZeRO stage, fewer ranks a node"
+)
+
+
+def available_bytes() -> int:
+    """Host memory that this process may still take: what the machine has free, within the limits of its cgroups."""
+    limited = _left_in_cgroups(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
+    return min([psutil.virtual_memory().available, *limited])
+
+
+def _left_in_cgroups(own: Path, root: Path) -> list[int]:
+    """Of each cgroup with a limit that this process is in (SLURM's --mem, a container's), page cache not counted."""
+    found = []
+    for line in own.read_text().splitlines() if own.is_file() else []:
+        _, controllers, path = line.split(":", 2)
+        names, top = ("memory.max", "memory.current", "inactive_file "), root
+        if controllers:  # version 1
+            names, top = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file "), root / "memory"
+        if controllers in ("", "memory"):
+            place = top / path.lstrip("/")
+            for folder in (place, *place.parents):
+                if folder.is_relative_to(top):
+                    found.extend(_left_in(folder, *names))
+    return found
+
+
+def _left_in(folder: Path, limit: str, used: str, cache: str) -> list[int]:
+    with suppress(OSError, ValueError):  # none there, or "max"
+        lines = (folder / "memory.stat").read_text().splitlines()
+        cached = next((int(line.removeprefix(cache)) for line in lines if line.startswith(cache)), 0)
+        return [int((folder / limit).read_text()) - int((folder / used).read_text()) + cached]
+    return []
+
+
+def require_host_memory(shares: Iterable[tuple[str, int, int]]) -> None:
+    """Before optimizer state is allocated.
+
+    Args:
+        shares: Of each rank: its node, the bytes that it will take there, and those that are available.
+
+    Raises:
+        MemoryError: A node has less than its ranks will take.
+    """
+    nodes: dict[str, list[tuple[int, int]]] = {}
+    for node, *share in shares:
+        nodes.setdefault(node, []).append((share[0], share[1]))
+    for node, found in nodes.items():
+        needed, available = sum(needed for needed, _ in found), min(available for _, available in found)
+        if needed > available:
+            raise MemoryError(
+                f"optimizer state: {needed / 2**30:.1f} GiB of host memory are needed on {node} "
+                f"({len(found)} rank{'s' * (len(found) > 1)}) and {available / 2**30:.1f} GiB are available: {_LESS}"
+            )
 
 
 class HostMemory:
@@ -55,7 +114,13 @@ class HostMemory:
         }  # fmt: skip
 
     def _allocate(self, nbytes: int) -> mmap.mmap:
-        memory = _Memory(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        try:
+            memory = _Memory(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:  # `ulimit -v`, vm.overcommit_memory 2
+            raise MemoryError(
+                f"optimizer state: the system refuses {nbytes / 2**30:.1f} GiB more of host memory ({error}), "
+                f"{available_bytes() / 2**30:.1f} GiB are available: {_LESS}"
+            ) from error
         if hasattr(mmap, "MADV_HUGEPAGE"):  # before a page is touched: fewer to fault in and to lock
             with suppress(OSError):  # a kernel without them
                 memory.madvise(mmap.MADV_HUGEPAGE)

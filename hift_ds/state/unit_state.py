@@ -71,6 +71,11 @@ class Storage:
                 shapes[slot + SCALE_SUFFIX] = (-(-shard.numel // GROUP) + len(shard.runs), torch.float32)
         return shapes
 
+    def num_bytes(self, shard: UnitShard, rule: Rule, param_groups: list[dict]) -> int:
+        """Of the state of a unit."""
+        extra = sum(tensor.nbytes for tensor in initial_extra(shard, rule, param_groups).values())
+        return extra + sum(numel * dtype.itemsize for numel, dtype in self.shapes(shard, rule, param_groups).values())
+
 
 def host_memory(config: ResolvedConfig, device: torch.device) -> HostMemory:
     """Page-locked where the config has it so and there is CUDA."""

@@ -136,7 +136,7 @@ class BackwardStep(Step):
                 self._refuse(verdict, block, states)
         shards: list[Any] = [state.shard for state in states if state is not self._states.always]
         self._reach.warn_partial(block, shards, made.touched)
-        self._warn_of_left_out([(block, [state]) for state in made.left_out])
         self.norm = self._as_norm(made.total)
         self.hooks.after()
+        self.count_left_out([(block, [state]) for state in made.left_out])
         return Outcome(overflow=False, reached=made.reached)

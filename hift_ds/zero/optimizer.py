@@ -403,6 +403,11 @@ class HiFTOptimizer(ReadByDeepSpeed):
 
     # The step.
 
+    def take_left_out(self) -> int:
+        """Steps whose update was left out since the last call, but for those that `overflow` has told."""
+        found, self._step.left_out = self._step.left_out, 0
+        return found
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
         """One optimizer step of the active block (and the always-active parameters), then the rotation moves on.

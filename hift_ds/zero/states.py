@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import socket
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -10,9 +11,11 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 
 from hift_ds.config.resolve import ResolvedConfig
+from hift_ds.distributed import agree, of_all_ranks
 from hift_ds.rotation.blocks import BlockPlan
 from hift_ds.rotation.param_groups import group_indices
 from hift_ds.shards import UnitShard
+from hift_ds.state.host_memory import available_bytes, require_host_memory
 from hift_ds.state.unit_state import MIN_SLOTS, Storage, UnitState, card_bytes, make_states
 from hift_ds.zero.offload import WEIGHTS, Offloaded
 
@@ -58,9 +61,15 @@ class States:
             return UnitShard([(fqn, params[fqn]) for fqn in fqns], group_of, config.shard_world, rank)
 
         shards = [[shard(unit.fqns) for unit in reversed(block.units)] for block in plan.blocks]
-        self.units, self.ring = make_states(
-            turns(shards, config), config.rule, param_groups, Storage.of(config, device),
-            config.hift.state.ring_bytes, card_bytes(device), least_slots(config),
+        storage = Storage.of(config, device)
+        if storage.memory is not None or device.type == "cpu":
+            needed = sum(storage.num_bytes(each, config.rule, param_groups) for units in shards for each in units)
+            require_host_memory(of_all_ranks((socket.gethostname(), needed, available_bytes())))
+        self.units, self.ring = agree(
+            lambda: make_states(
+                turns(shards, config), config.rule, param_groups, storage, config.hift.state.ring_bytes,
+                card_bytes(device), least_slots(config),
+            )
         )  # fmt: skip
         of_shard = {id(state.shard): state for state in self.units}
         self.blocks = [[of_shard[id(shard)] for shard in of_block] for of_block in shards]

@@ -65,6 +65,7 @@ class Step:
         waits: Whether a step waits for the device to know its norm.
         norm: Global gradient norm of the last step, unscaled: a tensor on the device, or inf; 0 before.
         unread: What the last step did not wait for.
+        left_out: Steps of which an update, or a part, was left out, and which `Outcome.overflow` has not told.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Step:
             config.kernel != "triton" or config.home == "host" or bool(loss_scaler.dynamic) or self._reach.skips
         )
         self.unread: list[tuple[StepCheck, int, list[UnitState]]] = []
+        self.left_out = 0
         self._facts_out = lane_of(device)
 
     def begin(self) -> None:
@@ -140,6 +142,8 @@ class Step:
             self._refuse(verdict, block, states)
             overflow, reached = not verdict.finite, verdict.reached > 0
             norm = verdict.norm / scale
+            if overflow and not self._loss_scaler.dynamic:  # else it is lowered, and says so
+                self._say_left_out(block, states)
         else:
             check.send(self._facts_out)
         self._reach.warn_partial(block, [state.shard for state in states if state is not always], mine)
@@ -200,17 +204,25 @@ class Step:
                     state.step -= 1  # nothing was stored
         for verdict, block, states in heard:
             self._refuse(verdict, block, states)
-        self._warn_of_left_out([(block, states) for verdict, block, states in heard if not verdict.finite])
+        self.count_left_out([(block, states) for verdict, block, states in heard if not verdict.finite])
 
-    def _warn_of_left_out(self, left_out: list[tuple[int, list[UnitState]]]) -> None:
+    def count_left_out(self, left_out: list[tuple[int, list[UnitState]]]) -> None:
+        """Updates that were left out: of a step, by its block, all of its states or some."""
         if left_out:
-            block, states = left_out[0][0], [state for _, states in left_out for state in states]
-            whole = len(states) == len(self._states.training(block))
-            part = "" if whole else f" of {some([fqn for state in states for fqn in state.shard.fqns])}"
-            logger.warning(
-                "the gradient%s of block %d (%s) was not finite; its update was left out", part, block,
-                self._plan.blocks[block].name,
-            )  # fmt: skip
+            self.left_out += 1
+            self._say_left_out(left_out[0][0], [state for _, states in left_out for state in states])
+
+    def _say_left_out(self, block: int, states: list[UnitState]) -> None:
+        """Raises RuntimeError, on every rank, where the run is to stop."""
+        whole = len(states) == len(self._states.training(block))
+        part = "" if whole else f" of {some([fqn for state in states for fqn in state.shard.fqns])}"
+        what = f"the gradient{part} of block {block} ({self._plan.blocks[block].name}) was not finite"
+        if self._config.hift.not_finite == "stop":
+            raise RuntimeError(
+                f"hift.not_finite='stop': {what} (inf or nan in the loss or in its backward); its update was left out: "
+                'look at the batch, the rate and the loss, or go on with "not_finite": "skip"'
+            )
+        logger.warning("%s; its update was left out", what)
 
     def _refuse(self, verdict: Verdict, block: int, states: list[UnitState]) -> None:
         """Raises RuntimeError, on every rank, if an update would be lost."""

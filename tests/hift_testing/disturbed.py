@@ -91,6 +91,20 @@ def poisoned_run(
     return found
 
 
+def stopped_run(stage: int, dtype: str, hift: dict[str, Any]) -> tuple[list[str], list[str], int]:
+    """`not_finite` "stop": what four steps raise, of which the third is poisoned, what moved meanwhile, and skips."""
+    engine = engine_of(ds_config(stage, dtype, {**hift, "not_finite": "stop"}))
+    errors, moved = [], []
+    for step in range(4):
+        before = weights_by_block(engine)  # to ask for state would be to hear of the step
+        if step == 2:
+            poison_next_gradient(engine, float("nan"))
+        errors.append(error_of(lambda step=step: run_steps(engine, 1, start=step)))
+        moved += [changed(before, weights_by_block(engine))] if errors[-1] or step == 2 else []
+    errors.append(error_of(lambda: run_steps(engine, 2, start=4)))  # it goes on
+    return errors, moved, engine.skipped_steps
+
+
 class Reentrant(nn.Module):
     """Calls torch's reentrant checkpoint itself, where nothing of ours can switch it."""
 

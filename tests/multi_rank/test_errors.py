@@ -15,6 +15,7 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from hift_testing.training import ds_config, engine_of, run_steps, small_llama
 
 import hift_ds
 from hift_ds import cli
+from hift_ds.zero import states
 
 pytestmark = pytest.mark.multi_rank
 
@@ -199,6 +201,21 @@ def test_what_only_one_rank_finds_is_raised_on_all(two_ranks):
     assert first["nothing to train on rank 1"].startswith(f"RuntimeError: rank 1 failed: {NOTHING_TO_TRAIN}")
     for found in (first, second):
         assert found["other model on rank 1"].startswith("RuntimeError: hift section or model: ranks 0 and 1 differ")
+
+
+def starved(stage: int) -> str:
+    """Rank 1's node has next to nothing left; then there is enough."""
+    with mock.patch.object(states, "available_bytes", lambda: 2**40 if dist.get_rank() == 0 else 4096):
+        error = error_of(lambda: engine_of(ds_config(stage, "bf16", {})))
+    run_steps(engine_of(ds_config(stage, "bf16", {})), 1)
+    return error
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_node_without_memory_for_the_state_is_one_sentence_on_every_rank(two_ranks, stage):
+    for error in two_ranks.run(starved, stage):
+        assert error.startswith("MemoryError: optimizer state: 0.0 GiB of host memory are needed on "), error
+        assert "(2 ranks) and 0.0 GiB are available: free some or raise the limit" in error
 
 
 def free_port() -> int:

@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hift_testing.disturbed import branch_steps, poisoned_run, ranks_disagree
+from hift_testing.disturbed import branch_steps, poisoned_run, ranks_disagree, stopped_run
 from hift_testing.parity import RULES
 from hift_testing.selection import slow
 from hift_testing.training import batch_of, ds_config, engine_of
@@ -104,7 +104,7 @@ def test_a_bad_gradient_leaves_the_update_out_and_is_reported_while_the_turn_pas
         assert result["changed"] == [["0", "state 0"], ["1", "state 1"], [], ["3", "state 3"], ["4", "state 4"]]
         assert result["blocks"] == [1, 2, 3, 4, 5]
         assert result["counts"] == [1, 1, 0, 1, 1, 0]
-        assert result["digest"] == results[0]["digest"]
+        assert result["digest"] == results[0]["digest"] and result["skipped"] == 1
         (warning,) = result["warnings"]
         assert warning == "the gradient of block 2 (model.layers.1) was not finite; its update was left out"
 
@@ -120,3 +120,20 @@ def test_a_block_without_any_gradient_is_left_as_it_is_and_raises_a_step_later(t
         assert result["error"].startswith("RuntimeError: block 1 (^layers.1) received no gradient on any rank")
         assert result["changed"] == ["0"]
         assert result["counts"] == [1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype", "hift", "late"),
+    [(2, "bf16", FUSED, 1), (0, "fp32", {"kernel": "torch"}, 0), slow(3, "bf16", {"kernel": "torch"}, 0),
+     (2, "fp32", {"update": "backward", "kernel": "torch"}, 0)],
+)  # fmt: skip
+def test_a_run_that_is_to_stop_at_a_bad_gradient_stops_on_every_rank_and_loses_nothing(
+    two_ranks, stage, dtype, hift, late
+):
+    for errors, moved, skipped in two_ranks.run(stopped_run, stage, dtype, hift):
+        assert [bool(error) for error in errors] == [False, False, late == 0, late == 1, False], errors
+        error = errors[2 + late]
+        assert error.startswith("RuntimeError: hift.not_finite='stop': the gradient"), error
+        assert "block 2 (model.layers.1) was not finite (inf or nan in the loss" in error
+        assert all(not blocks for blocks in moved), moved
+        assert skipped in (0, 1)

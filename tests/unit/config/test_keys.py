@@ -52,6 +52,7 @@ GOOD = {
     "always_active": [(None, ("fresh",)), ("fresh", ("fresh",)), ([], ()), (["norm", "fresh"], ("norm", "fresh"))],
     "kernel": [(None, None), ("torch", "torch"), ("triton", "triton")],
     "no_gradient": [("error", "error"), ("skip", "skip")],
+    "not_finite": [("skip", "skip"), ("stop", "stop")],
     "state": [
         (None, StateConfig()), ({}, StateConfig()),
         *(({"master": m}, StateConfig(master=m)) for m in ("fp32", "split16", "none")),
@@ -120,6 +121,7 @@ BAD = [
     ("kernel", 1, ValueError, "'torch'"),
     ("no_gradient", "pass", ValueError, "'error', 'skip'"),
     ("no_gradient", None, ValueError, "'error', 'skip'"),
+    ("not_finite", "error", ValueError, "'skip', 'stop'"),
     ("state", "split16", TypeError, "null or an object"),
     ("state", ["split16"], TypeError, "null or an object"),
 ]

@@ -3,7 +3,10 @@
 import gc
 import io
 import logging
+import subprocess
+import sys
 
+import psutil
 import pytest
 import torch
 from hift_testing.locking import Driver
@@ -90,3 +93,44 @@ def test_saving_one_tensor_writes_it_alone(name):
     buffer = io.BytesIO()
     torch.save(HostMemory().arena({"large": (10**6, torch.float32), **SHAPES})[name], buffer)
     assert len(buffer.getvalue()) < 10_000
+
+
+@pytest.mark.parametrize(("version", "of_process"), [(2, "0::/slurm/job_7/step"), (1, "9:memory:/slurm/job_7/step")])
+def test_the_limit_of_every_cgroup_around_the_process_counts_and_page_cache_does_not(tmp_path, version, of_process):
+    own, top = tmp_path / "cgroup", tmp_path / ("memory" if version == 1 else "")
+    own.write_text(f"3:cpuset:/elsewhere\n{of_process}\n")
+    names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    for folder, limit, used in ((".", "max", 9), ("slurm/job_7", 1000, 700), ("slurm/job_7/step", 2000, 600)):
+        place = top / folder
+        place.mkdir(parents=True, exist_ok=True)
+        (place / names[0]).write_text(f"{limit}\n")
+        (place / names[1]).write_text(f"{used}\n")
+        (place / "memory.stat").write_text("anon 1\ninactive_file 3\ntotal_inactive_file 3\n")
+    assert sorted(host_memory._left_in_cgroups(own, tmp_path)) == [303, 1403]
+    assert host_memory._left_in_cgroups(tmp_path / "none", tmp_path) == []
+    assert 0 < host_memory.available_bytes() <= psutil.virtual_memory().total
+
+
+def test_state_that_a_node_has_no_memory_for_is_one_sentence():
+    gib = 2**30
+    host_memory.require_host_memory([("a", 3 * gib, 6 * gib), ("a", 3 * gib, 6 * gib), ("b", 5 * gib, 5 * gib)])
+    says = r"6.0 GiB of host memory are needed on a \(2 ranks\) and 5.5 GiB are available: free some .*split16"
+    with pytest.raises(MemoryError, match=says):
+        host_memory.require_host_memory([("a", 3 * gib, 6 * gib), ("a", 3 * gib, int(5.5 * gib))])
+
+
+REFUSED = """
+import resource, sys
+from hift_ds.state.host_memory import HostMemory
+import torch
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, used + 2**28))
+HostMemory().arena({"a": (2**28, torch.float32)})
+"""
+
+
+def test_memory_that_the_system_refuses_is_one_sentence():
+    found = subprocess.run([sys.executable, "-c", REFUSED], capture_output=True, text=True, timeout=60)
+    last = found.stderr.strip().splitlines()[-1]
+    assert last.startswith("MemoryError: optimizer state: the system refuses 1.0 GiB more of host memory ("), last
+    assert found.returncode == 1 and "are available: free some or raise the limit" in last
