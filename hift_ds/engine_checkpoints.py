@@ -120,11 +120,12 @@ class CheckpointingEngine(DeepSpeedEngine):
         rotation = self.optimizer.rotation
         order = [f"block_{block}" for block in _from_now(rotation)]
         now = ("always", order[0], "rest")
+        begun = agree(lambda: save.begin_report(mine))
         files = agree(lambda: {n: f for name in now if name in jobs for n, f in jobs.pop(name)().items()})
         later = {name: jobs.pop(name) for name in order if name in jobs} | jobs
 
         def conclude(written: Mapping[str, FileFacts], error: Exception | None) -> None:
-            save.report(mine, {**files, **written}, error)
+            save.report(mine, begun, {**files, **written}, error)
             if save.keeps:
                 save.conclude(world, facts)
 

@@ -50,7 +50,7 @@ def main() -> int:
     from hift_ds.recipes.comparison import flat_row, in_rounds, write_tables
     from hift_ds.recipes.display import Display
     from hift_ds.recipes.results import join_rounds
-    from hift_ds.recipes.setup import prepare_process, refuse
+    from hift_ds.recipes.setup import own_folder, prepare_process, refuse
 
     prepare_process(verbose=False)
     import torch
@@ -61,12 +61,12 @@ def main() -> int:
     display = Display(0)
     try:
         matrix, base = _matrix(args), _base_config(args)
+        folder = own_folder(args.output_dir)
     except (ValueError, TypeError, OSError) as error:
         return refuse("compare.py", error)
     cells = matrix.cells()
     runs = in_rounds(cells, args.rounds)
     found: dict[Any, list[dict[str, Any]]] = {}
-    folder = Path(args.output_dir)
     title = f"{args.experiment or 'comparison'}: {len(cells)} cells"
     display.print(f"{title}, results in {folder}", markup=False)
     with display.cells(len(runs)) as progress:

@@ -37,9 +37,9 @@ def work(args: argparse.Namespace) -> int:
     from hift_ds.recipes.display import Display
     from hift_ds.recipes.quality import Rows
     from hift_ds.recipes.quality_report import write_report
+    from hift_ds.recipes.setup import own_folder
 
-    folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(args.output_dir) if args.report else own_folder(args.output_dir)
     rows, display = Rows(folder / "rows.jsonl"), Display(0)
     if not args.report:
         learn(args, rows, display)

@@ -50,6 +50,8 @@ def train(args: argparse.Namespace) -> None:
     folder = Path(args.output_dir, CHECKPOINTS)
     if args.resume and not args.allow_changed:
         agree(lambda: require_same(folder, of_run(run, args)))
+    if not args.resume and (folder / "latest").is_file():
+        display.print(f"{folder} has checkpoints of an earlier run; --resume would go on from them", markup=False)
     display.print(
         f"model {args.model_name_or_path}, data {run.data.name}: {len(run.data.train)} rows to train on, "
         f"{len(run.data.eval)} held out; {run.max_steps} steps", markup=False,
@@ -76,6 +78,8 @@ def train(args: argparse.Namespace) -> None:
         display.print(f"SIGTERM: saved at step {engine.global_steps}, go on with --resume", markup=False)
         return
     seconds = time.monotonic() - began
+    if engine.skipped_steps:
+        display.print(f"{engine.skipped_steps} steps were left out: their gradients were not finite", markup=False)
     after = evaluate(engine, run, args, display, "after training", args.answers)
     if before and after:
         display.print(f"held-out loss {before['loss']:.3f} -> {after['loss']:.3f}")
@@ -84,6 +88,7 @@ def train(args: argparse.Namespace) -> None:
     results = {
         "held_out_loss": [found and found["loss"] for found in (before, after)], "curve": curve,
         "training_seconds": round(seconds, 1), "load_average_before": round(load, 1),
+        "skipped_steps": engine.skipped_steps,
         "answers": {"before": before and before["answers"], "after": after and after["answers"]}, **plans,
     }  # fmt: skip
     if meter is not None:

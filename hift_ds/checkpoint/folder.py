@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 UNFINISHED, REPLACED = ".unfinished", ".replaced"
 LATEST = "latest"
@@ -62,16 +66,45 @@ def write_text(path: Path, text: str) -> None:
     sync(path.parent)
 
 
-def read_when_there(path: Path, seconds: float) -> str:
-    """A file's text, as soon as `write_text` of another process has put it there.
+def hold(path: Path) -> IO[str]:
+    """A file that others can see to be held, until it is closed or this process ends, by SIGKILL, too.
 
     Raises:
-        TimeoutError: It has not come.
+        BlockingIOError: Another process holds it.
+    """
+    file = path.open("a", encoding="utf-8")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            raise BlockingIOError(f"{str(path)!r} is held by another process") from None
+        return file  # a file system without locks
+    file.truncate(0)
+    file.write("held")
+    file.flush()
+    return file
+
+
+def is_let_go(path: Path) -> bool:
+    """Whether the process that held a file has ended; not for one's own. Where nothing can be known it has not."""
+    with suppress(OSError), path.open("r+", encoding="utf-8") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return file.read() == "held"
+    return False
+
+
+def read_when_there(path: Path, held: Path, seconds: float) -> str:
+    """A file's text, as soon as `write_text` of another process, which meanwhile holds a file, has put it there.
+
+    Raises:
+        RuntimeError: It has not come: the process has ended, or so much time is over.
     """
     end = time.monotonic() + seconds
     while not path.is_file():
+        if is_let_go(held) and not path.is_file():
+            raise RuntimeError(f"{str(path)!r} does not come: the process that was to write it has ended")
         if time.monotonic() > end:
-            raise TimeoutError(f"{str(path)!r} has not come in {seconds:.0f} s: has its rank ended, or another disk?")
+            raise RuntimeError(f"{str(path)!r} has not come in {seconds:.0f} s: is it on another disk?")
         time.sleep(0.02)
     return path.read_text(encoding="utf-8")
 

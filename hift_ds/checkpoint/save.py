@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from hift_ds.checkpoint import folder, manifest
 from hift_ds.checkpoint.tensor_files import FileFacts
@@ -53,25 +53,31 @@ class Save:
         if self.keeps:
             folder.drop(self.root, self.tag)
 
-    def report(self, rank: int, files: Mapping[str, FileFacts], error: Exception | None) -> None:
-        """Tells the rank that keeps the folder, by a file, what this one has written."""
+    def begin_report(self, rank: int) -> IO[str]:
+        """By this the rank that keeps the folder sees that this one still lives."""
+        return folder.hold(self.place / f"rank_{rank}.writing")
+
+    def report(self, rank: int, begun: IO[str], files: Mapping[str, FileFacts], error: Exception | None) -> None:
+        """Tells it, by a file, what this rank has written."""
         found = {"files": {name: asdict(facts) for name, facts in files.items()}, "error": error and str(error)}
         folder.write_text(self.place / f"rank_{rank}.written", json.dumps(found))
+        begun.close()
 
     def conclude(self, world: int, facts: Mapping[str, Any]) -> None:
         """Waits for all reports, and finishes.
 
         Raises:
-            RuntimeError: A rank has failed, or has not reported in time; nothing is left of the save.
+            RuntimeError: A rank has failed, has ended, or has not reported in time; nothing is left of the save.
         """
         files: dict[str, FileFacts] = {}
         try:
             for rank in range(world):
-                report = json.loads(folder.read_when_there(self.place / f"rank_{rank}.written", REPORT_SECONDS))
+                written, writing = (self.place / f"rank_{rank}.{state}" for state in ("written", "writing"))
+                report = json.loads(folder.read_when_there(written, writing, REPORT_SECONDS))
                 if report["error"]:
                     raise RuntimeError(f"rank {rank} failed to save in the background: {report['error']}")
                 files.update((name, FileFacts(**of_file)) for name, of_file in report["files"].items())
-            for path in self.place.glob("rank_*.written"):
+            for path in self.place.glob("rank_*.writ*"):
                 path.unlink()
             self.describe(facts, files)
             self.finish()

@@ -16,6 +16,7 @@ from typing import Any
 EPOCHS = 3  # of a run without --max_steps
 RANDOM_STEPS = 100  # of the rate's schedule, for a random model without --max_steps
 FAILED, OUT_OF_MEMORY = 2, 3  # exit codes
+_HELD: list[Any] = []  # files that stay open as long as the process lives
 
 
 @dataclass
@@ -81,6 +82,25 @@ def load_run(args: argparse.Namespace, random: bool = False) -> Run:
     return run
 
 
+def own_folder(output_dir: str) -> Path:
+    """The folder that a run writes into, which is its own until this process ends; made where it is not there.
+
+    Raises:
+        ValueError: It cannot be made, or another run has it.
+    """
+    from hift_ds.checkpoint.folder import hold
+
+    folder = Path(output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _HELD.append(hold(folder / ".running"))
+    except BlockingIOError:
+        raise ValueError(f"--output_dir {output_dir!r}: another run writes there; wait, or name another one") from None
+    except OSError as error:
+        raise ValueError(f"--output_dir {output_dir!r}: {error.strerror}; name another folder") from None
+    return folder
+
+
 def _without_model(args: argparse.Namespace, random: bool) -> tuple[Run, Any]:
     """The run but for its model, and the config of a random one."""
     from deepspeed import comm as dist
@@ -101,10 +121,8 @@ def _without_model(args: argparse.Namespace, random: bool) -> tuple[Run, Any]:
         steps = args.max_steps or 0
         run = Run(None, None, None, build_ds_config(args, steps or RANDOM_STEPS), micro_batch, steps)
         return run, load_config(source_of(args.model_name_or_path))
-    try:
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--output_dir {args.output_dir!r}: {error.strerror}; name another folder") from None
+    if dist.get_rank() == 0:
+        own_folder(args.output_dir)
     tokenizer = load_tokenizer(args.model_name_or_path)
     data = load_text_dataset(args.dataset, tokenizer, seq_len=args.seq_len, pack=args.pack, seed=args.seed)
     steps = args.max_steps or max(1, EPOCHS * len(data.train) // (micro_batch * accumulation * world))
@@ -178,7 +196,7 @@ def run_script(
     try:
         with needs_recipes():
             work(args)
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, MemoryError) as error:
         return fail(error, args.verbose, OUT_OF_MEMORY)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         return fail(error, args.verbose)
