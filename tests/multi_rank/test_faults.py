@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -142,3 +145,55 @@ def test_a_save_in_the_background_hears_at_once_of_a_rank_that_has_ended(own_ran
     assert "does not come: the process that was to write it has ended" in error
     assert float(seconds) < 10
     assert sorted(path.name for path in tmp_path.iterdir()) == ["heard", "latest", "run"]
+
+
+WORKS = """
+import os, signal, sys
+import torch
+from deepspeed import comm as dist
+from hift_testing.fingerprints import all_by_block, digest_of
+from hift_testing.resuming import seeded_engine
+from hift_testing.training import batch_of
+import hift_ds
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self):
+        return 9
+    def __getitem__(self, step):
+        if step == int(sys.argv[2]) and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return batch_of(step, 0, int(os.environ["RANK"]))
+
+hift_ds.init_distributed()
+engine = seeded_engine(2, "bf16", {}, 0)
+engine.load_checkpoint(sys.argv[1])
+rows = torch.utils.data.Subset(Rows(), range(engine.global_steps, 9))
+for batch in torch.utils.data.DataLoader(rows, batch_size=None, num_workers=1):
+    engine.backward(engine(**batch).loss)
+    engine.step()
+    if engine.global_steps % 3 == 0:
+        engine.save_checkpoint(sys.argv[1])
+print("DIGEST", digest_of(all_by_block(engine)), flush=True)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_where_a_data_worker_is_killed_the_run_ends_and_goes_on(tmp_path):
+    script = tmp_path / "works.py"
+    script.write_text(WORKS)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "DS_ACCELERATOR": "cpu"}
+
+    def run(folder: str, dies: int) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+        options = [str(tmp_path / folder), str(dies)]
+        return subprocess.run([*command, *options], env=environment, capture_output=True, text=True, timeout=120)
+
+    def digests(done: subprocess.CompletedProcess[str]) -> set[str]:
+        return set(re.findall(r"DIGEST (\w+)", done.stdout))
+
+    cut = run("cut", 7)
+    assert cut.returncode != 0 and digests(cut) == set()
+    assert re.search(r"RuntimeError: DataLoader worker \(pid.* \d+\).*(killed by signal|exited unexp)", cut.stderr)
+    assert (tmp_path / "cut" / "latest").read_text() in ("global_step3", "global_step6")  # workers read ahead
+    assert digests(run("cut", -1)) == digests(run("whole", -1)) != set()

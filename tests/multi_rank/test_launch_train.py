@@ -24,6 +24,7 @@ from deepspeed import comm as dist
 from hift_testing.selection import slow
 
 import hift_ds
+from hift_ds.checkpoint.folder import hold
 from hift_ds.recipes.arguments import add_arguments
 from hift_ds.recipes.setup import load_run
 from launch.train import train
@@ -422,6 +423,11 @@ _ERRORS = {
     "regex": ([*HIFT, "--hift_frozen", "nothing"], r"hift\.frozen.*'nothing'"),
     "without hift": (["--hift_order", "random"], r"--hift_order: has no effect without --hift; add --hift"),
     "no checkpoint": ([*HIFT, "--resume", "--output_dir", "new"], r"--resume: no checkpoint in 'new/checkpoints'"),
+    "another run": ([*HIFT, "--output_dir", "taken"], r"--output_dir 'taken': another run writes there; wait, or name"),
+    "not finite": (
+        [*HIFT, *STEPS, "--hift_not_finite", "stop", "--lr", "1e30", "--output_dir", "lost"],
+        r"hift\.not_finite='stop': the gradient of block \d+ \(.*\) was not finite",
+    ),
     "output is a file": ([*HIFT, "--output_dir", "notes.txt"], r"--output_dir 'notes\.txt': File exists; name another"),
 }
 
@@ -433,7 +439,9 @@ def failures(folder) -> dict[str, list]:
     cases["shortened"] = ["--hift", "--hift_layers", "2"]
     code = _ONE_BY_ONE.format(root=str(ROOT))
     crowded = {"LOCAL_SIZE": "4096", "OMP_NUM_THREADS": None}
-    done = run([sys.executable, "-c", code, json.dumps(cases)], folder, **crowded)
+    (folder / "taken").mkdir()
+    with hold(folder / "taken" / ".running"):
+        done = run([sys.executable, "-c", code, json.dumps(cases)], folder, **crowded)
     assert "RESULTS" in done.out, done.err
     return json.loads(done.out.split("RESULTS")[1])
 
