@@ -7,7 +7,7 @@ READY = $(VENV)/.ready
 RUN = PATH="$(abspath $(BIN)):$$PATH"
 
 .PHONY: demo demo-results test slow gpu gpu-kernels gpu-streaming gpu-training gpu-peers gpu-forecast gpu-benchmarks
-.PHONY: oldest lint docs speed compare clean
+.PHONY: soak oldest lint docs speed compare clean
 
 demo: $(READY)
 	$(RUN) launch/demo.sh
@@ -22,6 +22,11 @@ test: lint
 # Long proofs, and DeepSpeed's own optimizers, each of which compiles a C++ op at the first run
 slow: $(READY)
 	$(RUN) python -m pytest -q -m slow -n 2 --dist loadfile
+
+# 2000 steps with saves, kills, resumes and changes of ranks and stage at random, beside a run without: 8 minutes
+soak: $(READY)
+	$(RUN) PYTHONPATH="$(CURDIR):$(CURDIR)/tests" DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 \
+		python -m hift_testing.soak --output launch/results/$$(date +%F)_soak.json
 
 # The tests of the core with the oldest packages of tests/oldest.txt, in an environment of its own: make oldest PYTHON=python3.10
 OLDEST = .venv-oldest
