@@ -7,7 +7,7 @@ READY = $(VENV)/.ready
 RUN = PATH="$(abspath $(BIN)):$$PATH"
 
 .PHONY: demo demo-results test slow gpu gpu-kernels gpu-streaming gpu-training gpu-peers gpu-forecast gpu-benchmarks
-.PHONY: soak oldest lint docs speed compare clean
+.PHONY: fuzz soak oldest lint docs speed compare clean
 
 demo: $(READY)
 	$(RUN) launch/demo.sh
@@ -23,7 +23,11 @@ test: lint
 slow: $(READY)
 	$(RUN) python -m pytest -q -m slow -n 2 --dist loadfile
 
-# 2000 steps with saves, kills, resumes and changes of ranks and stage at random, beside a run without: 8 minutes
+# Random configs, module trees and damaged checkpoints, 1500 of each, others each time: 6 minutes
+fuzz: $(READY)
+	$(RUN) HIFT_FUZZ=1500 HIFT_FUZZ_OUTPUT=launch/results/$$(date +%F)_fuzz.json python -m pytest -q tests/fuzz
+
+# 2000 steps with saves, kills, resumes and changes of ranks and stage at random, beside a run without: 4 minutes
 soak: $(READY)
 	$(RUN) PYTHONPATH="$(CURDIR):$(CURDIR)/tests" DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 \
 		python -m hift_testing.soak --output launch/results/$$(date +%F)_soak.json
