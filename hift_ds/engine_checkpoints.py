@@ -19,6 +19,7 @@ from hift_ds.checkpoint.background import BackgroundSave, Job
 from hift_ds.checkpoint.save import Save
 from hift_ds.checkpoint.saved import Saved
 from hift_ds.checkpoint.tensor_files import FileFacts, TensorFiles, facts_of, num_bytes, write_tensors
+from hift_ds.config.resolve import ResolvedConfig
 from hift_ds.distributed import agree, of_all_ranks, require_alike
 from hift_ds.rotation.rotation import Rotation
 from hift_ds.shards import full_numel, slice_numel
@@ -36,13 +37,14 @@ class CheckpointingEngine(DeepSpeedEngine):
     """
 
     optimizer: Any
+    resolved: ResolvedConfig
     _reads: Saved | None = None  # of a load, while it goes on
     _failed: Exception | None = None  # of a save, until all ranks have heard of it
     _background: BackgroundSave | None = None
 
     def save_checkpoint(
         self, save_dir: str, tag: str | None = None, client_state: Mapping[str, Any] | None = None,
-        save_latest: bool = True, exclude_frozen_parameters: bool = False, asynchronous: bool = False,
+        save_latest: bool = True, exclude_frozen_parameters: bool = False, asynchronous: bool | None = None,
     ) -> bool:  # fmt: skip
         """As DeepSpeedEngine.save_checkpoint: position, masters and state of every block are in it. Collective.
 
@@ -52,6 +54,7 @@ class CheckpointingEngine(DeepSpeedEngine):
         Args:
             asynchronous: Write what waits for its turn in a thread while training goes on. The folder is in its place
                 some time later, or after `finish_saving`; an error comes there, at the next save, load or `destroy`.
+                `None`: as `hift.asynchronous_save` says.
 
         Raises:
             OSError: No room on the disk, or not writable; nothing of an older checkpoint is lost. On every rank.
@@ -63,6 +66,7 @@ class CheckpointingEngine(DeepSpeedEngine):
         tag = f"global_step{self.global_steps}" if tag is None else str(tag)
         if not save_dir:
             return super().save_checkpoint(save_dir, tag)  # which refuses it
+        asynchronous = self.resolved.hift.asynchronous_save if asynchronous is None else asynchronous
         require_alike("checkpoint tag and how it is saved", (tag, asynchronous))
         save = Save(Path(save_dir), tag, save_latest, exclude_frozen_parameters, self._keeps_a_folder())
         try:
@@ -223,6 +227,8 @@ class CheckpointingEngine(DeepSpeedEngine):
             "tied": self._tied(),
             "model_config": None if to_json is None else json.loads(to_json(use_diff=False)),
             "global_steps": self.global_steps,
+            "global_samples": self.global_samples,
+            "skipped_steps": self.skipped_steps,
             "written_by": manifest.versions(),
         }
 

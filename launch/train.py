@@ -44,8 +44,6 @@ def train(args: argparse.Namespace) -> None:
 
     hift_ds.init_distributed()
     display = Display(int(os.environ["RANK"]))
-    if args.save_in_background and not args.hift:
-        raise ValueError("--save_in_background: is HiFT's; add --hift, or leave it out")
     run = load_run(args)
     folder = Path(args.output_dir, CHECKPOINTS)
     if args.resume and not args.allow_changed:
@@ -171,8 +169,7 @@ def save(engine: Any, run: Any, args: argparse.Namespace, display: Any) -> None:
     folder = Path(args.output_dir, CHECKPOINTS)
     micro_steps = run.start + (engine.global_steps - run.start_step) * engine.gradient_accumulation_steps()
     rows = run.micro_batch * engine.dp_world_size
-    options = {"asynchronous": True} if args.save_in_background else {}
-    engine.save_checkpoint(str(folder), client_state={"rows": micro_steps * rows}, **options)
+    engine.save_checkpoint(str(folder), client_state={"rows": micro_steps * rows})
     if display.active:
         write_text(folder / RUN, json.dumps(of_run(run, args), indent=1))
     drop_old(args, display)

@@ -157,6 +157,11 @@ class HiFTConfig:
         "with a warning and counted in `engine.skipped_steps`, or a `stop`: an error on every rank, nothing changed",
     )  # fmt: skip
 
+    asynchronous_save: bool = key(
+        False, boolean(),
+        "whether `engine.save_checkpoint` writes in the background while training goes on, where it is not told",
+    )  # fmt: skip
+
     @property
     def block_keys(self) -> dict[str, Any]:
         """The arguments of `hift_ds.rotation.blocks.plan_blocks`; what is fresh, only `initialize` knows."""

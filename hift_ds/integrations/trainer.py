@@ -40,6 +40,11 @@ class HiFTCallback(TrainerCallback):
         if self._engine is not None:
             self._had_an_engine = True
             self._engine.follow_schedule(given.get("lr_scheduler"), state.max_steps)
+            if args.save_total_limit == 1 and self._engine.hift_config.asynchronous_save:
+                raise ValueError(
+                    "save_total_limit=1: with hift.asynchronous_save Trainer would remove the last checkpoint before "
+                    "the next one is there; let it keep 2 or more"
+                )
         elif not self._had_an_engine and _asks_for_hift(args):  # at a second train() the ended engine itself says so
             raise RuntimeError(
                 'the DeepSpeed config has a "hift" section, but DeepSpeed\'s own engine would train, in full: call '
@@ -64,6 +69,7 @@ class HiFTCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._engine is not None:
+            self._engine.finish_saving()
             self._engine.rest()
             self._engine, self._shown = None, {}
 

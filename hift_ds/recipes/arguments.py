@@ -44,7 +44,6 @@ def add_arguments(parser: argparse.ArgumentParser, default_config: Path) -> None
     add("--answer_tokens", type=positive, default=48, metavar="N", help="longest answer in tokens")
     add("--measure_memory", action="store_true", help="measure the peak of the training's steps")
     add("--save_every", type=positive, metavar="N", help="steps between checkpoints (default: none)")
-    add("--save_in_background", action="store_true", help="train on while a checkpoint is written (with --hift)")
     add("--keep_last", type=positive, metavar="N", help="checkpoints that are kept, the newest (default: all)")
     add("--save_on_signal", action="store_true", help="SIGTERM: save, and leave with exit code 0")
     add("--resume", action="store_true", help="go on from the newest checkpoint in output_dir")

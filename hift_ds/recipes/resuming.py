@@ -42,6 +42,8 @@ def described(args: argparse.Namespace, config: Mapping[str, Any], rows: int) ->
     sources = {name: _moved(getattr(args, name)) for name in ("model_name_or_path", "dataset")}
     options = {name: getattr(args, name) for name in ("seq_len", "pack", "seed", "loss", "hift")}
     kept = {key: value for key, value in config.items() if key not in _OF_THE_MACHINE}
+    if "hift" in kept:
+        kept["hift"] = {key: value for key, value in kept["hift"].items() if key != "asynchronous_save"}
     return json.loads(json.dumps({**sources, **options, "rows of a step": rows, **kept}))
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from deepspeed import comm as dist
 from deepspeed.utils import safe_get_full_fp32_param
-from hift_testing.messages import messages
+from hift_testing.messages import error_of, messages
 from hift_testing.selection import slow
 from hift_testing.tiny_models import tiny_model
 from hift_testing.trainers import (
@@ -26,6 +26,7 @@ from transformers import (
     LlamaForCausalLM,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
+    Trainer,
     TrainerCallback,
 )
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -83,6 +84,57 @@ def test_a_resumed_run_is_bitwise_the_whole_run(two_ranks, tmp_path, stage, opti
 @pytest.mark.parametrize(("stage", "optimizer"), [slow(0, True), slow(2, False), slow(3, True)])
 def test_a_resumed_run_in_bf16_is_bitwise_the_whole_run(one_rank, tmp_path, stage, optimizer):
     one_rank.run(assert_resumes, tmp_path, stage, optimizer, bf16=True)
+
+
+def with_dropout(seed):
+    model = small_llama(seed)
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.2
+    return model
+
+
+def assert_resumes_anywhere(folder, stage, resumed):
+    """Shuffled rows that do not fill whole windows, dropout, a schedule: from each of its checkpoints."""
+    more = {"gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 1, "kind": Trainer}
+    more["train"] = rows(7 * dist.get_world_size())  # an epoch has three micro batches and a half, two windows
+    config = auto_config(stage, False)
+    whole = trained(folder / "whole", config, model=with_dropout(0), **more)
+    losses, weights = losses_of(whole), finished(whole)
+    for step in resumed:
+        saved = str(folder / "whole" / f"checkpoint-{step}")
+        again = trained(folder / f"from {step}", config, resume=saved, model=with_dropout(step), **more)
+        assert losses_of(again) == losses, step
+        assert_equal(finished(again), weights)
+
+
+@pytest.mark.parametrize(("stage", "resumed"), [(2, (3, 4)), slow(0, (1, 2, 5)), slow(3, (2, 7))])
+def test_a_run_of_shuffled_rows_with_dropout_goes_on_bitwise_from_any_step(two_ranks, tmp_path, stage, resumed):
+    two_ranks.run(assert_resumes_anywhere, tmp_path, stage, resumed)
+
+
+def assert_saves_in_background(folder):
+    """The same checkpoints, whole when training ends; one alone would be removed before the next is there."""
+    more = {"save_strategy": "steps", "save_steps": 2}
+    config = auto_config(2, False)
+    config["hift"] = {**config["hift"], "asynchronous_save": True}
+    whole = finished(trained(folder / "whole", auto_config(2, False), 6, **more))
+    trainer = trained(folder / "background", config, 6, save_total_limit=2, **more)
+    assert not trainer.model_wrapped.saves_in_background
+    assert_equal(finished(trainer), whole)
+    for step in (4, 6):
+        place = folder / "background" / f"checkpoint-{step}" / f"global_step{step}"
+        assert (place / "hift.json").is_file() and not list(place.glob("*.writ*"))
+    again = trained(
+        folder / "again", config, 6, resume=str(folder / "background" / "checkpoint-4"), model=small_llama(1), **more
+    )
+    assert_equal(finished(again), whole)
+    error = error_of(lambda: trained(folder / "one", config, 6, save_total_limit=1, **more))
+    assert error.startswith("ValueError: save_total_limit=1: with hift.asynchronous_save Trainer would remove"), error
+
+
+def test_trainer_s_checkpoints_are_written_in_the_background(two_ranks, tmp_path):
+    two_ranks.run(assert_saves_in_background, tmp_path)
 
 
 # What is saved.

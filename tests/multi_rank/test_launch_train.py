@@ -344,7 +344,7 @@ def test_a_run_goes_on_with_fewer_ranks_on_the_same_rows_and_with_other_options_
     other = run(lone(*options, "--hift_order", "random", "--seed", "1"), folder)
     assert other.code == 2 and other.err.count("\n") == 1
     assert '--resume: hift.order was null and is "random" now; seed was 42 and is 1 now: go on' in other.err
-    done = run(lone(*options, "--keep_last", "1", "--save_every", "2", "--save_in_background"), folder)
+    done = run(lone(*options, "--keep_last", "1", "--save_every", "2", "--hift_asynchronous_save", "true"), folder)
     assert done.code == 0, done.err
     assert "the checkpoint of 2 ranks at ZeRO stage 2 is taken over by 1 at stage 2" in done.err + done.out
     whole, losses = events(folder / "deepspeed", "Train/loss"), events(part, "Train/loss")

@@ -53,6 +53,7 @@ GOOD = {
     "kernel": [(None, None), ("torch", "torch"), ("triton", "triton")],
     "no_gradient": [("error", "error"), ("skip", "skip")],
     "not_finite": [("skip", "skip"), ("stop", "stop")],
+    "asynchronous_save": [(True, True), (False, False)],
     "state": [
         (None, StateConfig()), ({}, StateConfig()),
         *(({"master": m}, StateConfig(master=m)) for m in ("fp32", "split16", "none")),
@@ -122,6 +123,7 @@ BAD = [
     ("no_gradient", "pass", ValueError, "'error', 'skip'"),
     ("no_gradient", None, ValueError, "'error', 'skip'"),
     ("not_finite", "error", ValueError, "'skip', 'stop'"),
+    ("asynchronous_save", "yes", TypeError, "true or false"),
     ("state", "split16", TypeError, "null or an object"),
     ("state", ["split16"], TypeError, "null or an object"),
 ]
