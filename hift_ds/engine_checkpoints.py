@@ -402,7 +402,7 @@ class CheckpointingEngine(DeepSpeedEngine):
         facts = self._reads.manifest
         mine = self._place()[0]
         rank = f"zero_pp_rank_{mine if mine < facts['ranks'] else 0}_" if facts["zero_stage"] == 3 else ""
-        return str(Path(checkpoints_path, str(tag), f"{rank}mp_rank_{self.checkpoint_mp_rank:02d}_model_states.pt"))
+        return str(Path(checkpoints_path, str(tag), f"{rank}mp_rank_00_model_states.pt"))
 
     # Of the engine's other half.
 

@@ -69,7 +69,10 @@ def export(checkpoint: Path, out: Path, dtype: str | None = None, shard_bytes: i
     files = TensorFiles()
     saved = Saved(facts, lambda rank, part: files.open(place / file_name(rank, part)))
     wanted = None if dtype is None else DTYPE_NAMES[dtype]
-    weights = {name: _weight(saved, name, tuple(shape), wanted) for name, shape in facts["module"].items()}
+    # transformers ties anew, and 5.0 leaves untied what lies there under both names.
+    left_out = facts["tied"] if facts["model_config"] is not None else {}
+    named = {name: tuple(shape) for name, shape in facts["module"].items() if name not in left_out}
+    weights = {name: _weight(saved, name, shape, wanted) for name, shape in named.items()}
     out.mkdir(parents=True, exist_ok=True)
     return [*_write_shards(weights, out, shard_bytes), *_write_config(facts, out, wanted)]
 

@@ -73,7 +73,7 @@ SURFACE: dict[str, dict[str, tuple[str, ...]]] = {
 INSTANCE_SURFACE: dict[str, dict[str, tuple[str, ...]]] = {
     "deepspeed.runtime.engine": {
         "DeepSpeedEngine": (
-            "_config", "basic_optimizer", "checkpoint_mp_rank", "config", "device", "global_rank",
+            "_config", "basic_optimizer", "config", "device", "global_rank",
             "inside_no_sync_ctxt", "local_rank", "lr_scheduler", "save_non_zero_checkpoint", "seq_data_parallel_group",
             "tput_timer", "training_dataloader",
         ),

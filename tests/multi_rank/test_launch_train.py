@@ -522,3 +522,16 @@ def test_deepspeed_launcher_ends_with_the_error_of_its_ranks(folder):
     assert done.code != 0
     assert re.search(r"^\[rank \d\] error: .*empty\.jsonl: the file is empty", done.err, re.MULTILINE)
     assert "Traceback" not in done.out + done.err
+
+
+@pytest.mark.slow
+def test_a_full_run_of_plain_deepspeed_goes_on_with_hift(folder):
+    place = ["--output_dir", "goes_on", "--save_every", "2"]
+    full = [sys.executable, SCRIPT, *COMMON, "--max_steps", "4", *place]
+    done = run(full, folder)
+    assert done.code == 0, done.err
+    assert "hift was false and is {" in run(lone(*place, "--max_steps", "9", "--resume"), folder).err
+    again = run(lone(*place, "--max_steps", "9", "--resume", "--allow_changed"), folder)
+    assert again.code == 0, again.err
+    assert "a checkpoint of plain DeepSpeed is taken over: masters of" in again.out + again.err
+    assert "resumed at step 4 from" in again.out and again.final_loss < done.final_loss
