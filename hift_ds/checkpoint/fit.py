@@ -76,7 +76,8 @@ def notes(run: RunState, saved: Saved) -> Iterator[str]:
                 fresh.append(fqn)
             else:
                 then = (before["dtype"], before["master"], before["moments"])
-                now = (CODES[state.shard.params[index].dtype], master_form(state, index), moment_form(state))
+                moments = moment_form(state) if before["slots"] else before["moments"]
+                now = (CODES[state.shard.params[index].dtype], master_form(state, index), moments)
                 if then != now:
                     forms.add((*then, *now))
     for form in sorted(forms):

@@ -187,7 +187,7 @@ def _of_stage_0(found: Collected, model: Mapping[str, Any], run: RunState, modul
         for place, (fqn, index) in enumerate(zip(names, base["param_groups"][group]["params"], strict=True)):
             state = _at(base["state"], index)
             weight = model["module"].get(fqn) if masters is None else masters[group][place]
-            if weight is not None and (state or masters is not None):  # else it was not trained
+            if weight is not None:
                 found.add(fqn, group, weight, state, slice(None))
 
 

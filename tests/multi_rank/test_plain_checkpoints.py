@@ -169,6 +169,27 @@ def test_masters_of_a_fused_optimizer_are_taken_over(one_rank, tmp_path):
     assert same(found, wanted) == []
 
 
+def without_state(folder: str, then: int, now: int) -> list[str]:
+    """SGD without momentum keeps nothing: the weights are all there is to take over, and nothing begins anew."""
+    config = ds_config(then, "fp32", None, zero_allow_untested_optimizer=True)
+    del config["optimizer"]
+    plain = engine_of(config, model := small_llama(0), optimizer=torch.optim.SGD(model.parameters(), 0.1))
+    run_steps(plain, 3)
+    plain.save_checkpoint(folder)
+    taken = engine_of(ds_config(now, "fp32", {}, optimizer={"type": "SGD", "params": {"lr": 0.2}}), small_llama(1))
+    with logged("hift_ds.engine_checkpoints") as notes:
+        taken.load_checkpoint(folder)
+    assert weights_by_name(taken) == weights_by_name(plain) and taken.get_lr() == [0.1]
+    run_steps(taken, 2)
+    return notes
+
+
+@pytest.mark.parametrize(("then", "now"), [(0, 2), slow(2, 0)])
+def test_an_optimizer_without_state_is_taken_over(two_ranks, tmp_path, then, now):
+    for notes in two_ranks.run(without_state, str(tmp_path), then, now):
+        assert all("masters of 39 parameters, moments of 0" in note for note in notes), notes
+
+
 def gone_on(folder: str, stage: int) -> tuple[float, float]:
     """How far one block of everything is from plain DeepSpeed after the steps that follow; from where it began."""
     plain = engine(stage, "fp32", None, 0, frozen=False)
