@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from hift_ds.config.keys import HiFTConfig
 from hift_ds.config.resolve import ResolvedConfig
 from hift_ds.distributed import agree
-from hift_ds.engine_checkpoints import CheckpointingEngine
+from hift_ds.engine_loading import LoadingEngine
 from hift_ds.rotation.blocks import BlockPlan
 from hift_ds.rotation.param_groups import (
     HyperParameters,
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 LIVING: weakref.WeakSet[HiFTEngine] = weakref.WeakSet()  # from initialize to destroy
 
 
-class HiFTEngine(CheckpointingEngine):
+class HiFTEngine(LoadingEngine):
     """DeepSpeedEngine with a HiFTOptimizer at every ZeRO stage, 0 to 3. Build it with `hift_ds.initialize`.
 
     Attributes:

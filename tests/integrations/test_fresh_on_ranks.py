@@ -136,7 +136,7 @@ def assert_other_plan_noted(base, folder):
     engine.destroy()
     again = hift_ds.initialize(model=classifier(folder / "trained"), config=ds_config(0, hift={}))[0]
     assert again.block_plan.always_active == ()
-    with logged("hift_ds.engine_checkpoints") as notes:
+    with logged("hift_ds.engine_loading") as notes:
         again.load_checkpoint(str(folder), tag="here")
     assert "and are none now" in notes[0] and "a cycle begins" in notes[-1]
     advised = json.loads(re.search(r'"always_active": (\[.*?\])', notes[0])[1])
@@ -144,7 +144,7 @@ def assert_other_plan_noted(base, folder):
     again.destroy()
     told = ds_config(0, hift={"always_active": advised})
     again = hift_ds.initialize(model=classifier(folder / "trained"), config=told)[0]
-    with logged("hift_ds.engine_checkpoints") as notes:
+    with logged("hift_ds.engine_loading") as notes:
         assert again.load_checkpoint(str(folder), tag="here")[0] is not None
     assert notes == []
     again.destroy()

@@ -22,7 +22,7 @@ from hift_testing.resuming import seeded_engine
 from hift_testing.selection import slow
 from hift_testing.training import run_steps
 
-from hift_ds import engine_checkpoints
+from hift_ds import engine_saving
 from hift_ds.checkpoint import restore
 from hift_ds.zero.gradients import GradientReducer
 from hift_ds.zero.step import Step
@@ -70,8 +70,8 @@ PLACES: dict[str, Callable[[Any], None]] = {
     "backward": in_backward,
     "reduction": lambda engine: before(GradientReducer, "finish_backward"),
     "update": lambda engine: before(Step, "_updated", 2),  # of two units
-    "save": lambda engine: before(engine_checkpoints, "write_tensors", 2),
-    "background": lambda engine: before(engine_checkpoints, "write_tensors", 3),
+    "save": lambda engine: before(engine_saving, "write_tensors", 2),
+    "background": lambda engine: before(engine_saving, "write_tensors", 3),
     "load": lambda engine: before(restore, "load_states"),
 }  # fmt: skip
 
@@ -129,7 +129,7 @@ def abandoned(folder: str) -> None:
     run_steps(engine, 2)
     engine.save_checkpoint(folder, tag="run")
     if dist.get_rank() == 1:
-        before(engine_checkpoints, "write_tensors", 4)
+        before(engine_saving, "write_tensors", 4)
     engine.save_checkpoint(folder, tag="run", asynchronous=True)
     began = time.monotonic()
     engine._background._thread.join(30)

@@ -93,7 +93,7 @@ def taken_over(
     folder: str, stage: int, dtype: str, hift: dict[str, Any], rate: float
 ) -> tuple[Any, Any, list[str], Any, int]:
     taken = engine(stage, dtype, hift, 1)
-    with logged("hift_ds.engine_checkpoints") as notes:
+    with logged("hift_ds.engine_loading") as notes:
         _, client = taken.load_checkpoint(folder)
     assert client["mine"] == 4 and taken.global_steps == 4
     states = taken.optimizer.states
@@ -177,7 +177,7 @@ def without_state(folder: str, then: int, now: int) -> list[str]:
     run_steps(plain, 3)
     plain.save_checkpoint(folder)
     taken = engine_of(ds_config(now, "fp32", {}, optimizer={"type": "SGD", "params": {"lr": 0.2}}), small_llama(1))
-    with logged("hift_ds.engine_checkpoints") as notes:
+    with logged("hift_ds.engine_loading") as notes:
         taken.load_checkpoint(folder)
     assert weights_by_name(taken) == weights_by_name(plain) and taken.get_lr() == [0.1]
     run_steps(taken, 2)
@@ -262,7 +262,7 @@ def refused(folder: str) -> None:
     rule = engine_of(
         ds_config(2, "fp32", {}), model := small_llama(1), optimizer=torch.optim.SGD(groups_of(model), 0.1, 0.9)
     )
-    with logged("hift_ds.engine_checkpoints") as notes:
+    with logged("hift_ds.engine_loading") as notes:
         rule.load_checkpoint(folder)
     assert {state.step for state in rule.optimizer.states} == {0}
     assert dist.get_rank() or any("which begin anew" in note for note in notes)

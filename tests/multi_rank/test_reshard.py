@@ -55,7 +55,7 @@ def begun(folder: str, stage: int, dtype: str, hift: dict[str, Any], rule: str) 
 def gone_on(folder: str, number: int, stage: int, dtype: str, hift: dict[str, Any], rule: str) -> Any:
     """Loads the checkpoint before this one, and saves it again; what it is, and what has been said."""
     engine = seeded_engine(stage, dtype, hift, number, rule=rule)
-    with logged("hift_ds.engine_checkpoints") as notes:
+    with logged("hift_ds.engine_loading") as notes:
         engine.load_checkpoint(folder, tag=str(number - 1))
     facts = (engine.optimizer.rotation.step, [state.step for state in engine.optimizer.states], engine.global_steps)
     engine.save_checkpoint(folder, tag=str(number), save_latest=False)
@@ -128,7 +128,7 @@ def other_blocks(folder: str, stage: int, hift: dict[str, Any], says: str) -> No
     run_steps(first, 8)
     first.save_checkpoint(folder)
     other = seeded_engine(stage, "bf16", hift, 1)
-    with logged("hift_ds.engine_checkpoints") as notes:
+    with logged("hift_ds.engine_loading") as notes:
         other.load_checkpoint(folder)
     before, after = whole(first), whole(other)
     assert [name for name in after if before[name] != after[name]] == []
@@ -158,7 +158,7 @@ def converted(folder: str, stage: int, then: dict[str, Any], now: dict[str, Any]
     run_steps(first, 8)
     first.save_checkpoint(folder)
     other = seeded_engine(stage, "bf16", now, 1)
-    with logged("hift_ds.engine_checkpoints") as notes:
+    with logged("hift_ds.engine_loading") as notes:
         other.load_checkpoint(folder)
     if dist.get_rank() == 0:
         assert len(notes) == 1 and "masters and moments are converted" in notes[0], notes
@@ -195,7 +195,7 @@ def other_dtype(folder: str, stage: int, dtypes: tuple[str, str]) -> None:
     first.save_checkpoint(folder)
     other = seeded_engine(stage, dtypes[1], {}, 1)
     scale = other.optimizer.loss_scale
-    with logged("hift_ds.engine_checkpoints") as notes:
+    with logged("hift_ds.engine_loading") as notes:
         other.load_checkpoint(folder)
     assert "masters and moments are converted" in notes[0] if dist.get_rank() == 0 else notes == []
     mine = dict(other.module.named_parameters())

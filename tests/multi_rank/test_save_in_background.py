@@ -15,7 +15,7 @@ from hift_testing.resuming import seeded_engine
 from hift_testing.selection import slow
 from hift_testing.training import run_steps
 
-from hift_ds import engine_checkpoints
+from hift_ds import engine_saving
 from hift_ds.checkpoint.background import BackgroundSave
 from hift_ds.checkpoint.tensor_files import FileFacts
 
@@ -31,19 +31,19 @@ FORMS: dict[str, Any] = {
 def slowed(seconds: float) -> list[str]:
     """From now on each file takes so long; their names, as they are begun."""
     begun: list[str] = []
-    original = engine_checkpoints.write_tensors
+    original = engine_saving.write_tensors
 
     def write(path: Path, *rest: Any) -> FileFacts:
         begun.append(path.name)
         time.sleep(seconds)
         return original(path, *rest)
 
-    engine_checkpoints.write_tensors = write  # type: ignore[assignment]
+    engine_saving.write_tensors = write  # type: ignore[assignment]
     return begun
 
 
 def unslowed(original: Any) -> None:
-    engine_checkpoints.write_tensors = original
+    engine_saving.write_tensors = original
 
 
 def same_files(root: str, form: str) -> tuple[float, float]:
@@ -52,7 +52,7 @@ def same_files(root: str, form: str) -> tuple[float, float]:
     engine = seeded_engine(stage, dtype, hift, 0, scheduler=True)
     run_steps(engine, 8)
     engine.save_checkpoint(root, tag="waited")
-    original = engine_checkpoints.write_tensors
+    original = engine_saving.write_tensors
     begun = slowed(0.05)
     try:
         began = time.monotonic()
@@ -94,21 +94,21 @@ def failing(root: str, stage: int) -> None:
     engine.save_checkpoint(root, tag="run")
     old = all_by_block(engine)
     run_steps(engine, 1, start=2)
-    original = engine_checkpoints.write_tensors
+    original = engine_saving.write_tensors
 
     def full(path: Path, *rest: Any) -> FileFacts:
         if "block_1." in path.name and (stage == 0 or dist.get_rank() == 1):
             raise OSError(28, "No space left on device")
         return original(path, *rest)
 
-    engine_checkpoints.write_tensors = full  # type: ignore[assignment]
+    engine_saving.write_tensors = full  # type: ignore[assignment]
     try:
         engine.save_checkpoint(root, tag="run", asynchronous=True)
         run_steps(engine, 7, start=3)
         error = error_of(lambda: engine.save_checkpoint(root, tag="other"))
         assert "No space left on device" in error, error
         assert error_of(engine.finish_saving) == ""  # it is said once
-        with logged("hift_ds.engine_checkpoints") as errors:
+        with logged("hift_ds.engine_saving") as errors:
             engine.save_checkpoint(root, tag="run", asynchronous=True)
             engine.destroy()
         # At stage 0 rank 0 alone writes.
@@ -132,7 +132,7 @@ def disturbed(root: str) -> None:
     engine = seeded_engine(2, "bf16", {"kernel": "triton", "state": {"master": "split16"}}, 0)
     run_steps(engine, 2)
     engine.save_checkpoint(root, tag="good")
-    original = engine_checkpoints.write_tensors
+    original = engine_saving.write_tensors
     slowed(0.2)
     try:
         engine.save_checkpoint(root, tag="bad", asynchronous=True)
@@ -151,7 +151,7 @@ def disturbed(root: str) -> None:
 def written_half_way(root: str, hift: dict[str, Any]) -> str:
     """Weights are written while the file that would have them is being written."""
     engine = seeded_engine(2, "bf16", hift, 0)
-    original, weight = engine_checkpoints.write_tensors, engine.module.model.layers[2].mlp.up_proj.weight
+    original, weight = engine_saving.write_tensors, engine.module.model.layers[2].mlp.up_proj.weight
 
     def disturbed_write(path: Path, *rest: Any) -> FileFacts:
         facts = original(path, *rest)
@@ -160,7 +160,7 @@ def written_half_way(root: str, hift: dict[str, Any]) -> str:
                 weight.mul_(2)
         return facts
 
-    engine_checkpoints.write_tensors = disturbed_write  # type: ignore[assignment]
+    engine_saving.write_tensors = disturbed_write  # type: ignore[assignment]
     try:
         engine.save_checkpoint(root, asynchronous=True)
         return error_of(engine.finish_saving)

@@ -15,7 +15,7 @@ ROOT = PACKAGE.parent
 
 # Of the core, only these rooms know DeepSpeed (of config/, the files that read its config and name its surface).
 KNOW_DEEPSPEED = {
-    "engine", "engine_checkpoints", "checkpoint", "start", "enabling", "zero", "distributed", "config", "memory",
+    "engine", "engine_saving", "checkpoint", "start", "enabling", "zero", "distributed", "config", "memory",
 }  # fmt: skip
 # From the bottom up: a module imports from its own room and those before it.
 LAYERS = (
@@ -27,7 +27,7 @@ LAYERS = (
     ("checkpoint",),
     ("zero",),
     ("memory",),
-    ("view", "engine_checkpoints", "engine"),
+    ("view", "engine_saving"), ("engine_loading",), ("engine",),
     ("start",),
     ("integrations",),
     ("enabling",),
