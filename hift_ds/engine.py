@@ -278,6 +278,7 @@ class HiFTEngine(LoadingEngine):
             self.optimizer.window_cut = False
             self.micro_steps += 1
             self._running_engine_step = False
+            self.skipped_steps += self.optimizer.take_left_out()
             raise
         self.skipped_steps += self.optimizer.take_left_out()
 

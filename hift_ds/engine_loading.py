@@ -51,9 +51,10 @@ class LoadingEngine(SavingEngine):
         tag = agree(lambda: folder.latest_tag(load_dir)) if tag is None else str(tag)
         require_alike("checkpoint tag", tag)
         module = self.module if custom_load_fn is None else None
-        saved = None
+        saved = before = None
         if tag is not None:
             agree(lambda: folder.recover(Path(load_dir), tag) if self._keeps_a_folder() else None)
+            before = manifest.identity(Path(load_dir, tag))
             saved = agree(lambda: self._open(Path(load_dir), tag, whole, schedule))
             self._reads = saved
         try:
@@ -68,6 +69,8 @@ class LoadingEngine(SavingEngine):
                     self.loaded_checkpoint_dp_world_size = saved.manifest["ranks"]
                 if saved is not None and whole:
                     self._resume(saved)
+                if tag is not None:
+                    manifest.require_still(Path(load_dir, tag), before)
                 return result
 
             with self.optimizer.loading(self.module.parameters()):
@@ -120,6 +123,8 @@ class LoadingEngine(SavingEngine):
                 raise RuntimeError(f"the checkpoint has no {part}, and this run has one: {fit.WEIGHTS_ALONE}")
         if module is not None and self._reads is not None:
             fit.require_module_fits(self._reads.manifest["module"], module, strict)
+        if read["lr_scheduler"] and self._reads is not None and self._reads.plain:
+            fit.require_same_kind(file["lr_scheduler"], self.lr_scheduler)
         if read["lr_scheduler"]:
             fit.require_schedule_takes(file["lr_scheduler"], self.lr_scheduler, self.optimizer.param_groups)
 

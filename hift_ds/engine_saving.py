@@ -17,7 +17,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from hift_ds.checkpoint import content, fit, folder, manifest, random_states, restore
 from hift_ds.checkpoint.background import BackgroundSave, Job
 from hift_ds.checkpoint.save import Save
-from hift_ds.checkpoint.tensor_files import FileFacts, facts_of, num_bytes, write_tensors
+from hift_ds.checkpoint.tensor_files import FileFacts, Summed, facts_of, num_bytes, write_tensors
 from hift_ds.config.resolve import ResolvedConfig
 from hift_ds.distributed import agree, of_all_ranks, require_alike
 from hift_ds.rotation.rotation import Rotation
@@ -67,9 +67,9 @@ class SavingEngine(DeepSpeedEngine):
         asynchronous = self.resolved.hift.asynchronous_save if asynchronous is None else asynchronous
         require_alike("checkpoint tag and how it is saved", (tag, asynchronous))
         save = Save(Path(save_dir), tag, save_latest, exclude_frozen_parameters, self._keeps_a_folder())
+        self._make_room(run, save.root)
+        agree(lambda: folder.begin(save.root, tag) if save.keeps else None)
         try:
-            self._make_room(run, save.root)
-            agree(lambda: folder.begin(save.root, tag) if save.keeps else None)
             # Plain DeepSpeed would take it for one without optimizer state, at stage 3 without weights, and go on. It
             # stops at another number of ranks, and says it.
             whose = f"{run.world} under HiFT, which has to load it (hift_ds),"
@@ -77,8 +77,9 @@ class SavingEngine(DeepSpeedEngine):
             with self.optimizer.saving():
                 super().save_checkpoint(save_dir, folder.unfinished(tag), marked, False, save.without_frozen)
             facts = {**content.facts(run), **self._facts(save.without_frozen)}
-            jobs = agree(lambda: self._jobs(run, save))
-            if asynchronous and not self.use_node_local_storage():
+            asynchronous = asynchronous and not self.use_node_local_storage()
+            jobs = agree(lambda: self._jobs(run, save, asynchronous))
+            if asynchronous:
                 self._save_in_background(save, jobs, facts)
                 return True
             files: dict[str, FileFacts] = {}
@@ -135,8 +136,12 @@ class SavingEngine(DeepSpeedEngine):
         self.optimizer.before_turn = lambda block: background.ensure(f"block_{block}")
         self.optimizer.before_change = background.flush
 
-    def _jobs(self, run: content.RunState, save: Save) -> dict[str, Job]:
-        """What this rank has to write, by part; "rest": what else is its own, "model": DeepSpeed's file, written."""
+    def _jobs(self, run: content.RunState, save: Save, watched: bool) -> dict[str, Job]:
+        """What this rank has to write, by part; "rest": what else is its own, "model": DeepSpeed's file, written.
+
+        Args:
+            watched: Weights must be what they are now when they are written.
+        """
         failed, self._failed = self._failed, None
         if failed is not None:
             raise failed
@@ -145,8 +150,9 @@ class SavingEngine(DeepSpeedEngine):
         def of_part(part: str, states: Sequence[UnitState]) -> dict[str, FileFacts]:
             tensors = {name: tensor for state in states for name, tensor in content.tensors_of(state).items()}
             name = content.file_name(run.rank, part)
-            facts = write_tensors(place / name, tensors, content.phases(states))
-            if self.optimizer.guard.written_marks(states) != marks[part]:
+            summed = {name: Summed(tensors[name]) for name in sums.get(part, ())}
+            facts = write_tensors(place / name, {**tensors, **summed}, content.phases(states))
+            if {fqn: tensor.sum for fqn, tensor in summed.items()} != sums.get(part, {}):
                 raise RuntimeError(
                     f"weights of {part} were written while they were saved in the background, so the checkpoint is "
                     "dropped: call engine.finish_saving() before you change weights"
@@ -160,7 +166,7 @@ class SavingEngine(DeepSpeedEngine):
 
         model = Path(self._get_ckpt_name(str(place.parent), place.name))
         parts = run.parts if self._writes_state() else {}
-        marks = {part: self.optimizer.guard.written_marks(states) for part, states in parts.items()}
+        sums = {part: content.sums_of_weights(states) for part, states in parts.items()} if watched else {}
         jobs: dict[str, Job] = {part: partial(of_part, part, states) for part, states in parts.items()}
         jobs["rest"] = of_rest
         if self.save_non_zero_checkpoint:

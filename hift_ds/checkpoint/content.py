@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from hift_ds.checkpoint.tensor_files import CODES
+from hift_ds.checkpoint.tensor_files import CODES, sum_of
 from hift_ds.rotation.rotation import Rotation
 from hift_ds.rotation.schedule import CycleScheduler, DelayedRate
 from hift_ds.shards import UnitShard, slice_numel
@@ -168,6 +168,16 @@ def tensors_of(state: UnitState) -> dict[str, torch.Tensor]:
                 found[f"{fqn}::{slot}{SCALE_SUFFIX}"] = scales_of(state, index, slot)
     if shard.rank == 0:
         found.update((extra_name(state, key), tensor) for key, tensor in state.extra.items())
+    return found
+
+
+def sums_of_weights(states: Iterable[UnitState]) -> dict[str, int]:
+    """By name, of the tensors that are weights of the model itself, into which users may write."""
+    found = {}
+    for state in states:
+        if state.weights_count:
+            tensors = tensors_of(state)
+            found.update({fqn: sum_of(tensors[fqn]) for fqn in state.shard.fqns})
     return found
 
 

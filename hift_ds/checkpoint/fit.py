@@ -117,6 +117,17 @@ def require_schedule(manifest: Mapping[str, Any], scheduler: Any) -> None:
         )
 
 
+def require_same_kind(saved: Mapping[str, Any], scheduler: Any) -> None:
+    """Raises RuntimeError where plain DeepSpeed's state, which names no class, is of another; torch's would take it."""
+    alien = {key for key in saved if not key.startswith("_")} - scheduler.state_dict().keys()
+    if alien:
+        raise RuntimeError(
+            f"the checkpoint's lr_scheduler has {some(sorted(alien))}, which this run's ({schedule_name(scheduler)}) "
+            "has not: resume with the same, or begin this one anew with load_checkpoint(..., "
+            "load_lr_scheduler_states=False)"
+        )
+
+
 def require_schedule_takes(saved: Mapping[str, Any], scheduler: Any, param_groups: list[dict[str, Any]]) -> None:
     """Tries whether a scheduler takes a state; leaves it as it was. One that cannot be put back is not tried.
 

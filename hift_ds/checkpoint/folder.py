@@ -14,6 +14,7 @@ from typing import IO
 UNFINISHED, REPLACED = ".unfinished", ".replaced"
 LATEST = "latest"
 _ASIDE = (UNFINISHED, REPLACED)
+_HELD_HERE: set[Path] = set()
 
 
 def unfinished(tag: str) -> str:
@@ -22,9 +23,18 @@ def unfinished(tag: str) -> str:
 
 
 def begin(save_dir: Path, tag: str) -> None:
-    """An empty folder to write into; what an earlier save that was cut off has left is removed."""
+    """An empty folder to write into; what an earlier save that was cut off has left is removed.
+
+    Raises:
+        RuntimeError: A save in the background writes there.
+    """
     recover(save_dir, tag)
     folder = save_dir / unfinished(tag)
+    if any(map(is_held, folder.glob("rank_*.writing"))):
+        raise RuntimeError(
+            f"save_checkpoint: {str(save_dir / tag)!r} is being written in the background by another engine: call its "
+            "finish_saving() first, or save under another tag"
+        )
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
 
@@ -82,7 +92,21 @@ def hold(path: Path) -> IO[str]:
     file.truncate(0)
     file.write("held")
     file.flush()
+    _HELD_HERE.add(path.absolute())
     return file
+
+
+def let_go(file: IO[str]) -> None:
+    """The inverse of `hold`."""
+    _HELD_HERE.discard(Path(file.name).absolute())
+    file.close()
+
+
+def is_held(path: Path) -> bool:
+    """Whether a living process, this one too, holds a file."""
+    if path.absolute() in _HELD_HERE:  # to look at its lock would let it go
+        return True
+    return path.is_file() and path.read_text(encoding="utf-8") == "held" and not is_let_go(path)
 
 
 def is_let_go(path: Path) -> bool:

@@ -54,6 +54,22 @@ def read(folder: Path) -> dict[str, Any] | None:
     return content
 
 
+def identity(folder: Path) -> tuple[int, int] | None:
+    """Another one where another save has taken the folder's place."""
+    path = folder / MANIFEST
+    found = path.stat() if path.is_file() else None
+    return None if found is None else (found.st_ino, found.st_mtime_ns)
+
+
+def require_still(folder: Path, before: tuple[int, int] | None) -> None:
+    """Raises RuntimeError where a folder has another `identity` than before."""
+    if identity(folder) != before:
+        raise RuntimeError(
+            f"checkpoint {str(folder)!r} was replaced while it was loaded, and weights and state may be of both: end "
+            "the run that saves there, and load it again"
+        )
+
+
 def verify(folder: Path, manifest: Mapping[str, Any], names: Iterable[str]) -> None:
     """Reads files through and compares them with the manifest.
 

@@ -33,4 +33,7 @@ def shapes_of_file(file: Mapping[str, Any]) -> dict[str, list[int]]:
     for of_a_group in file.get("param_shapes") or []:  # at stage 3 the module's are placeholders
         shapes.update(of_a_group)
     shapes.update(file.get("frozen_param_shapes") or {})
+    if file.get("param_shapes"):
+        for other, name in (file.get("shared_params") or {}).items():
+            shapes[other] = shapes[name]
     return {name: list(shape) for name, shape in shapes.items()}

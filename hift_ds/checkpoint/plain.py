@@ -85,7 +85,7 @@ class Collected:
         self.filled: dict[int, int] = {}  # elements of each group's flat vector
 
     def add(self, fqn: str, group: int, master: torch.Tensor, state: Mapping[str, Any], span: slice) -> None:
-        """The next piece of a parameter and of its moments: elements `span` of tensors that are as long."""
+        """The next piece of a parameter and of its moments: elements `span` of tensors that are as long, or padded."""
         numel = master.numel()
         self.group[fqn] = group
         self.pieces.add(fqn, master.detach().reshape(-1)[span])
@@ -93,7 +93,7 @@ class Collected:
         moments = {slot: value for slot, value in state.items() if slot != "step" and torch.is_tensor(value)}
         self.slots[fqn] = set(moments)
         for slot, value in moments.items():
-            if value.numel() == numel:
+            if value.numel() >= numel:  # DeepSpeed takes the padding off the masters alone
                 self.pieces.add(f"{fqn}::{slot}", value.reshape(-1)[span])
 
     def add_flat(
@@ -139,7 +139,10 @@ def read(place: Path, run: RunState, module: torch.nn.Module, states: bool) -> S
             "load_module_only=True)"
         )
     wanted = {fqn: slots_of(state) for state in run.states for fqn in state.shard.fqns}
-    masters = {fqn: _described(found, fqn, shapes[fqn], model["module"], wanted.get(fqn, [])) for fqn in found.group}
+    updates = max(1, model["global_steps"] - model["skipped_steps"])  # where an optimizer does not count its own
+    masters = {
+        fqn: _described(found, fqn, shapes[fqn], model["module"], wanted.get(fqn, []), updates) for fqn in found.group
+    }
     untrained = _untrained(found.pieces, model_files if sharded else [], model, masters)
     _require_whole(found, place, {name: math.prod(shapes[name]) for name in (*masters, *untrained)})
     schedule = run.scheduler if model.get("lr_scheduler") is not None else None
@@ -188,7 +191,18 @@ def _of_stage_0(found: Collected, model: Mapping[str, Any], run: RunState, modul
             state = _at(base["state"], index)
             weight = model["module"].get(fqn) if masters is None else masters[group][place]
             if weight is not None:
+                _require_same_shape(fqn, weight, state)
                 found.add(fqn, group, weight, state, slice(None))
+
+
+def _require_same_shape(fqn: str, weight: torch.Tensor, state: Mapping[str, Any]) -> None:
+    for slot, value in state.items():
+        if torch.is_tensor(value) and value.ndim == weight.ndim and value.numel() > 1 and value.shape != weight.shape:
+            raise RuntimeError(
+                f"the checkpoint's optimizer state has no names (ZeRO stage 0), and {slot} in the place of {fqn!r} has "
+                f"shape {tuple(value.shape)}, not {tuple(weight.shape)}: give the optimizer the same parameters in the "
+                "same order"
+            )
 
 
 def _names_in_groups(
@@ -280,7 +294,7 @@ def _group_of(param_groups: Sequence[Mapping[str, Any]]) -> dict[int, int]:
 
 
 def _described(
-    found: Collected, fqn: str, shape: list[int], module: Tensors, wanted: Sequence[str]
+    found: Collected, fqn: str, shape: list[int], module: Tensors, wanted: Sequence[str], updates: int
 ) -> dict[str, Any]:
     """As the manifest describes it; moments count where they are those that this run's rule keeps."""
     pieces, numel = found.pieces, math.prod(shape)
@@ -291,7 +305,7 @@ def _described(
         "shape": shape, "dtype": CODES[module[fqn].dtype] if fqn in module else CODES[master], "slice": numel,
         "group": found.group[fqn], "master": "fp32" if master == torch.float32 else "none", "slots": slots,
         "moments": _FORMS.get(pieces.dtype(f"{fqn}::{slots[0]}"), "none") if slots else "none",
-        "step": found.step[fqn] if slots or not wanted else 0, "file": "", "unit": 0,
+        "step": (found.step[fqn] or updates) if slots or not wanted else 0, "file": "", "unit": 0,
     }  # fmt: skip
 
 
@@ -342,7 +356,9 @@ def _groups_here(param_groups: Sequence[Mapping[str, Any]], run: RunState) -> li
     found = []
     for number, group in enumerate(param_groups):
         here = run.param_groups[number] if number < len(run.param_groups) else {}
-        found.append({key: value for key, value in group.items() if key in here and key != "params"})
+        # What is true or false makes another rule of it, which this run has chosen.
+        taken = (key for key in group if key in here and key != "params" and not isinstance(group[key], bool))
+        found.append({key: group[key] for key in taken})
     return found
 
 

@@ -61,7 +61,7 @@ class Save:
         """Tells it, by a file, what this rank has written."""
         found = {"files": {name: asdict(facts) for name, facts in files.items()}, "error": error and str(error)}
         folder.write_text(self.place / f"rank_{rank}.written", json.dumps(found))
-        begun.close()
+        folder.let_go(begun)
 
     def conclude(self, world: int, facts: Mapping[str, Any]) -> None:
         """Waits for all reports, and finishes.

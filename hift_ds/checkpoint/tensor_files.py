@@ -25,6 +25,7 @@ DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
@@ -49,6 +50,29 @@ class Writable(Protocol):
 
     def parts(self) -> Iterator[torch.Tensor]:
         """In order, 1-D."""
+
+
+class Summed:
+    """A tensor that somebody may write into meanwhile: `sum` is `sum_of` of what has gone into the file."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.shape, self.dtype, self.sum = tensor.shape, tensor.dtype, 0
+        self._flat = tensor.detach().reshape(-1)
+
+    def parts(self) -> Iterator[torch.Tensor]:
+        """As Writable.parts."""
+        for start in range(0, self._flat.numel(), CHUNK_BYTES // self.dtype.itemsize):
+            part = self._flat[start : start + CHUNK_BYTES // self.dtype.itemsize].to("cpu", copy=True)
+            self.sum += sum_of(part)
+            yield part
+
+
+def sum_of(tensor: torch.Tensor) -> int:
+    """Of a tensor's elements, taken as whole numbers; waits for its device once."""
+    words = tensor.detach().reshape(-1).view(WORDS[tensor.dtype.itemsize])
+    # In small parts on a CPU, where torch would make int64 of all of them first.
+    parts = words.split(1 << 20 if words.device.type == "cpu" else 1 << 26)
+    return int(torch.stack([part.sum(dtype=torch.int64) for part in parts]).sum()) if words.numel() else 0
 
 
 def write_tensors(

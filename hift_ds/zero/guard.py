@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
 from hift_ds.shards import UnitShard, full_numel, full_shape, is_partitioned
-from hift_ds.state.unit_state import UnitState
 
 logger = logging.getLogger(__name__)
 
@@ -54,10 +53,6 @@ class ModuleGuard:
             if fault is None:
                 raise
             raise RuntimeError(fault) from error
-
-    def written_marks(self, states: Iterable[UnitState]) -> list[tuple[int, int]]:
-        """What changes when weights are written that are masters or a part of them; compare it with an earlier one."""
-        return [_writes(param) for state in states if state.weights_count for param in state.shard.params]
 
     def written(self, shard: UnitShard) -> list[int]:
         """Indices of parameters of a block whose weights the user has written since `note`; notes them."""

@@ -143,6 +143,8 @@ class Step:
             overflow, reached = not verdict.finite, verdict.reached > 0
             norm = verdict.norm / scale
             if overflow and not self._loss_scaler.dynamic:  # else it is lowered, and says so
+                if self._config.hift.not_finite == "stop":
+                    self.left_out += 1  # which the engine does not come to count
                 self._say_left_out(block, states)
         else:
             check.send(self._facts_out)

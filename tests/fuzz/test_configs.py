@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import json
 import math
 import random
 import re
-from contextlib import nullcontext
+import tempfile
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,17 +20,19 @@ from hift_testing.training import engine_of, fp16_allowed, run_steps, small_llam
 from hypothesis import given, note
 from hypothesis import strategies as st
 
+from hift_ds import cli
+
 pytestmark = pytest.mark.multi_rank
 
 
 # It names the key, and its value where that is what is wrong.
 KEY = r"(ValueError|TypeError): (rank \d failed: \w+: )?(DeepSpeed refuses )?(the config: )?[\w.\[\]]+(=|: |\. | )"
 BLOCKS = [["embed", r"layers\.0"], [r"layers\.1", r"model\.norm", "lm_head"]]
-# key: (good values, bad ones); hypothesis' own strategies draw the extremes too often to meet what is usual
+# key: (good values, bad ones), no 1.0, which hjson reads as 1; hypothesis' own strategies draw the extremes too often to meet what is usual
 HIFT: dict[str, tuple[list[Any], list[Any]]] = {
-    "layers_per_block": ([1, 2, 3, 9], [0, -1, 2.0, "2"]), "order": (["bottom2up", "top2down", "random"], ["up", 3]),
+    "layers_per_block": ([1, 2, 3, 9], [0, -1, 2.5, "2"]), "order": (["bottom2up", "top2down", "random"], ["up", 3]),
     "seed": ([0, 7], [-1]), "steps_per_block": ([1, 2, 3], [0, None]), "lr_update": (["cycle", "paper", "step"], [5]),
-    "update": (["step", "backward", "step"], ["later"]), "clip": (["global", "global", "unit"], [1.0]),
+    "update": (["step", "backward", "step"], ["later"]), "clip": (["global", "global", "unit"], ["norm"]),
     "accumulate": (["device", "device", "host"], ["disk"]), "inactive_state": (["keep", "reset"], ["drop"]),
     "kernel": (["torch", "triton", None], ["cuda"]), "no_gradient": (["error", "skip"], ["pass"]),
     "not_finite": (["skip", "stop"], ["error"]),
@@ -39,9 +45,9 @@ STATE: dict[str, tuple[list[Any], list[Any]]] = {
     "residency": (["stream", "device"], ["host"]), "ring_bytes": ([None, 1 << 22], [5]),
 }  # fmt: skip
 ADAM: dict[str, tuple[list[Any], list[Any]]] = {
-    "betas": ([[0.9, 0.99], [0.0, 0.9]], [[0.9, 1.5]]), "weight_decay": ([0.1, 0.0], [-1])
+    "betas": ([[0.9, 0.99], [0, 0.9]], [[0.9, 1.5]]), "weight_decay": ([0.1, 0], [-1])
 }  # fmt: skip
-SGD: dict[str, tuple[list[Any], list[Any]]] = {"momentum": ([0.9, 0.0], [2.0]), "nesterov": ([False, True], [None])}
+SGD: dict[str, tuple[list[Any], list[Any]]] = {"momentum": ([0.9, 0], [2]), "nesterov": ([False, True], [None])}
 ZERO: dict[str, tuple[list[Any], list[Any]]] = {
     "offload_optimizer": ([{"device": "none"}, {"device": "cpu"}], [{"device": "nvme"}]),
     "reduce_bucket_size": ([500, 5000], [0]), "overlap_comm": ([True, False], []),
@@ -49,7 +55,7 @@ ZERO: dict[str, tuple[list[Any], list[Any]]] = {
 }  # fmt: skip
 WARMUP = {"type": "WarmupLR", "params": {"warmup_num_steps": 3, "warmup_max_lr": 1e-2}}
 TOP: dict[str, tuple[list[Any], list[Any]]] = {
-    "gradient_clipping": ([0.0, 0.0, 0.5], [-1.0, "1"]), "gradient_accumulation_steps": ([1, 1, 2, 3], [0]),
+    "gradient_clipping": ([0, 0, 0.5], [-1, "1"]), "gradient_accumulation_steps": ([1, 1, 2, 3], [0]),
     "bf16": ([{"enabled": True}, {"enabled": True}, {"enabled": False}], [{"enabled": "yes"}]),
     "fp16": ([{"enabled": False}, {"enabled": False}, {"enabled": True, "initial_scale_power": 4}], []),
     "scheduler": ([WARMUP], [{"type": "Warmup", "params": {}}]), "prescale_gradients": ([True, False], []),
@@ -78,8 +84,20 @@ def config_of(draw: random.Random) -> dict[str, Any]:
     zero = {"stage": draw.choice([0, 1, 2, 3] * 6 + [4]), **section(ZERO, 0.25)}
     return {
         "train_micro_batch_size_per_gpu": 2, "optimizer": {"type": kind, "params": {"lr": 1e-2, **params}},
-        "zero_optimization": zero, "gradient_clipping": 0.0, **section(TOP, 0.3), "hift": hift,
+        "zero_optimization": zero, "gradient_clipping": 0, **section(TOP, 0.3), "hift": hift,
     }  # fmt: skip
+
+
+def plan_of(config: dict[str, Any], ranks: int) -> tuple[int, str]:
+    """What `hift-ds plan` says of it: exit code, and the error."""
+    with tempfile.TemporaryDirectory() as folder:
+        small_llama(layers=2).config.save_pretrained(folder)
+        path = Path(folder, "ds_config.json")
+        path.write_text(json.dumps(config))
+        said = io.StringIO()
+        options = ["--model", folder, "--deepspeed_config", str(path), "--gpus", str(ranks), "--seq_len", "8"]
+        with redirect_stderr(said), redirect_stdout(io.StringIO()):
+            return cli.main(["plan", *options]), said.getvalue().strip().removeprefix("hift-ds plan: error: ")
 
 
 def trained(config: dict[str, Any]) -> str:
@@ -120,6 +138,8 @@ def test_a_config_trains_two_cycles_or_is_refused_on_every_rank(one_rank, two_ra
     note(repr(config))
     found = {1: one_rank, 2: two_ranks}[ranks].run(trained, config)
     assert len(set(found)) == 1, found
+    code, said = plan_of(config, ranks)
+    assert (code, said) == (2, found[0].partition(": ")[2]) if found[0] else code in (0, 1), (code, said, found[0])
     count("configs", "refused" if found[0] else "trained")
     if found[0]:
         count("configs refused for", re.split("[:=]", found[0])[1].strip().split(" (")[0])

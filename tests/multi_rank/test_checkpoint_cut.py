@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from deepspeed import comm as dist
@@ -22,7 +22,7 @@ from hift_testing.resuming import seeded_engine
 from hift_testing.selection import slow
 from hift_testing.training import run_steps
 
-from hift_ds.checkpoint import folder
+from hift_ds.checkpoint import folder, restore
 
 pytestmark = pytest.mark.multi_rank
 
@@ -160,6 +160,38 @@ for step in range(1000):
 """
 
 
+def replaced(root: str) -> str:
+    """Another run saves under the same tag while it is loaded."""
+    engine = seeded_engine(2, "bf16", {"layers_per_block": 3}, 0)
+    run_steps(engine, 2)
+    engine.save_checkpoint(root, tag="run")
+    run_steps(engine, 2)
+    engine.save_checkpoint(root, tag="other")
+    fresh, original = seeded_engine(2, "bf16", {"layers_per_block": 3}, 1), restore.load_position
+
+    def late(*args: Any) -> None:
+        dist.barrier()
+        if dist.get_rank() == 0:
+            Path(root, "run").rename(Path(root, "old"))
+            Path(root, "other").rename(Path(root, "run"))
+        dist.barrier()
+        original(*args)
+
+    restore.load_position = late
+    try:
+        error = error_of(lambda: fresh.load_checkpoint(root, tag="run"))
+    finally:
+        restore.load_position = original
+    fresh.load_checkpoint(root, tag="run")
+    assert all_by_block(fresh) == all_by_block(engine)
+    return error
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_loaded_is_an_error(two_ranks, tmp_path):
+    for error in two_ranks.run(replaced, str(tmp_path)):
+        assert "was replaced while it was loaded" in error and "load it again" in error
+
+
 def loaded_step(root: str) -> tuple[int, dict[str, str]]:
     fresh = seeded_engine(2, "bf16", {"layers_per_block": 3}, 1)
     _, state = fresh.load_checkpoint(root)
@@ -183,14 +215,16 @@ def test_ranks_that_are_killed_while_they_save_leave_a_whole_checkpoint(two_rank
     for number in range(12):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
         process = subprocess.Popen(
-            [*command, str(root)], stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
+            [*command, str(root)], stdout=subprocess.PIPE, text=True, env=environment
         )
         assert process.stdout is not None
         for line in process.stdout:
             if line.strip() == "1":
                 break
         time.sleep(0.02 + 0.037 * number)
-        os.killpg(process.pid, signal.SIGKILL)
+        # Its ranks have sessions of their own, and would train on.
+        for each in (*psutil.Process(process.pid).children(recursive=True), process):
+            each.kill()
         process.wait()
         step, found = two_ranks.run(loaded_step, str(root))[0]
         assert found == two_ranks.run(trained, step + 1)[0], (number, step)

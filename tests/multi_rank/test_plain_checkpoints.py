@@ -17,7 +17,15 @@ from hift_testing.fingerprints import weights_by_name
 from hift_testing.messages import error_of, logged
 from hift_testing.resuming import FP16
 from hift_testing.selection import slow
-from hift_testing.training import ds_config, engine_of, fp16_allowed, largest_difference, run_steps, small_llama
+from hift_testing.training import (
+    ds_config,
+    engine_of,
+    fp16_allowed,
+    largest_difference,
+    run_steps,
+    small_llama,
+    whole_weights,
+)
 
 pytestmark = pytest.mark.multi_rank
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -212,6 +220,104 @@ def test_one_block_goes_on_as_plain_deepspeed_would_have(two_ranks, tmp_path, st
         assert apart < 2e-7 and moved > 1e-3
 
 
+class Odd(torch.nn.Module):
+    """Of sizes that nothing divides, so that DeepSpeed pads; with a head that is the embedding, or its own."""
+
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = torch.nn.Embedding(19, 7)
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(7, 7) for _ in range(3))
+        self.head = torch.nn.Linear(7, 19, bias=False)
+        if tied:
+            self.head.weight = self.embed.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        hidden = self.embed(ids)
+        for layer in self.layers:
+            hidden = hidden + torch.tanh(layer(hidden))
+        return torch.nn.functional.cross_entropy(self.head(hidden[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+
+
+OPTIMIZERS = {
+    "adamw": lambda params: torch.optim.AdamW(params, 1e-2, eps=1e-6),
+    "sgd": lambda params: torch.optim.SGD(params, 0.1, momentum=0.9),
+    "adagrad": lambda params: torch.optim.Adagrad(params, 1e-2),
+}  # fmt: skip
+
+
+def odd_engine(stage: int, rule: str, tied: bool, hift: Any) -> Any:
+    config = ds_config(stage, "fp32", hift, zero_allow_untested_optimizer=True)
+    del config["optimizer"]
+    model = Odd(tied)
+    return engine_of(config, model, optimizer=OPTIMIZERS[rule](model.parameters()))
+
+
+def odd_steps(any_engine: Any, steps: range) -> None:
+    for step in steps:
+        ids = torch.randint(0, 19, (2, 9), generator=torch.Generator().manual_seed(2 * step + dist.get_rank()))
+        any_engine.backward(any_engine(ids))
+        any_engine.step()
+
+
+def odd(folder: str, cases: list[tuple[int, int, str, bool]]) -> list[float]:
+    """How far HiFT's steps are from plain DeepSpeed's, behind the same checkpoint."""
+    apart = []
+    for number, (then, now, rule, tied) in enumerate(cases):
+        plain = odd_engine(then, rule, tied, None)
+        odd_steps(plain, range(3))
+        plain.save_checkpoint(f"{folder}/{number}")
+        odd_steps(plain, range(3, 6))
+        taken = odd_engine(now, rule, tied, ONE_BLOCK)
+        taken.load_checkpoint(f"{folder}/{number}")
+        odd_steps(taken, range(3, 6))
+        apart.append(largest_difference(whole_weights(taken), whole_weights(plain)))
+    return apart
+
+
+ODD = [(stage, (stage + 1) % 4, rule, stage % 2 == 1) for stage in range(4) for rule in OPTIMIZERS]
+
+
+@pytest.mark.parametrize("ranks", [2, slow(1)])
+def test_padding_ties_and_optimizers_that_count_no_steps_are_no_hindrance(one_rank, two_ranks, tmp_path, ranks):
+    for apart in {1: one_rank, 2: two_ranks}[ranks].run(odd, str(tmp_path), ODD):
+        assert max(apart) < 5e-7, list(zip(ODD, apart, strict=True))
+
+
+def other_order(folder: str) -> None:
+    """At stage 0 the files have no names; a schedule of another class is one that torch would take."""
+    plain = engine(0, "fp32", None, 0)
+    run_steps(plain, 2)
+    plain.save_checkpoint(folder)
+    model = small_llama(1)
+    groups = [{**group, "params": group["params"][::-1]} for group in groups_of(model)]
+    taken = engine_of(ds_config(2, "fp32", {}), model, optimizer=torch.optim.AdamW(groups, 1e-3))
+    before = weights_by_name(taken)
+    error = error_of(lambda: taken.load_checkpoint(folder))
+    assert "give the optimizer the same parameters in the same order" in error and weights_by_name(taken) == before
+
+    def scheduled(hift: Any, make: Any) -> Any:
+        model = small_llama(0)
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+        config = ds_config(2, "fp32", hift)
+        del config["optimizer"]
+        return engine_of(config, model, optimizer=optimizer, lr_scheduler=make(optimizer))
+
+    cosine = scheduled(None, lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 9))
+    run_steps(cosine, 2)
+    cosine.save_checkpoint(folder, tag="cosine")
+    steps = scheduled({}, lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 3))
+    error = error_of(lambda: steps.load_checkpoint(folder, tag="cosine"))
+    assert "lr_scheduler has 'T_max', 'eta_min', which this run's (StepLR) has not" in error, error
+    same = scheduled({}, lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 9))
+    same.load_checkpoint(folder, tag="cosine")
+    assert same.lr_scheduler.last_epoch == 2
+
+
+def test_parameters_in_another_order_and_a_schedule_of_another_class_are_refused(two_ranks, tmp_path):
+    two_ranks.run(other_order, str(tmp_path))
+
+
 def universal(folder: str, stage: int) -> tuple[Any, Any, int]:
     taken = engine(stage, "fp32", {}, 1)
     taken.load_checkpoint(folder, tag="u")
@@ -266,6 +372,7 @@ def refused(folder: str) -> None:
     with logged("hift_ds.engine_loading") as notes:
         rule.load_checkpoint(folder)
     assert {state.step for state in rule.optimizer.states} == {0}
+    run_steps(rule, 2)  # what is true or false in the checkpoint's groups is not this run's
     assert dist.get_rank() or any("which begin anew" in note for note in notes)
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from deepspeed import comm as dist
 from hift_testing.fingerprints import all_by_block
 from hift_testing.messages import error_of, logged
@@ -136,8 +135,7 @@ def disturbed(root: str) -> None:
     slowed(0.2)
     try:
         engine.save_checkpoint(root, tag="bad", asynchronous=True)
-        with torch.no_grad():
-            engine.module.model.layers[3].mlp.up_proj.weight.mul_(2)
+        engine.module.model.layers[3].mlp.up_proj.weight.data.mul_(2)  # which torch does not count
         assert "were written while they were saved" in error_of(engine.finish_saving)
         engine.load_checkpoint(root, tag="good")
         before = all_by_block(engine)
@@ -148,16 +146,17 @@ def disturbed(root: str) -> None:
         unslowed(original)
 
 
-def written_half_way(root: str, hift: dict[str, Any]) -> str:
-    """Weights are written while the file that would have them is being written."""
+def written_half_way(root: str, hift: dict[str, Any], after: bool) -> str:
+    """Weights are written just before the file that has them is, or after it."""
     engine = seeded_engine(2, "bf16", hift, 0)
     original, weight = engine_saving.write_tensors, engine.module.model.layers[2].mlp.up_proj.weight
 
     def disturbed_write(path: Path, *rest: Any) -> FileFacts:
+        if "block_3." in path.name and not after:
+            weight.data.mul_(2)
         facts = original(path, *rest)
-        if "block_3." in path.name:
-            with torch.no_grad():
-                weight.mul_(2)
+        if "block_3." in path.name and after:
+            weight.data.mul_(2)
         return facts
 
     engine_saving.write_tensors = disturbed_write  # type: ignore[assignment]
@@ -170,9 +169,10 @@ def written_half_way(root: str, hift: dict[str, Any]) -> str:
 
 def test_weights_that_are_written_half_way_are_an_error_where_they_are_in_the_file(two_ranks, tmp_path):
     split = {"kernel": "triton", "state": {"master": "split16"}}
-    errors = two_ranks.run(written_half_way, str(tmp_path / "split"), split)
+    errors = two_ranks.run(written_half_way, str(tmp_path / "split"), split, False)
     assert all("were written while they were saved" in error for error in errors)
-    assert two_ranks.run(written_half_way, str(tmp_path / "fp32"), {}) == ["", ""]
+    assert two_ranks.run(written_half_way, str(tmp_path / "after"), split, True) == ["", ""]
+    assert two_ranks.run(written_half_way, str(tmp_path / "fp32"), {}, False) == ["", ""]
 
 
 def test_weights_that_are_written_meanwhile_are_an_error_and_a_load_waits(two_ranks, tmp_path):
@@ -199,3 +199,26 @@ def test_a_job_that_is_needed_first_is_done_first_and_once():
     save.wait()
     ((files, error),) = ended
     assert sorted(order) == sorted("abcdefgh") == sorted(files) and error is None
+
+
+def twice(root: str) -> list[str]:
+    """Two engines of one process save in the background, under one tag."""
+    engines = [seeded_engine(2, "bf16", {}, seed) for seed in (0, 1)]
+    original = engine_saving.write_tensors
+    slowed(0.1)
+    try:
+        engines[0].save_checkpoint(root, tag="run", asynchronous=True)
+        errors = [error_of(lambda: engines[1].save_checkpoint(root, tag="run", asynchronous=True))]
+    finally:
+        unslowed(original)
+    engines[0].finish_saving()
+    errors.append(error_of(lambda: engines[1].save_checkpoint(root, tag="run", asynchronous=True)))
+    engines[1].finish_saving()
+    engines[0].load_checkpoint(root, tag="run")
+    return [*errors, "" if all_by_block(engines[0]) == all_by_block(engines[1]) else "other weights"]
+
+
+def test_a_tag_that_another_engine_writes_is_refused(two_ranks, tmp_path):
+    for during, later, apart in two_ranks.run(twice, str(tmp_path)):
+        assert "is being written in the background by another engine: call its finish_saving() first" in during
+        assert (later, apart) == ("", "")
