@@ -28,7 +28,7 @@ pytestmark = pytest.mark.multi_rank
 # It names the key, and its value where that is what is wrong.
 KEY = r"(ValueError|TypeError): (rank \d failed: \w+: )?(DeepSpeed refuses )?(the config: )?[\w.\[\]]+(=|: |\. | )"
 BLOCKS = [["embed", r"layers\.0"], [r"layers\.1", r"model\.norm", "lm_head"]]
-# key: (good values, bad ones), no 1.0, which hjson reads as 1; hypothesis' own strategies draw the extremes too often to meet what is usual
+# key: (good values, bad ones), no 1.0, which hjson reads as 1. hypothesis' own strategies draw the extremes too often.
 HIFT: dict[str, tuple[list[Any], list[Any]]] = {
     "layers_per_block": ([1, 2, 3, 9], [0, -1, 2.5, "2"]), "order": (["bottom2up", "top2down", "random"], ["up", 3]),
     "seed": ([0, 7], [-1]), "steps_per_block": ([1, 2, 3], [0, None]), "lr_update": (["cycle", "paper", "step"], [5]),
