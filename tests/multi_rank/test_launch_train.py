@@ -525,6 +525,25 @@ def test_deepspeed_launcher_ends_with_the_error_of_its_ranks(folder):
 
 
 @pytest.mark.slow
+def test_a_run_that_is_killed_goes_on_to_the_same_weights(folder):
+    steps = ["--max_steps", "40", "--save_every", "1", "--keep_last", "2", "--hift_asynchronous_save", "true"]
+    done = run(lone(*steps, "--output_dir", "unkilled"), folder)
+    assert done.code == 0, done.err
+    for number in ("7", "19"):
+        again = ["--resume"] if number != "7" else []
+        process = start(lone(*steps, "--output_dir", "killed", *again), folder, PYTHONUNBUFFERED="1")
+        assert process.stdout is not None
+        for line in process.stdout:
+            if re.match(rf"step {number}/40", line):
+                break
+        process.kill()
+        finish(process)
+    done = run(lone(*steps, "--output_dir", "killed", "--resume"), folder)
+    assert done.code == 0, done.err
+    assert_same_weights(folder / "killed" / "model", folder / "unkilled" / "model")
+
+
+@pytest.mark.slow
 def test_a_full_run_of_plain_deepspeed_goes_on_with_hift(folder):
     place = ["--output_dir", "goes_on", "--save_every", "2"]
     full = [sys.executable, SCRIPT, *COMMON, "--max_steps", "4", *place]
