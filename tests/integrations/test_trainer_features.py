@@ -20,7 +20,7 @@ from hift_testing.trainers import (
     rows,
     trainer_of,
 )
-from hift_testing.training import ds_config, small_llama, whole_weights
+from hift_testing.training import ds_config, largest_difference, small_llama, whole_weights
 from transformers import (
     AutoModelForCausalLM,
     LlamaForCausalLM,
@@ -111,6 +111,23 @@ def assert_resumes_anywhere(folder, stage, resumed):
 @pytest.mark.parametrize(("stage", "resumed"), [(2, (3, 4)), slow(0, (1, 2, 5)), slow(3, (2, 7))])
 def test_a_run_of_shuffled_rows_with_dropout_goes_on_bitwise_from_any_step(two_ranks, tmp_path, stage, resumed):
     two_ranks.run(assert_resumes_anywhere, tmp_path, stage, resumed)
+
+
+def full_then_hift(folder, stage):
+    """How far one block is from plain DeepSpeed's Trainer, whose checkpoint it goes on from."""
+    more = {"save_strategy": "steps", "save_steps": 4}
+    plain = {key: value for key, value in auto_config(stage, False).items() if key != "hift"}
+    whole = trained(folder / "full", {**plain, "zero_allow_untested_optimizer": True}, **more)
+    weights = whole_weights(whole.model_wrapped)
+    forget()
+    config, saved = auto_config(stage, False, {"layers_per_block": 1000}), str(folder / "full" / "checkpoint-4")
+    found = finished(trained(folder / "hift", config, resume=saved, model=small_llama(1), **more))
+    return largest_difference(found, weights)
+
+
+@pytest.mark.parametrize("stage", [slow(2), slow(3)])
+def test_a_run_of_plain_deepspeed_goes_on_with_hift_in_trainer(two_ranks, tmp_path, stage):
+    assert max(two_ranks.run(full_then_hift, tmp_path, stage)) < 1e-6
 
 
 def assert_saves_in_background(folder):
