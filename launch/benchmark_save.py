@@ -78,7 +78,7 @@ def _round(engine: Any, stream: Any, folder: Path) -> dict[str, float]:
     alone = [seconds(step) for _ in range(4)]
     waits = seconds(lambda: engine.save_checkpoint(str(folder), tag="waits"))
     stalls = seconds(lambda: engine.save_checkpoint(str(folder), tag="background", asynchronous=True))
-    meanwhile = []
+    meanwhile: list[float] = []
     while not meanwhile or _goes_on(engine):
         meanwhile.append(seconds(step))
     engine.finish_saving()
