@@ -42,7 +42,7 @@ HIFT: dict[str, tuple[list[Any], list[Any]]] = {
 }  # fmt: skip
 STATE: dict[str, tuple[list[Any], list[Any]]] = {
     "master": (["fp32", "split16", "none"], ["bf16"]), "moments": (["fp32", "bf16", "int8"], ["int4"]),
-    "residency": (["stream", "device"], ["host"]), "ring_bytes": ([None, 1 << 22], [5]),
+    "residency": (["stream", "device"], ["host"]), "ring_bytes": ([None, 1 << 22], [0]),
 }  # fmt: skip
 ADAM: dict[str, tuple[list[Any], list[Any]]] = {
     "betas": ([[0.9, 0.99], [0, 0.9]], [[0.9, 1.5]]), "weight_decay": ([0.1, 0], [-1])
