@@ -106,7 +106,9 @@ def is_held(path: Path) -> bool:
     """Whether a living process, this one too, holds a file."""
     if path.absolute() in _HELD_HERE:  # to look at its lock would let it go
         return True
-    return path.is_file() and path.read_text(encoding="utf-8") == "held" and not is_let_go(path)
+    with suppress(FileNotFoundError):  # its save has just ended
+        return path.read_text(encoding="utf-8") == "held" and not is_let_go(path)
+    return False
 
 
 def is_let_go(path: Path) -> bool:

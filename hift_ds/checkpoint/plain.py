@@ -182,7 +182,7 @@ def _of_stage_0(found: Collected, model: Mapping[str, Any], run: RunState, modul
     base = optimizer.get("optimizer_state_dict", optimizer)  # inside DeepSpeed's own for 16 bits
     found.param_groups, found.scale = base["param_groups"], _scale(optimizer)
     masters, flat = optimizer.get("fp32_groups"), optimizer.get("fp32_groups_flat")
-    for group, names in enumerate(_names_in_groups(base["param_groups"], masters, flat, run, module)):
+    for group, names in enumerate(_names_in_groups(base["param_groups"], flat, run, module)):
         if flat is not None:
             numels = [math.prod(model["module"][fqn].shape) for fqn in names]
             found.add_flat(group, names, numels, flat[group], _at(base["state"], group))
@@ -206,17 +206,17 @@ def _require_same_shape(fqn: str, weight: torch.Tensor, state: Mapping[str, Any]
 
 
 def _names_in_groups(
-    then: Sequence[Mapping[str, Any]], masters: Any, flat: Any, run: RunState, module: torch.nn.Module
+    then: Sequence[Mapping[str, Any]], flat: Any, run: RunState, module: torch.nn.Module
 ) -> list[list[str]]:
     """Of a checkpoint that has none: those of this run in the same places."""
     names = {param: name for name, param in module.named_parameters()}
     now = [[names[param] for param in group["params"] if param in names] for group in run.param_groups]
     trained = {fqn for state in run.states for fqn in state.shard.fqns}
+    shapes = {name: full_shape(param) for name, param in module.named_parameters()}
     found = []
     for number, group in enumerate(then):
         here = now[number] if number < len(now) else []
         only = [fqn for fqn in here if fqn in trained]
-        shapes = {name: full_shape(param) for name, param in module.named_parameters()}
         fitting = [
             fqns for fqns in (here, only)
             if (flat is not None and sum(shapes[fqn].numel() for fqn in fqns) == flat[number].numel())

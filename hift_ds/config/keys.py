@@ -156,7 +156,6 @@ class HiFTConfig:
         "what a gradient with inf or nan does, but for fp16's dynamic loss scale: a `skip`: its update is left out "
         "with a warning and counted in `engine.skipped_steps`, or a `stop`: an error on every rank, nothing changed",
     )  # fmt: skip
-
     asynchronous_save: bool = key(
         False, boolean(),
         "whether `engine.save_checkpoint` writes in the background while training goes on, where it is not told",
