@@ -25,10 +25,10 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent / "kernels")]  # a checkout ne
 
 
 def main() -> int:
-    from hift_ds.recipes.arguments import add_benchmark_arguments
+    from hift_ds.recipes.arguments import add_benchmark_arguments, add_trace_argument
     from hift_ds.recipes.setup import run_script
 
-    return run_script(benchmark, __doc__, HERE / "demo.json", add_benchmark_arguments)
+    return run_script(benchmark, __doc__, HERE / "demo.json", add_benchmark_arguments, add_trace_argument)
 
 
 def benchmark(args: argparse.Namespace) -> dict[str, Any]:
@@ -70,6 +70,12 @@ def show(row: dict[str, Any], display: Any) -> None:
         display.print(f"{step} (whole cycles, {row['timed_steps']} steps)")
     else:
         display.print(f"no time of a step: {row['steps']} steps are not three cycles; more --max_steps")
+    if "trace" in row:
+        trace = row["trace"]
+        kernels, copies, idle = (trace[key] for key in ("kernels_ms", "exposed_copies_ms", "idle_ms"))
+        display.print(f"traced step, ms: kernels {kernels:,.0f}, copies beside none {copies:,.0f}, idle {idle:,.0f}")
+        copied = [trace[way]["bytes"] / 1e9 for way in ("to_device", "to_host")]
+        display.print(f"copied in a step: {copied[0]:,.2f} GB to the device, {copied[1]:,.2f} GB to the host")
 
 
 def name_of(row: dict[str, Any]) -> str:

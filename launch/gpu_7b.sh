@@ -1,17 +1,22 @@
 #!/usr/bin/env bash
-# LLaMA-2-7B shapes with random weights on one card, without ZeRO, a layer a block: memory beside the forecast, and the time
-# of a step of whole cycles. Four runs, or those named: int8 exact wide fp32.   launch/gpu_7b.sh [RUN ...]
-# By name alone, Llama-3.1-8B at 2 x 2048, loss in chunks, recomputed activations: layer_exact layer_int8, a layer a block;
-# whole_exact whole_int8, all of full fine-tuning in one block, updated in backward (90 GiB of host memory, 30 for int8).
-# Needs 86 GiB of host memory (29 for int8, 54 for fp32). 16 CPU cores and PCIe 5: under two minutes a run.
-# OUTPUT: where configs and results go. STEPS: 102 are three cycles, one of them timed. LIMITS=no: a CPU has no allocator to cap.
+# Models of 7 and 8 billion parameters with random weights on one card, without ZeRO: memory beside the forecast, the time of a
+# step of whole cycles, and what of a traced cycle was copies of state that nothing hid.   launch/gpu_7b.sh [RUN ...]
+#   int8 exact wide fp32       LLaMA-2-7B, a layer a block; all four without a name
+#   layer_exact layer_int8     Llama-3.1-8B at 2 x 2048, loss in chunks, recomputed activations, a layer a block
+#   whole_exact whole_int8     the same, all of full fine-tuning in one block, updated in backward
+#   eight_layer eight_whole eight_full eight_offload   8 of the 32 layers: HiFT, and DeepSpeed's full fine-tuning with torch's
+#                              fused AdamW, or with ZeRO-2, offload_optimizer and its DeepSpeedCPUAdam (compiled at first)
+# Needs 90 GiB of host memory (30 for int8, 54 for fp32, 32 for eight). 16 CPU cores and PCIe 5: under two minutes a run.
+# OUTPUT: where configs and results go. STEPS: 102 are three cycles, one of them timed. LIMITS=no: a CPU has no allocator to
+# cap and nothing to trace.
 set -euo pipefail
 here="$(dirname "$0")"
 output="${OUTPUT:-outputs/gpu_7b}"
 mkdir -p "$output"
-measure() { # name, changes of the config, micro batch, tokens, cap of the card's memory
-    local cap=(--gpu_memory_limit "$5")
-    [ "${LIMITS:-yes}" = yes ] || cap=()
+measure() { # name, changes of the config, rows, tokens, cap of the card's memory or none, config.json of the model, more options
+    local watch=(--trace)
+    [ "$5" = none ] || watch+=(--gpu_memory_limit "$5")
+    [ "${LIMITS:-yes}" = yes ] || watch=()
     python3 - "$here/demo.json" "$output/$1_config.json" "$2" <<'PY'
 import json, sys
 base, target, changes = sys.argv[1:]
@@ -21,30 +26,46 @@ config |= json.loads(changes)
 with open(target, "w") as file:
     json.dump({key: value for key, value in config.items() if value is not None}, file, indent=1)
 PY
-    python3 "$here/benchmark_memory.py" --hift --random --model_name_or_path "${MODEL:-$here/${6:-llama2_7b}.json}" "${@:7}" \
-        --deepspeed_config "$output/$1_config.json" --max_steps "${STEPS:-136}" --micro_batch "$3" --seq_len "$4" "${cap[@]}" \
+    python3 "$here/benchmark_memory.py" --random --model_name_or_path "${MODEL:-$6}" "${@:7}" \
+        --deepspeed_config "$output/$1_config.json" --max_steps "${STEPS:-136}" --micro_batch "$3" --seq_len "$4" "${watch[@]}" \
         --results "$output/$1.json"
 }
+llama2() { measure "$@" "$here/llama2_7b.json" --hift; }
+llama31() { # run, changes of the config, cap, more options
+    measure "llama31_2x2048_$1" "{\"gradient_clipping\": 0.0, $2}" 2 "${TOKENS:-2048}" "$3" "${model:-$here/llama31_8b.json}" \
+        --loss chunked --gradient_checkpointing "${@:4}"
+}
+eight() {
+    local model="$output/llama31_8b_8layers.json"
+    sed 's/"num_hidden_layers": 32/"num_hidden_layers": 8/' "$here/llama31_8b.json" > "$model"
+    llama31 "$@"
+}
 unknown() {
-    echo "RUN $1: no such run; name int8, exact, wide, fp32, layer_exact, layer_int8, whole_exact or whole_int8" >&2
+    echo "RUN $1: no such run; $here/gpu_7b.sh names them at its top" >&2
     exit 2
 }
 block='"enabled": true, "layers_per_block": 1'
+whole='"enabled": true, "layers_per_block": 1000'
+backward='"update": "backward"'
 compact='"state": {"master": "split16", "moments": "int8"}'
+offload='"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "pin_memory": true}},
+    "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "betas": [0.9, 0.99], "weight_decay": 0.01}}'
 runs=("$@")
 [ $# -gt 0 ] || runs=(int8 exact wide fp32)
 for run in "${runs[@]}"; do
     case "$run" in
-        int8) measure bf16_1x1024_22gib_split16_int8 "{\"hift\": {$block, $compact}}" 1 "${TOKENS:-1024}" 22GiB ;;
-        exact) measure bf16_1x1024_22gib "{\"hift\": {$block}}" 1 "${TOKENS:-1024}" 22GiB ;;
-        wide) measure bf16_6x512_46gib "{\"hift\": {$block}}" 6 "${TOKENS:-512}" 46GiB ;;
-        fp32) measure fp32_1x512_46gib "{\"hift\": {$block}, \"bf16\": null}" 1 "${TOKENS:-512}" 46GiB ;;
-        layer_*|whole_*)
-            blocks="$block, \"update\": \"backward\""
-            [ "${run%%_*}" = layer ] || blocks='"enabled": true, "layers_per_block": 1000, "update": "backward"'
-            case "${run##*_}" in exact) state="" ;; int8) state=", $compact" ;; *) unknown "$run" ;; esac
-            measure "llama31_2x2048_22gib_$run" "{\"gradient_clipping\": 0.0, \"hift\": {$blocks$state}}" 2 "${TOKENS:-2048}" \
-                22GiB llama31_8b --loss chunked --gradient_checkpointing ;;
+        int8) llama2 bf16_1x1024_22gib_split16_int8 "{\"hift\": {$block, $compact}}" 1 "${TOKENS:-1024}" 22GiB ;;
+        exact) llama2 bf16_1x1024_22gib "{\"hift\": {$block}}" 1 "${TOKENS:-1024}" 22GiB ;;
+        wide) llama2 bf16_6x512_46gib "{\"hift\": {$block}}" 6 "${TOKENS:-512}" 46GiB ;;
+        fp32) llama2 fp32_1x512_46gib "{\"hift\": {$block}, \"bf16\": null}" 1 "${TOKENS:-512}" 46GiB ;;
+        layer_exact) llama31 "$run" "\"hift\": {$block, $backward}" 22GiB --hift ;;
+        layer_int8) llama31 "$run" "\"hift\": {$block, $backward, $compact}" 22GiB --hift ;;
+        whole_exact) llama31 "$run" "\"hift\": {$whole, $backward}" 22GiB --hift ;;
+        whole_int8) llama31 "$run" "\"hift\": {$whole, $backward, $compact}" 22GiB --hift ;;
+        eight_layer) eight "$run" "\"hift\": {$block, $backward}" none --hift ;;
+        eight_whole) eight "$run" "\"hift\": {$whole, $backward}" none --hift ;;
+        eight_full) eight "$run" '"zero_optimization": {"stage": 0}' none ;;
+        eight_offload) eight "$run" "$offload" none ;;
         *) unknown "$run" ;;
     esac
 done

@@ -71,6 +71,12 @@ def add_benchmark_arguments(parser: argparse.ArgumentParser) -> None:
     add("--results", metavar="FILE", help="where the result goes (default: a dated file in launch/results)")
 
 
+def add_trace_argument(parser: argparse.ArgumentParser) -> None:
+    """Of the benchmark that times steps."""
+    parser.add_argument("--trace", action="store_true",
+        help="on a CUDA device: one cycle more under the profiler; says what copies nothing hid")  # fmt: skip
+
+
 def _hift_options() -> Iterator[tuple[str, tuple[str, ...], Field]]:
     """Option, place in the section, and declaration of every key."""
     for part in declared(HiFTConfig):

@@ -21,6 +21,7 @@ from hift_ds.recipes import training
 from hift_ds.recipes.display import Display
 from hift_ds.recipes.planning import forecasts_of_run
 from hift_ds.recipes.results import provenance, step_times
+from hift_ds.recipes.tracing import require_trace, traced
 
 _LEAST_TIMED = 10  # steps whose time is taken, where nobody says how many to make
 
@@ -55,6 +56,8 @@ def measure(args: argparse.Namespace, display: Display, limit: int | None) -> di
     import hift_ds
     from hift_ds.recipes.setup import load_run
 
+    if args.trace:
+        require_trace(get_accelerator().device_name())
     run = load_run(args, random=args.random)
     engine, _, _, _ = hift_ds.initialize(model=run.model, model_parameters=run.model.parameters(), config=run.ds_config)
     cycle = max(2, engine.optimizer.rotation.steps_per_cycle) if args.hift else 2
@@ -69,6 +72,8 @@ def measure(args: argparse.Namespace, display: Display, limit: int | None) -> di
         with MemoryMeter(engine) as meter:
             losses, _ = _train(engine, stream, min(steps, 2 * cycle), 1, progress, tokens)
         more, seconds = _train(engine, stream, steps - len(losses), cycle, progress, tokens)
+        if args.trace:
+            trace = traced(lambda: _train(engine, stream, cycle, cycle, progress, tokens), cycle)
     if evaluates:
         held_out.append(training.held_out_loss(engine, run.data, run.micro_batch))
     report = meter.gather()
@@ -80,6 +85,7 @@ def measure(args: argparse.Namespace, display: Display, limit: int | None) -> di
         "gpu_memory_limit": limit,
         "steps": steps,
         **step_times(seconds, cycle, tokens),
+        **({"trace": trace} if args.trace else {}),
         "loss": [round(loss, 5) for loss in losses + more],
         "held_out_loss": held_out,
     }
