@@ -74,7 +74,7 @@ def add_benchmark_arguments(parser: argparse.ArgumentParser) -> None:
 def add_trace_argument(parser: argparse.ArgumentParser) -> None:
     """Of the benchmark that times steps."""
     parser.add_argument("--trace", action="store_true",
-        help="on a CUDA device: one cycle more under the profiler; says what copies nothing hid")  # fmt: skip
+        help="on a CUDA device: up to 8 steps more under the profiler: what copies nothing hid")  # fmt: skip
 
 
 def _hift_options() -> Iterator[tuple[str, tuple[str, ...], Field]]:

@@ -24,6 +24,7 @@ from hift_ds.recipes.results import provenance, step_times
 from hift_ds.recipes.tracing import require_trace, traced
 
 _LEAST_TIMED = 10  # steps whose time is taken, where nobody says how many to make
+_TRACED = 8  # steps at most: reading the trace of 34 of an 8B model took over a minute
 
 
 def limit_memory(text: str | None) -> int | None:
@@ -73,7 +74,8 @@ def measure(args: argparse.Namespace, display: Display, limit: int | None) -> di
             losses, _ = _train(engine, stream, min(steps, 2 * cycle), 1, progress, tokens)
         more, seconds = _train(engine, stream, steps - len(losses), cycle, progress, tokens)
         if args.trace:
-            trace = traced(lambda: _train(engine, stream, cycle, cycle, progress, tokens), cycle)
+            count = min(cycle, _TRACED)
+            trace = traced(lambda: _train(engine, stream, count, count, progress, tokens), count)
     if evaluates:
         held_out.append(training.held_out_loss(engine, run.data, run.micro_batch))
     report = meter.gather()

@@ -39,7 +39,7 @@ def test_an_engine_trains_as_plain_torch_does(one_rank, record_property, stage, 
     hift, arguments = CASES[case]
     (facts,) = one_rank.run(parity, stage, dtype, {**PAIR, "kernel": kernel, **hift}, **arguments)
     for name in ("weights", "share", "norm"):
-        record_property(name, facts[name])
+        record_property(name, float(facts[name]))  # a tensor stops pytest-xdist
     assert facts["moved"] > 1e-4, facts
     assert facts["weights"] <= BOUNDS[dtype], facts
     assert dtype == "fp32" or facts["share"] <= SHARE.get(case, 0.02), facts

@@ -17,6 +17,7 @@ README = ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "ds_configs/README.md", *sorted((ROOT / "docs").glob("*.md"))]
 GENERATED = {ROOT / "docs/keys.md"}
 RESULTS = ROOT / "launch/results/2026-11-26_gpu_h100"
+H200 = ROOT / "launch/results/2026-11-27_gpu_h200"
 # masters and moments, rows x tokens -> file
 RUNS = {
     ("fp32, fp32 (exact AdamW)", "1 x 1024"): "bf16_1x1024_22gib",
@@ -28,6 +29,12 @@ RUNS = {
 
 def text_of(page):
     return page.read_text(encoding="utf-8")
+
+
+def rows_of(page):
+    """The cells of its tables' rows, without emphasis."""
+    rows = [line.split("|")[1:-1] for line in text_of(page).splitlines() if line.startswith("|")]
+    return [[cell.strip().replace("**", "") for cell in cells] for cells in rows]
 
 
 def code_of(page, language):
@@ -111,19 +118,40 @@ def test_the_tree_of_the_house_names_every_module():
         assert any((ROOT / folder).rglob(name) for folder in ("hift_ds", "kernels", "launch")), name
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/memory.md", "docs/speed.md"])
+@pytest.mark.parametrize("page", ["docs/memory.md", "docs/speed.md"])
 def test_figures_of_the_gpu_are_those_of_the_results_files(page):
     found = 0
-    for line in text_of(ROOT / page).splitlines():
-        cells = [cell.strip().replace("**", "") for cell in line.split("|")[1:-1]]
+    for cells in rows_of(ROOT / page):
         for (state, shape), name in RUNS.items():
             if state in cells and shape in cells:
                 run, found = json.loads((RESULTS / f"{name}.json").read_text()), found + 1
                 assert cells[-1] == f"{run['tokens_per_s']:,.0f}"
                 assert cells[-2].startswith(f"{run['step_ms']['p50']:.0f} ms")
                 if page != "docs/speed.md":
-                    assert f"{run['measured']['allocated'] / 2**30:.2f}" in line
+                    assert f"{run['measured']['allocated'] / 2**30:.2f}" in cells
     assert found >= 3
+
+
+def test_figures_of_8b_on_the_h200_are_those_of_the_results_files():
+    """A printed line ends in the tokens a second: `step 102/102  loss ... 13,204 tok/s`."""
+    runs = {path.stem[15:]: json.loads(path.read_text()) for path in H200.glob("llama31*[a-z8].json")}
+    step = {name: f"{run['step_ms']['p50']:,.0f} ms" for name, run in runs.items() if "trace" in run}
+    peak = {name: f"{runs[name]['measured']['allocated'] / 2**30:.2f} GiB" for name in step}
+    tokens = {name: f"{runs[name]['tokens_per_s']:,.0f}" for name in step}
+    for path in H200.glob("*.txt"):
+        tokens[path.stem[15:]] = path.read_text().split()[-2]
+    first, speed = rows_of(README), rows_of(ROOT / "docs/speed.md")
+    for form, state in (("exact", "fp32, fp32"), ("int8", "16-bit remainders, 8 bits")):
+        whole, layer = f"whole_{form}", f"layer_{form}"
+        times = [f"{runs[whole]['trace'][key]:,.0f} ms" for key in ("kernels_ms", "exposed_copies_ms")]
+        assert any(row[:1] == ["everything"] and row[2:] == [peak[whole], tokens[whole]] for row in first)
+        assert ["all", state, step[whole], tokens[whole], *times] in [row[:-1] for row in speed]
+        assert any(row[:2] == ["a layer", state] and row[3] == tokens[layer] for row in speed)
+    ratio = {name: runs["eight_full"]["step_ms"]["p50"] / runs[name]["step_ms"]["p50"] for name in step}
+    assert ["HiFT, a layer a block", step["eight_layer"], f"{ratio['eight_layer']:.1f}", peak["eight_layer"]] in speed
+    assert ["HiFT, one block", step["eight_whole"], f"{ratio['eight_whole']:.2f}", peak["eight_whole"]] in speed
+    offloaded = float(tokens["eight_offload"].replace(",", ""))
+    assert f"{runs['eight_whole']['tokens_per_s'] / offloaded:.1f} times" in text_of(README).split("ZeRO-Offload")[0]
 
 
 def test_forecasts_are_those_of_the_results_files():
