@@ -147,6 +147,7 @@ def test_figures_of_8b_on_the_h200_are_those_of_the_results_files():
         assert any(row[:1] == ["everything"] and row[2:] == [peak[whole], tokens[whole]] for row in first)
         assert ["all", state, step[whole], tokens[whole], *times] in [row[:-1] for row in speed]
         assert any(row[:2] == ["a layer", state] and row[3] == tokens[layer] for row in speed)
+    assert any(row[:1] == ["a layer, in turn"] and row[3] == tokens["layer_exact"] for row in first)
     ratio = {name: runs["eight_full"]["step_ms"]["p50"] / runs[name]["step_ms"]["p50"] for name in step}
     assert ["HiFT, a layer a block", step["eight_layer"], f"{ratio['eight_layer']:.1f}", peak["eight_layer"]] in speed
     assert ["HiFT, one block", step["eight_whole"], f"{ratio['eight_whole']:.2f}", peak["eight_whole"]] in speed
