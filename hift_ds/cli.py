@@ -85,7 +85,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     add("--card", choices=CARD_NAMES, metavar="NAME",
         help=f"published memory and speeds of one, for seconds too: {', '.join(CARD_NAMES)}")  # fmt: skip
     add("--bus_gb_per_s", type=above_nothing, metavar="G", help="of copies each way, instead of the card's")
-    add("--tflops", type=above_nothing, metavar="T", help="that training reaches (default: half of the card's)")
+    add("--tflops", type=above_nothing, metavar="T", help="that large products reach (default: the card's)")
     add("--host_memory", metavar="SIZE", help="of one node, as 256GiB (default: not checked)")
     add("--micro_batch", type=positive, metavar="B", help="rows per GPU and forward (default: the config's, or 1)")
     add("--seq_len", type=positive, default=512, metavar="N", help="tokens of a row (default: %(default)s)")
@@ -131,7 +131,7 @@ def run_plan(args: argparse.Namespace) -> int:
     forecast = planner.forecast(request, args.every_block)
     seconds = None
     if speeds is not None:
-        seconds = timing(planner.layout(request), request.seq, request.checkpointing, speeds)
+        seconds = timing(planner.layout(request), request.seq, speeds, request.padded)
     advice = None if forecast.fits in (None, True) else advise(planner, forecast)
     if args.json != "-":
         width = None if sys.stdout.isatty() else 80

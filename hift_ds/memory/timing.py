@@ -1,38 +1,41 @@
 """How long a step takes: the real ring on lanes that only count time. A model, not a measurement.
 
-Matrix products take their operations over what the card reaches; copies their bytes over the bus, one queue each way;
-an update the bytes that it moves in the card's memory. What waits for what are the ring's own events. Attention's
-products, the network and the host's own time are not in it.
+Products take their operations over what the card reaches; all else of forward and backward, and an update, the bytes
+that it moves in the card's memory; copies their bytes over the bus, one queue each way. What waits for what are the
+ring's own events. The network and the host's own time are not in it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from hift_ds.memory.layout import Layout
+from hift_ds.memory.work import Work, micro_step_work
 from hift_ds.rotation.rotation import Rotation
 from hift_ds.shards import UnitShard
 from hift_ds.state.ring import DirectLane, Lanes, Ring, Tile
 from hift_ds.state.unit_state import bytes_of_tile
 
-REACHED = 0.5  # of a card's published products, where nobody says better
+# Read off traced steps of Llama-3.1-8B and LLaMA-2-7B on an H200 (launch/results/2026-11-27_gpu_h200).
+REACHED = 0.96  # of the rate of large products, by those of the model
+ELEMENTWISE = 0.45  # of the data sheet's rate of memory, by torch's kernels in forward and backward
+UPDATE = 0.85  # of it, by the fused update
 
 
 @dataclass(frozen=True)
 class Card:
-    """A card's published figures, and what copies of page-locked memory reach on its bus.
+    """A card's figures, and what copies of page-locked memory reach on its bus.
 
     Attributes:
         memory: Bytes.
         bus: Bytes a second, each way.
-        products: bf16 operations a second, dense.
-        bandwidth: Bytes a second of its own memory.
+        products: Operations a second that torch's large bf16 products reach.
+        bandwidth: Bytes a second of its own memory, by the data sheet.
     """
 
     memory: int
@@ -41,15 +44,17 @@ class Card:
     bandwidth: float
 
 
-# NVIDIA's data sheets; of the bus 80 % of PCIe 4 x16 (31.5 GB/s) and PCIe 5 x16 (63 GB/s), of NVLink-C2C none is here.
+# Products: what torch reached with square matrices of 1024 to 10240, each card's lowest entry there, in
+# zzc0721/torch-performance-test-data on GitHub (database.md at 0785868; on an H200 we found 788 and 798). Memory:
+# NVIDIA's data sheets. Bus: PCIe 5 x16 as measured on an H100 and an H200, both ways together; of PCIe 4 x16 80 %.
 CARDS = {
-    "rtx3090": Card(24 << 30, 25e9, 71e12, 936e9),
-    "rtx4090": Card(24 << 30, 25e9, 165.2e12, 1008e9),
-    "rtx5090": Card(32 << 30, 50e9, 209.5e12, 1792e9),
-    "a6000": Card(48 << 30, 25e9, 154.8e12, 768e9),
-    "a100-80gb": Card(80 << 30, 25e9, 312e12, 2039e9),
-    "h100": Card(80 << 30, 50e9, 989.4e12, 3350e9),
-    "h200": Card(141 << 30, 50e9, 989.4e12, 4800e9),
+    "rtx3090": Card(24 << 30, 25e9, 76.3e12, 936e9),
+    "rtx4090": Card(24 << 30, 25e9, 162.4e12, 1008e9),
+    "rtx5090": Card(32 << 30, 48e9, 236e12, 1792e9),
+    "a6000": Card(48 << 30, 25e9, 123.3e12, 768e9),
+    "a100-80gb": Card(80 << 30, 25e9, 264.5e12, 2039e9),
+    "h100": Card(80 << 30, 48e9, 783.7e12, 3350e9),
+    "h200": Card(141 << 30, 48e9, 790.3e12, 4800e9),
 }
 
 
@@ -60,6 +65,10 @@ class Speeds:
     bus: float
     products: float
     bandwidth: float
+
+    def seconds(self, work: Work) -> float:
+        """Of a forward or a backward."""
+        return work.operations / (REACHED * self.products) + work.moved / (ELEMENTWISE * self.bandwidth)
 
 
 @dataclass(frozen=True)
@@ -88,20 +97,14 @@ class Timing:
         return self.tokens / self.step
 
 
-def forward_operations(layout: Layout, micro_batch: int, seq: int) -> float:
-    """Of the matrix products of one forward, counted over the real model."""
-    module, counter = layout.model.module, FlopCounterMode(display=False)
-    with layout.model.mode, torch.no_grad(), counter:
-        module(**layout.model.batch(micro_batch, seq))
-    return float(counter.get_total_flops())
-
-
-def timing(layout: Layout, seq: int, checkpointing: bool, speeds: Speeds) -> Timing | None:
+def timing(layout: Layout, seq: int, speeds: Speeds, padded: bool = False) -> Timing | None:
     """The mean step of a cycle in the steady state; `None` with updates on the host, of which there is no model."""
     config = layout.config
     if config.home == "host":
         return None
-    model = _Step(layout, forward_operations(layout, config.micro_batch, seq), checkpointing, speeds)
+    model = _Step(
+        layout, speeds, lambda trained: micro_step_work(layout.model, trained, config.micro_batch, seq, padded)
+    )
     rotation = Rotation(len(layout.shards), config.hift.order, config.hift.seed, config.hift.steps_per_block)
     count = max(rotation.steps_per_cycle, 2)
     marks = []
@@ -119,18 +122,29 @@ def timing(layout: Layout, seq: int, checkpointing: bool, speeds: Speeds) -> Tim
 class _Step:
     """Runs steps on a clock."""
 
-    def __init__(self, layout: Layout, operations: float, checkpointing: bool, speeds: Speeds) -> None:
+    def __init__(
+        self, layout: Layout, speeds: Speeds, work: Callable[[Collection[str]], tuple[Work, dict[str, Work]]]
+    ) -> None:
+        """`work`: of a forward and a backward with gradients of the parameters that it is given."""
         self._layout, self._speeds = layout, speeds
-        self._seconds = operations / speeds.products  # of a forward
-        self._recompute = 1.0 if checkpointing else 0.0
         self._lanes = Lanes(_Lane(speeds.bus), _Lane(speeds.bandwidth), _Lane(speeds.bus))
         self._ring: Ring | None = None
         if layout.ring is not None and layout.ring.num_slots:
             self._ring = Ring(layout.ring.num_slots, layout.ring.slot_bytes, torch.device("meta"), self._lanes)
         self._tiles = {id(shard): list(_tiles(layout, shard)) for shard in layout.units}
         self._units = [unit for units in layout.shards for unit in reversed(units)]  # from the bottom up
-        products = [_products(layout, shard) for shard in self._units]
-        self._share = [numel / (sum(products) or 1) for numel in products]
+        self._train = self._backward(work(layout.trained)[1])
+        forward, until = work([fqn for shard in self._units for fqn in _least(shard, layout.params)])
+        self._forward, self._carry = speeds.seconds(forward), self._backward(until)
+
+    def _backward(self, until: dict[str, Work]) -> list[float]:
+        """Seconds of a backward in each unit: up to its last gradient, from that of the unit before it."""
+        done = {fqn: self._speeds.seconds(work) for fqn, work in until.items()}
+        ends = [max((done[fqn] for fqn in shard.fqns if fqn in done), default=0.0) for shard in self._units]
+        seconds, before = [0.0] * len(ends), 0.0
+        for index in sorted(range(len(ends)), key=lambda index: (ends[index], -index)):
+            seconds[index], before = ends[index] - before, ends[index]
+        return seconds
 
     def totals(self) -> tuple[float, float, float, float]:
         """The clock, and how long each lane has worked: compute, copies in, copies out."""
@@ -143,12 +157,11 @@ class _Step:
         active = self._layout.shards[block]
         lowest = min(self._units.index(shard) for shard in active)
         for micro_step in range(config.micro_steps):
-            compute.work(self._seconds)  # type: ignore[attr-defined]
+            compute.work(self._forward)  # type: ignore[attr-defined]
             for index in range(len(self._units) - 1, lowest - 1, -1):
                 shard = self._units[index]
                 trained = any(shard is one for one in active)
-                times = 1.0 + trained + self._recompute
-                compute.work(times * self._share[index] * self._seconds)  # type: ignore[attr-defined]
+                compute.work((self._train if trained else self._carry)[index])  # type: ignore[attr-defined]
                 if trained and config.hift.update == "backward" and micro_step + 1 == config.micro_steps:
                     self._update(shard)
         if config.hift.update == "step":
@@ -163,7 +176,8 @@ class _Step:
         for tile, _ in visit:
             numel = tile.span.stop - tile.span.start
             beside = numel * (self._layout.config.accumulation_dtype.itemsize + shard.dtype.itemsize)
-            self._lanes.update.work((2 * tile.nbytes + beside) / self._speeds.bandwidth)  # type: ignore[attr-defined]
+            seconds = (2 * tile.nbytes + beside) / (UPDATE * self._speeds.bandwidth)
+            self._lanes.update.work(seconds)  # type: ignore[attr-defined]
 
 
 class _Lane(DirectLane):
@@ -208,9 +222,7 @@ def _tiles(layout: Layout, shard: UnitShard) -> Iterator[Tile]:
             yield Tile(index, span, {"state": torch.empty(nbytes, dtype=torch.uint8, device="meta")})
 
 
-def _products(layout: Layout, shard: UnitShard) -> int:
-    """Elements of a unit that matrix products use: all but vectors and lookup tables (a tied one is a head, too)."""
-    tables = {
-        id(part.weight) for part in layout.model.module.modules() if isinstance(part, torch.nn.Embedding)
-    } - {id(part.weight) for part in layout.model.module.modules() if isinstance(part, torch.nn.Linear)}
-    return sum(param.numel() for param in shard.params if param.ndim > 1 and id(param) not in tables)
+def _least(shard: UnitShard, params: dict[str, torch.nn.Parameter]) -> list[str]:
+    """Parameters of a unit whose gradients cost next to nothing and tell where backward is done with it."""
+    small = [fqn for fqn in shard.fqns if params[fqn].ndim < 2]
+    return small or [min(shard.fqns, key=lambda fqn: params[fqn].numel())]

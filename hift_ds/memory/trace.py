@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-from hift_ds.memory.fake_model import FakeModel
+from hift_ds.memory.fake_model import FakeModel, one_sequence_a_row
 from hift_ds.memory.storages import StorageMeter
 
 GRADIENT, FETCH, RELEASE, END = "gradient", "fetch", "release", "end"
@@ -59,7 +59,7 @@ def trace_micro_step(
     """
     tracer = _Tracer(model)
     model.train_only(trained)
-    with model.mode, tracer.hooked(modules), _one_sequence_a_row():
+    with model.mode, tracer.hooked(modules), one_sequence_a_row():
         batch = model.batch(micro_batch, seq, padded)
         with tracer.meter:
             for tensor in batch.values():
@@ -90,23 +90,6 @@ def trace_micro_step(
                 loss.backward()
             tracer.note(END)
     return tracer.events
-
-
-@contextmanager
-def _one_sequence_a_row() -> Iterator[None]:
-    """Answers for transformers what it cannot ask fake data, whether rows are packed.
-
-    Else it would keep a mask, and repeat keys and values for it, where a real run without padding does neither (5 %
-    more in a small Llama).
-    """
-    from transformers import masking_utils
-
-    original = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda *_, **__: None
-    try:
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices = original
 
 
 def uncounted(module: torch.nn.Module, names: Collection[str], current: int) -> list[Event]:

@@ -18,7 +18,7 @@ from hift_ds.memory.figures import Forecast
 from hift_ds.memory.model_names import load_config
 from hift_ds.memory.planner import Planner
 from hift_ds.memory.request import Request, parse_bytes
-from hift_ds.memory.timing import CARDS, REACHED, Speeds
+from hift_ds.memory.timing import CARDS, Speeds
 from hift_ds.recipes.arguments import override_batch, read_ds_config
 from hift_ds.recipes.auto import without_auto
 from hift_ds.recipes.models import source_of
@@ -72,7 +72,7 @@ def speeds_of(args: argparse.Namespace) -> Speeds | None:
     card = CARDS[args.card or "rtx4090"]  # for its own memory's speed, which weighs little
     return Speeds(
         card.bus if args.bus_gb_per_s is None else args.bus_gb_per_s * 1e9,
-        card.products * REACHED if args.tflops is None else args.tflops * 1e12, card.bandwidth,
+        card.products if args.tflops is None else args.tflops * 1e12, card.bandwidth,
     )  # fmt: skip
 
 

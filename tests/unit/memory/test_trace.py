@@ -234,7 +234,7 @@ def test_a_fake_step_has_the_events_of_a_real_one(family, dtype, attention, chec
     workload = (ROWS, SEQ, padded, modules)
     forecast = [trace_micro_step(fake, trained, *workload) for trained in (everything, second)]
     # The real step also shows what is only answered for fake data: whether rows are packed.
-    monkeypatch.setattr(trace, "_one_sequence_a_row", contextlib.nullcontext)
+    monkeypatch.setattr(trace, "one_sequence_a_row", contextlib.nullcontext)
     measured = [trace_micro_step(real, trained, *workload) for trained in (everything, second)]
     assert forecast == measured
     gradients = [{name for e in events if e.kind == GRADIENT for name in e.names} for events in measured]
