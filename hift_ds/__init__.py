@@ -10,11 +10,12 @@ if TYPE_CHECKING:
     from hift_ds.engine import HiFTEngine
     from hift_ds.integrations.trainer import HiFTCallback
     from hift_ds.start import initialize
+    from hift_ds.zero.activations import keep_activations
 
 __version__ = "0.1.0"
 __all__ = [
     "HiFTCallback", "HiFTConfig", "HiFTEngine", "disable", "enable", "init_distributed", "initialize",
-    "use_chunked_loss",
+    "keep_activations", "use_chunked_loss",
 ]  # fmt: skip
 
 _HOMES = {
@@ -25,6 +26,7 @@ _HOMES = {
     "enable": "hift_ds.enabling",
     "initialize": "hift_ds.start",
     "init_distributed": "hift_ds.distributed",
+    "keep_activations": "hift_ds.zero.activations",
     "use_chunked_loss": "hift_ds.chunked_loss",
 }
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hift_ds.recipes.arguments import CARD_NAMES, LOSSES, above_nothing, positive
+from hift_ds.recipes.arguments import CARD_NAMES, LOSSES, above_nothing, add_keep_layers, positive
 
 if TYPE_CHECKING:
     from hift_ds.memory.figures import Forecast
@@ -95,6 +95,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     add("--layers_per_block", type=positive, metavar="M", help="instead of the config's (default: 1)")
     add("--attn_implementation", choices=ATTENTIONS, help="attention (default: transformers' choice, mostly sdpa)")
     add("--gradient_checkpointing", action="store_true", help="recompute activations in backward")
+    add_keep_layers(parser)
     add("--checkpoint_frozen", choices=("yes", "no"), default="yes",
         help="no: layers in which nothing is trained keep their activations, as with LlamaFactory")  # fmt: skip
     add("--loss", choices=LOSSES, default=LOSSES[0],

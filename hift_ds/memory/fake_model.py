@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hift_ds.chunked_loss import use_chunked_loss
 from hift_ds.extras import needs_recipes
-from hift_ds.zero.activations import use_non_reentrant_checkpointing
+from hift_ds.zero.activations import keep_activations, use_non_reentrant_checkpointing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,6 +32,7 @@ class FakeModel:
         dtype: Of weights and buffers.
         attn_implementation: `None` = transformers' choice.
         checkpointing: Recompute activations in backward (non-reentrant, as HiFT does).
+        keep_layers: The last so many layers recompute nothing.
         chunked_loss: Make the loss tile by tile.
         checkpoint_frozen: Those of layers in which nothing is trained, too; LlamaFactory keeps them.
         model_class: `None` = that of the config.
@@ -52,6 +53,7 @@ class FakeModel:
         attn_implementation: str | None = None,
         checkpointing: bool = False,
         checkpoint_frozen: bool = True,
+        keep_layers: int = 0,
         chunked_loss: bool = False,
         model_class: type[PreTrainedModel] | None = None,
     ) -> None:
@@ -79,6 +81,7 @@ class FakeModel:
                 )
             self.module.gradient_checkpointing_enable({"use_reentrant": False})
             use_non_reentrant_checkpointing(self.module)
+            keep_activations(self.module, keep_layers)
             if not checkpoint_frozen:
                 parts: list[Any] = list(self.module.modules())
                 self._checkpointed = [part for part in parts if getattr(part, "gradient_checkpointing", False)]

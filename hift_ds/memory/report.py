@@ -151,6 +151,7 @@ def _heading(forecast: Forecast) -> str:
     size = f"{numel / 1e9:.2f} B parameters" if numel >= 1e8 else f"{numel:,} parameters"
     checkpointing = ", activation checkpointing" if request.checkpointing else ""
     checkpointing += " of layers that train" if checkpointing and not request.checkpoint_frozen else ""
+    checkpointing += f" but in the last {request.keep_layers} layers" if request.keep_layers else ""
     loss = ", loss in chunks" if request.chunked_loss else ""
     stage = f"ZeRO-{request.config.stage}"
     return f"{forecast.model}, {size}, {request.config.precision}, {stage}, {ranks}{checkpointing}{loss}"

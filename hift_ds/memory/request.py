@@ -11,6 +11,7 @@ from typing import Any
 
 from hift_ds.chunked_loss import is_chunked
 from hift_ds.config.resolve import ResolvedConfig, resolve, zero_section
+from hift_ds.zero.activations import kept_activations
 
 # CUDA's context, cuBLAS's workspace and the allocator's rounding and gaps: an allowance, not a measurement.
 RESERVE_BYTES = 1 << 30
@@ -36,6 +37,7 @@ class Request:
         separate_host: As of `resolve`.
         optimizer: The client's, instead of the config's.
         checkpoint_frozen: Activation checkpointing of layers in which nothing is trained, too.
+        keep_layers: The last layers that keep their activations (`hift_ds.keep_activations`).
         chunked_loss: The loss tile by tile (`hift_ds.use_chunked_loss`).
     """
 
@@ -52,6 +54,7 @@ class Request:
     separate_host: bool | None = None
     optimizer: Any = None
     checkpoint_frozen: bool = True
+    keep_layers: int = 0
     chunked_loss: bool = False
 
     @classmethod
@@ -59,7 +62,10 @@ class Request:
         """Of a transformers model that is there, with its attention, its checkpointing and its way to a loss."""
         attention = getattr(module.config, "_attn_implementation", None)
         checkpointing = bool(getattr(module, "is_gradient_checkpointing", False))
-        return cls(ds_config, seq, attention, checkpointing, chunked_loss=is_chunked(module), **others)
+        kept = kept_activations(module)
+        return cls(
+            ds_config, seq, attention, checkpointing, keep_layers=kept, chunked_loss=is_chunked(module), **others
+        )
 
     @property
     def world(self) -> int:

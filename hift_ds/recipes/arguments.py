@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser, default_config: Path) -> None
     add("--lr", type=float, metavar="R", help="learning rate")
     add("--seed", type=int, default=42, help="order of the data")
     add("--gradient_checkpointing", action="store_true", help="recompute activations in backward")
+    add_keep_layers(parser)
     add("--loss", choices=LOSSES, default=LOSSES[0], help="chunked: head and cross entropy tile by tile, no logits")
     add("--attn_implementation", metavar="A", help="sdpa, eager, flash_attention_2 ...")
     add("--eval_every", type=positive, metavar="N", help="steps between evaluations (default: before and after)")
@@ -69,6 +70,18 @@ def add_benchmark_arguments(parser: argparse.ArgumentParser) -> None:
         help="cap the allocator: a bigger card shows what fits on less; 22GiB for a card of 24 GB")  # fmt: skip
     add("--skip_evaluation", action="store_true", help="no held-out loss before and after")
     add("--results", metavar="FILE", help="where the result goes (default: a dated file in launch/results)")
+
+
+def add_keep_layers(parser: argparse.ArgumentParser) -> None:
+    """Of everything that knows --gradient_checkpointing."""
+    parser.add_argument("--keep_layers", type=positive, default=0, metavar="K",
+        help="with --gradient_checkpointing: the last K layers keep their activations, which is faster")  # fmt: skip
+
+
+def check_keep_layers(args: argparse.Namespace) -> None:
+    """Raises ValueError where it has nothing to say."""
+    if args.keep_layers and not args.gradient_checkpointing:
+        raise ValueError(f"--keep_layers {args.keep_layers}: goes with --gradient_checkpointing; give both or neither")
 
 
 def add_trace_argument(parser: argparse.ArgumentParser) -> None:

@@ -182,6 +182,7 @@ def _row(
         "micro_batch": run.micro_batch,
         "accumulation": engine.gradient_accumulation_steps(),
         "activation_checkpointing": args.gradient_checkpointing,
+        "keep_layers": args.keep_layers,
         "blocks": len(engine.hift.blocks) if args.hift else None,
         "measured": {**asdict(peak), **report.of_allocator(), "how": report.kind},
         "config": {key: value for key, value in run.ds_config.items() if key != "tensorboard"},

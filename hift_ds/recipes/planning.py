@@ -19,7 +19,7 @@ from hift_ds.memory.model_names import load_config
 from hift_ds.memory.planner import Planner
 from hift_ds.memory.request import Request, parse_bytes
 from hift_ds.memory.timing import CARDS, Speeds
-from hift_ds.recipes.arguments import override_batch, read_ds_config
+from hift_ds.recipes.arguments import check_keep_layers, override_batch, read_ds_config
 from hift_ds.recipes.auto import without_auto
 from hift_ds.recipes.models import source_of
 from hift_ds.state.unit_state import card_bytes
@@ -38,6 +38,7 @@ def request_of(args: argparse.Namespace) -> Request:
             read_ds_config(args.deepspeed_config), args.precision, args.stage, args.micro_batch,
             lambda: load_config(source_of(args.model)),
         )  # fmt: skip
+    check_keep_layers(args)
     config = complete_config(source, args.precision, args.stage, args.micro_batch, args.gpus * args.nodes)
     if args.layers_per_block is not None:
         config["hift"]["layers_per_block"] = args.layers_per_block
@@ -51,7 +52,8 @@ def request_of(args: argparse.Namespace) -> Request:
     host = None if args.host_memory is None else parse_bytes(args.host_memory, "--host_memory")
     request = Request(
         config, args.seq_len, args.attn_implementation, args.gradient_checkpointing, args.padded, args.gpus, args.nodes,
-        card, host, checkpoint_frozen=args.checkpoint_frozen == "yes", chunked_loss=args.loss == "chunked",
+        card, host, checkpoint_frozen=args.checkpoint_frozen == "yes", keep_layers=args.keep_layers,
+        chunked_loss=args.loss == "chunked",
     )  # fmt: skip
     for note in (*assumed, *request.config.notes):
         print(f"DeepSpeed config: {note}", file=sys.stderr)

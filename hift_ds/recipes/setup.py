@@ -109,11 +109,12 @@ def _without_model(args: argparse.Namespace, random: bool) -> tuple[Run, Any]:
     from hift_ds.config.batch import batch_sizes
     from hift_ds.config.resolve import resolve
     from hift_ds.memory.model_names import load_config
-    from hift_ds.recipes.arguments import build_ds_config
+    from hift_ds.recipes.arguments import build_ds_config, check_keep_layers
     from hift_ds.recipes.datasets import load_text_dataset
     from hift_ds.recipes.models import load_tokenizer, source_of
 
     world = dist.get_world_size()
+    check_keep_layers(args)
     ds_config = build_ds_config(args)
     resolve(ds_config, world=world, device_type=get_accelerator().device_name())  # a typo is found before the loading
     micro_batch, accumulation = batch_sizes(ds_config, world)
@@ -136,6 +137,7 @@ def _load_model(args: argparse.Namespace, run: Run, config: Any) -> Any:
     from hift_ds.chunked_loss import use_chunked_loss
     from hift_ds.config.resolve import DTYPES, precision_of, stage_of
     from hift_ds.recipes.models import load_model, random_model
+    from hift_ds.zero.activations import keep_activations
 
     # While this object lives, transformers partitions each parameter as it is created.
     kept = HfDeepSpeedConfig(run.ds_config) if stage_of(run.ds_config) == 3 else None
@@ -152,6 +154,7 @@ def _load_model(args: argparse.Namespace, run: Run, config: Any) -> Any:
         use_chunked_loss(model)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+        keep_activations(model, args.keep_layers)
         model.config.use_cache = False
     return model
 

@@ -38,5 +38,37 @@ def use_non_reentrant_checkpointing(module: torch.nn.Module) -> bool:
     return switched
 
 
+def keep_activations(model: torch.nn.Module, layers: int) -> None:
+    """Of a model that recomputes activations in backward, lets the last `layers` layers keep theirs: a faster step.
+
+    These are the layers that nearly every block's backward passes. Call it after `gradient_checkpointing_enable`,
+    which turns all on again.
+
+    Raises:
+        ValueError: Fewer layers recompute theirs.
+    """
+    found = _recomputing(model)
+    if layers > len(found):
+        raise ValueError(f"keep_activations(model, {layers}): {len(found)} layers recompute activations; name fewer")
+    for layer in found[len(found) - layers :]:
+        layer.gradient_checkpointing = False
+
+
+def kept_activations(model: torch.nn.Module) -> int:
+    """How many layers `keep_activations` has taken out of the recomputation that the others are in."""
+    return len(_layers(model)) - len(found) if (found := _recomputing(model)) else 0
+
+
+def _recomputing(model: torch.nn.Module) -> list[Any]:
+    return [layer for layer in _layers(model) if layer.gradient_checkpointing]
+
+
+def _layers(model: torch.nn.Module) -> list[Any]:
+    """Layers of a transformers model that know how to recompute their activations, in its order."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]
+
+
 def _is_first_rank() -> bool:
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0

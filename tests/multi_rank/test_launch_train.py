@@ -381,8 +381,8 @@ def test_fewer_steps_than_blocks_move_some_parameters_with_hift_and_all_without(
 
 def test_text_is_packed_and_trains_with_accumulation_and_checkpointing(train_on_two_ranks):
     options = ["--dataset", "notes.txt", "--seq_len", "8", "--micro_batch", "1", "--accumulation", "2"]
-    options += ["--gradient_checkpointing", "--deepspeed_config", "zero0.json", "--max_steps", "6"]
-    output = train_on_two_ranks("text", *HIFT, *options, "--eval_every", "3")
+    options += ["--gradient_checkpointing", "--keep_layers", "1", "--deepspeed_config", "zero0.json"]
+    output = train_on_two_ranks("text", *HIFT, *options, "--max_steps", "6", "--eval_every", "3")
     held_out = events(output, "Eval/loss")
     assert list(held_out) == [3, 6]
     losses = events(output, "Train/loss")
@@ -421,6 +421,7 @@ _ERRORS = {
     "typo": (["--hift", "--deepspeed_config", "typo.json"], r"hift\.layer_per_block=1: unknown key; did you mean"),
     "batch sizes": ([*HIFT, "--deepspeed_config", "batch.json"], r"train_batch_size=9: must be .* 1 ranks"),
     "regex": ([*HIFT, "--hift_frozen", "nothing"], r"hift\.frozen.*'nothing'"),
+    "nothing to keep": ([*HIFT, "--keep_layers", "2"], r"--keep_layers 2: goes with --gradient_checkpointing"),
     "without hift": (["--hift_order", "random"], r"--hift_order: has no effect without --hift; add --hift"),
     "no checkpoint": ([*HIFT, "--resume", "--output_dir", "new"], r"--resume: no checkpoint in 'new/checkpoints'"),
     "another run": ([*HIFT, "--output_dir", "taken"], r"--output_dir 'taken': another run writes there; wait, or name"),

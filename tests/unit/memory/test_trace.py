@@ -256,6 +256,17 @@ def test_layers_that_are_checkpointed_where_something_is_trained_keep_their_acti
     assert everywhere[2] >= where_trained[2], "nothing is above the last block"
 
 
+def test_a_layer_that_keeps_its_activations_takes_what_it_takes_without_checkpointing():
+    """Two layers: with none, one and both kept, the memory of forward rises by as much each time, but for what a
+    checkpoint keeps of its input."""
+    options = [{"checkpointing": True, "keep_layers": kept} for kept in (0, 1, 2)]
+    models = [FakeModel(CONFIGS["llama"](), torch.float32, "sdpa", **each) for each in (*options, {})]
+    everything = {fqn for fqn, _ in models[0].module.named_parameters()}
+    none, one, both, plain = (trace_micro_step(model, everything, ROWS, SEQ)[0].current for model in models)
+    assert none < one < both == plain
+    assert both - one == pytest.approx(one - none, rel=0.1)
+
+
 def test_a_mask_of_padding_costs_memory():
     model = FakeModel(CONFIGS["llama"](), torch.bfloat16, "sdpa")
     plain, padded = (trace_micro_step(model, {"lm_head.weight"}, ROWS, SEQ, padding) for padding in (False, True))
