@@ -99,6 +99,11 @@ class ResolvedConfig:
         return self.world if self.stage > 0 else 1
 
     @property
+    def sends_weights(self) -> bool:
+        """Whether a rank sends new weights to others after an update: its share of what each keeps whole."""
+        return self.shard_world > 1 and self.stage < 3
+
+    @property
     def offloads_params(self) -> bool:
         """Whether the ZeRO-3 slices are on the host."""
         section = self.zero.offload_param

@@ -212,8 +212,8 @@ class Layout:
         """
         longest = max(run.stop - run.start for run in shard.runs)
         tile = min(self.tile_numel or longest, longest)
-        new = (shard.numel if self._publishes(shard) else tile) * shard.dtype.itemsize
-        if self.config.home == "host" and not self._publishes(shard):
+        new = (shard.numel if self.config.sends_weights else tile) * shard.dtype.itemsize
+        if self.config.home == "host" and not self.config.sends_weights:
             new = 0  # it comes from the host, straight to its place
         made = 0 if self.config.home == "host" or self.config.home == "device" else self._factored
         own = shard.numel * self.config.accumulation_dtype.itemsize
@@ -225,14 +225,11 @@ class Layout:
         if self.config.hift.update == "backward" and self.config.world == 1 and len(shard.segments) > 1:
             made += tile * self.config.accumulation_dtype.itemsize  # of several parameters' gradients
         sent = 0
-        if self._publishes(shard):
+        if self.config.sends_weights:
             sent = max(self._packed(shard, bucket) for bucket in shard.buckets(self.config.zero.allgather_bucket_size))
         if own + made >= sent:
             return Update(gradients, new + made)
         return Update(gradients - own, new + sent)
-
-    def _publishes(self, shard: UnitShard) -> bool:
-        return self.config.stage in (1, 2) and shard.world > 1
 
     def _packed(self, shard: UnitShard, bucket: range) -> int:
         span = shard.span(bucket)
@@ -254,7 +251,7 @@ class Layout:
         def give(shard: UnitShard) -> None:
             updates.append(self.update(shard, meter.current))
             reducer.take(shard)
-            if self._publishes(shard):
+            if self.config.sends_weights:
                 received = self._packed(shard, shard.buckets(self.config.zero.allgather_bucket_size)[-1])
                 on_its_way[:] = [torch.empty(received + received // shard.world, dtype=torch.uint8)]
 
@@ -333,7 +330,7 @@ class Layout:
         for shard in self.training(block):
             if shard.world > 1:
                 total += sum(tensor.nbytes for tensor in self.extra(shard).values())
-            if self._publishes(shard):
+            if self.config.sends_weights:
                 buckets = shard.buckets(self.config.zero.allgather_bucket_size)
                 total += sum(self._packed(shard, bucket) for bucket in buckets)
         return total

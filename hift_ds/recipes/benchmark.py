@@ -158,8 +158,8 @@ def _random_batches(run: Any, args: argparse.Namespace, engine: Any) -> Iterator
     generator = torch.Generator().manual_seed(args.seed * 1000 + dist.get_rank())
     while True:
         ids = torch.randint(0, run.model.config.vocab_size, (run.micro_batch, args.seq_len), generator=generator)
-        ids = ids.to(engine.device)
-        yield {"input_ids": ids, "labels": ids}
+        batch = training.on_device({"input_ids": ids}, engine.device)
+        yield {**batch, "labels": batch["input_ids"]}
 
 
 def _row(

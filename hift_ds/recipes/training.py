@@ -40,8 +40,15 @@ def batches(
         for index in range(position, per_epoch):
             first = (index * world + rank) * micro_batch
             rows = data.collate([data.train[i] for i in order[first : first + micro_batch].tolist()])
-            yield {key: tensor.to(device) for key, tensor in rows.items()}
+            yield on_device(rows, device)
             micro_step += 1
+
+
+def on_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    """A batch of the host there; from page-locked memory, else the host would wait for all earlier work of the card."""
+    if device.type != "cuda":
+        return {key: tensor.to(device) for key, tensor in batch.items()}
+    return {key: tensor.pin_memory().to(device, non_blocking=True) for key, tensor in batch.items()}
 
 
 def optimizer_step(engine: Any, stream: Iterator[dict[str, torch.Tensor]]) -> torch.Tensor:
@@ -97,7 +104,7 @@ def held_out_loss(engine: Any, data: TextData, micro_batch: int) -> float | None
     for index in range(rounds):
         first = (index * world + rank) * micro_batch
         rows = [data.eval[i] for i in range(first, min(first + micro_batch, len(data.eval)))]
-        batch = {key: tensor.to(device) for key, tensor in data.collate(rows or [data.eval[0]]).items()}
+        batch = on_device(data.collate(rows or [data.eval[0]]), device)
         tokens = _counted(batch) if rows else 0
         loss = _loss(engine, batch).double()
         sums += torch.stack([loss * tokens, torch.as_tensor(tokens, device=device).double()])

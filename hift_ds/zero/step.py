@@ -75,7 +75,7 @@ class Step:
     ) -> None:  # fmt: skip
         self._config, self._plan, self._states, self._reducer = config, plan, states, reducer
         self._indices = {id(state): index for index, state in enumerate(states.all)}
-        self._published = Publication(group, config.zero.allgather_bucket_size, device)
+        self._published = Publication(group, config.zero.allgather_bucket_size, device, config.sends_weights)
         self._rotation, self._rate, self._reach, self._guard = rotation, rate, reach, guard
         self._loss_scaler, self._group, self._holder = loss_scaler, group, holder
         self._grouped = [list(map(id, group["params"])) for group in holder.param_groups]

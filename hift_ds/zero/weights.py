@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from deepspeed import comm as dist
 
-from hift_ds.shards import UnitShard, is_partitioned
+from hift_ds.shards import UnitShard
 
 
 class NewWeights(Protocol):
@@ -72,16 +72,16 @@ class Publication:
         group: The process group of the ranks that share a unit's state.
         max_numel: Most elements, over all ranks, that are sent at once.
         device: Where the model is.
+        sends: Whether there is anything to send (`ResolvedConfig.sends_weights`).
     """
 
-    def __init__(self, group: object, max_numel: int, device: torch.device) -> None:
-        self._group, self._max_numel, self._device = group, max_numel, device
+    def __init__(self, group: object, max_numel: int, device: torch.device, sends: bool) -> None:
+        self._group, self._max_numel, self._device, self._sends = group, max_numel, device, sends
         self._in_flight: deque[tuple[Any, UnitShard, range, torch.Tensor, torch.Tensor]] = deque()
 
     def of(self, shard: UnitShard) -> OwnWeights | SentWeights:
         """What takes the new weights of a unit."""
-        sends = shard.world > 1 and not is_partitioned(shard.params[0])
-        return SentWeights(shard, self._device) if sends else OwnWeights(shard, self._device)
+        return SentWeights(shard, self._device) if self._sends else OwnWeights(shard, self._device)
 
     @torch.no_grad()
     def send(self, shard: UnitShard, new: OwnWeights | SentWeights, in_flight: int) -> None:
