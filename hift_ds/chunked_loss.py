@@ -90,11 +90,12 @@ def _check(model: Any, head: nn.Linear) -> None:
 def _require_as_known(model: Any) -> None:
     """What the user may do to a model at any time, and what would then be left out of its loss."""
     head, loss, why = model.lm_head, getattr(model.loss_function, "__name__", "another function"), None
-    hooks = [*head._forward_pre_hooks.values(), *head._forward_hooks.values()]
+    kinds = (head._forward_pre_hooks, head._forward_hooks, head._backward_pre_hooks, head._backward_hooks)
+    hooks = [hook for kind in kinds for hook in kind.values()]
     if type(head).forward is not nn.Linear.forward:
         why = f"knows nn.Linear, and the head is {type(head).__name__}"
     elif [hook for hook in hooks if not (getattr(hook, "__module__", None) or "").startswith(_OWN_HOOKS)]:
-        why = "does not run forward hooks of the head, and it has one"
+        why = "does not run hooks of the head as they expect it, and it has one"
     elif loss != "ForCausalLMLoss":
         why = f"replaces ForCausalLMLoss, and model.loss_function is {loss!r}"
     if why is not None:
@@ -176,7 +177,7 @@ class ChunkedLoss(torch.autograd.Function):
     hidden (tokens, width) and weight (vocabulary, width) of one dtype, bias (vocabulary) or `None`, labels (tokens);
     logits = hidden @ weight.T + bias, capped as cap * tanh(logits / cap) where `cap` is not `None`. Returns fp32, no
     dimensions. Never more than `rows` tokens' logits at a time. The weight's gradient is summed over tiles in its own
-    dtype, as a matrix product's partial sums over micro batches are.
+    dtype, as a matrix product's partial sums over micro batches are. Gradients of gradients raise RuntimeError.
     """
 
     @staticmethod
@@ -198,8 +199,10 @@ class ChunkedLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        # torch's once_differentiable says nothing where the loss itself is what is differentiated.
+        if torch.is_grad_enabled():
+            raise RuntimeError(f"the loss in chunks has no gradients of its gradients (create_graph); {_PLAIN}")
         hidden, weight, bias, labels, normalisers = ctx.saved_tensors
         of_hidden, of_weight, of_bias = (
             torch.zeros_like(tensor) if needed else None
@@ -213,7 +216,7 @@ class ChunkedLoss(torch.autograd.Function):
             counts = labels[tile] != ctx.ignore_index
             place = labels[tile].where(counts, 0).unsqueeze(1)
             error.scatter_add_(1, place, -torch.ones_like(place, dtype=error.dtype))
-            error.mul_(grads[0] * counts.unsqueeze(1))
+            error.mul_(grads[0]).masked_fill_(~counts.unsqueeze(1), 0.0)  # grads[0] is not finite where nothing counts
             if slope is not None:
                 error.mul_(slope)
             if of_bias is not None:

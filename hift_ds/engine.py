@@ -145,6 +145,9 @@ class HiFTEngine(LoadingEngine):
         self.optimizer.scheduler = self.lr_scheduler
         self.optimizer.rate.try_look_ahead(self.lr_scheduler, agree)
 
+    def _scheduler_from_config(self, optimizer: Any) -> Any:
+        return super()._scheduler_from_config(optimizer.optimizer)  # torch's schedulers take torch's optimizers alone
+
     def follow_schedule(self, scheduler: Any, total_steps: int | None = None) -> None:
         """Tells HiFT of a schedule that the caller steps, once after each optimizer step, and of the run's length.
 

@@ -147,6 +147,9 @@ def resolve(
     hift = HiFTConfig.from_ds_config(ds_config)
     if hift is None:
         return None
+    for key in ("optimizer", "scheduler", "zero_optimization", "data_types"):
+        if key in ds_config and ds_config[key] is None:
+            raise ValueError(f"{key}=null: DeepSpeed reads a section there; write one or leave the key out")
     surface.require()
     notes = tuple(check_ds_config(dict(ds_config)))
     micro_batch, micro_steps = batch_sizes(ds_config, world)
@@ -326,6 +329,8 @@ def _offload_optimizer(ds_config: Mapping[str, Any]) -> Mapping[str, Any]:
 def _accumulation_dtype(asked: torch.dtype | None, model_dtype: torch.dtype, accumulates: bool) -> torch.dtype:
     """`data_types.grad_accum_dtype`, else fp32 where micro steps are summed."""
     if asked is not None:
+        if not asked.is_floating_point:
+            raise ValueError(f"data_types.grad_accum_dtype={asked}: sums of gradients need fp32, bf16 or fp16")
         return asked
     return torch.float32 if accumulates else model_dtype
 

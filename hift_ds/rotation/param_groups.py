@@ -21,11 +21,19 @@ class HyperParameters(torch.optim.Optimizer):
 
 
 def trainable_groups(model_parameters: Any) -> list[dict[str, Any]]:
-    """Parameters or param groups, as `deepspeed.initialize` takes them, as groups of what requires gradients."""
+    """Parameters or param groups, as `deepspeed.initialize` takes them, as groups of what requires gradients.
+
+    With names or without, as torch's optimizers take them, too.
+    """
     parameters = list(model_parameters)
     groups = parameters if parameters and isinstance(parameters[0], dict) else [{"params": parameters}]
-    kept = [{**group, "params": [p for p in group["params"] if p.requires_grad]} for group in groups]
+    kept = [{**group, "params": _trainable(group["params"])} for group in groups]
     return [group for group in kept if group["params"]]
+
+
+def _trainable(params: Any) -> list[Any]:
+    entries = [params] if isinstance(params, torch.Tensor) else params
+    return [entry for entry in entries if (entry[1] if isinstance(entry, tuple) else entry).requires_grad]
 
 
 def check_coverage(holder: torch.optim.Optimizer, params: dict[str, torch.nn.Parameter]) -> None:

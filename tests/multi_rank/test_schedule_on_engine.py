@@ -30,6 +30,7 @@ EXPECTED = {
     ("object", "paper"): [0.001] * 6 + [0.002] * 6 + [0.003] * 6,
     ("object", "step"): [(step + 1) / 1000 for step in range(18)],
     # 0.001, halved at steps 5, 10 and 15
+    ("by torch's name", "cycle"): [0.001] * 6 + [0.0005] * 6 + [0.000125] * 6,
     ("callable", "cycle"): [0.001] * 6 + [0.0005] * 6 + [0.000125] * 6,
     ("callable", "paper"): [0.001] * 18,
     ("callable", "step"): [0.001] * 5 + [0.0005] * 5 + [0.00025] * 5 + [0.000125] * 3,
@@ -46,8 +47,9 @@ def rates(
 
     Args:
         scheduler: `config` (linear warm-up and decay), `object` (LambdaLR: (step + 1) * lr), `callable` (StepLR: halved
-            every 5 steps), `decay` (LambdaLR: linear to 0 at the run's end), `one_rank_differs` (as `object`, with a
-            file open on rank 1) or `outside` (LambdaLR: step * lr, stepped by the caller after each engine.step()).
+            every 5 steps), `by torch's name` (the same in the config), `decay` (LambdaLR: linear to 0 at the run's end),
+            `one_rank_differs` (as `object`, with a file open on rank 1) or `outside` (LambdaLR: step * lr, stepped by
+            the caller after each engine.step()).
         poisoned: Steps whose gradient has a nan on the last rank.
     """
     model, config, given = small_llama(), ds_config(stage, "fp32", {"lr_update": lr_update}), {}
@@ -56,6 +58,8 @@ def rates(
     if scheduler == "config":
         params = {"total_num_steps": 18, "warmup_num_steps": 4, "warmup_type": "linear", "warmup_max_lr": 0.014}
         config["scheduler"] = {"type": "WarmupDecayLR", "params": params}
+    elif scheduler == "by torch's name":
+        config["scheduler"] = {"type": "StepLR", "params": {"step_size": 5, "gamma": 0.5}}
     elif scheduler in ("object", "one_rank_differs"):
         given = {"optimizer": optimizer, "lr_scheduler": LambdaLR(optimizer, lambda step: step + 1)}
         if scheduler == "one_rank_differs" and dist.get_rank() == 1:

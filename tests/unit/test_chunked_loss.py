@@ -70,10 +70,28 @@ def test_loss_and_gradients_are_those_of_the_whole_matrix_to_a_millionth(name, c
     assert compared > 10
 
 
-def test_a_loss_that_counts_nothing_is_nan_as_ever():
+def test_a_loss_that_counts_nothing_is_nan_and_its_gradients_0_as_ever():
+    """A micro batch whose answers are cut off: the others of its window train."""
     rows = batch()
     rows["labels"] = torch.full_like(rows["labels"], -100)
-    assert all(torch.isnan(model(**rows).loss) for model in pair_of("llama"))
+    for model in pair_of("llama"):
+        loss = model(**rows).loss
+        loss.backward()
+        assert torch.isnan(loss)
+        assert not any(param.grad.any() for param in model.parameters())
+
+
+def test_gradients_of_gradients_are_refused_and_not_left_out():
+    """As of a gradient penalty; a plain backward with `create_graph` is none."""
+    plain, chunked = pair_of("llama")
+    for model in (plain, chunked):
+        hidden = model.get_input_embeddings()(batch()["input_ids"])
+        loss = model(inputs_embeds=hidden, labels=batch()["labels"]).loss
+        if model is chunked:
+            with pytest.raises(RuntimeError, match="no gradients of its gradients"):
+                torch.autograd.grad(loss, hidden, create_graph=True)
+        else:
+            torch.autograd.grad(loss, hidden, create_graph=True)
 
 
 def test_without_labels_and_with_logits_to_keep_the_model_is_as_before():
@@ -160,8 +178,9 @@ def scaled_head(model):
 
 CHANGES = {
     "head": (scaled_head, "the head is Scaled"),
-    "hook": (lambda model: model.lm_head.register_forward_hook(lambda *call: 2 * call[-1]), "forward hooks of"),
-    "pre-hook": (lambda model: model.lm_head.register_forward_pre_hook(lambda *call: None), "forward hooks of"),
+    "hook": (lambda model: model.lm_head.register_forward_hook(lambda *call: 2 * call[-1]), "hooks of"),
+    "pre-hook": (lambda model: model.lm_head.register_forward_pre_hook(lambda *call: None), "hooks of"),
+    "backward hook": (lambda model: model.lm_head.register_full_backward_hook(lambda *call: None), "hooks of"),
     "loss": (lambda model: setattr(model, "loss_function", lambda **_: None), "replaces ForCausalLMLoss"),
     "resized": (lambda model: model.resize_token_embeddings(VOCAB + 8), "lm_head has been replaced"),
 }
