@@ -47,7 +47,7 @@ def rates(
 
     Args:
         scheduler: `config` (linear warm-up and decay), `object` (LambdaLR: (step + 1) * lr), `callable` (StepLR: halved
-            every 5 steps), `by torch's name` (the same in the config), `decay` (LambdaLR: linear to 0 at the run's end),
+            every 5 steps), `by torch's name` (that in the config), `decay` (LambdaLR: linear to 0 at the end),
             `one_rank_differs` (as `object`, with a file open on rank 1) or `outside` (LambdaLR: step * lr, stepped by
             the caller after each engine.step()).
         poisoned: Steps whose gradient has a nan on the last rank.
