@@ -59,8 +59,14 @@ class HiFTEngine(LoadingEngine):
         """The "hift" section, with what null has chosen."""
         return self.resolved.hift
 
+    def gradient_clipping(self) -> float:
+        """The bound in force; DeepSpeed's default is not, with updates in backward."""
+        return self.resolved.clip
+
     def _configure_optimizer(self, client_optimizer: Any, model_parameters: Any) -> None:
         use_non_reentrant_checkpointing(self.module)
+        if hasattr(self.module, "_orig_mod"):  # torch.compile(model)
+            self._let_dynamo_compile()
         trained = {fqn for block in self.block_plan.blocks for fqn in block.fqns} | set(self.block_plan.always_active)
         params = {name: param for name, param in self.module.named_parameters() if name in trained}
         if any(param.grad is not None for param in params.values()) and self.global_rank == 0:
@@ -181,6 +187,10 @@ class HiFTEngine(LoadingEngine):
 
         At its own limit of 8 it would run the rest uncompiled.
         """
+        self._let_dynamo_compile()
+        super().compile(*args, **kwargs)
+
+    def _let_dynamo_compile(self) -> None:
         import torch._dynamo
 
         limits = torch._dynamo.config
@@ -192,7 +202,6 @@ class HiFTEngine(LoadingEngine):
                 "torch.compile compiles the model once for each of %d blocks, in the first cycle; larger blocks "
                 "(hift.layers_per_block) are compiled less often", len(self.block_plan.blocks),
             )  # fmt: skip
-        super().compile(*args, **kwargs)
 
     def allreduce_gradients(self, bucket_size: int = 0) -> None:
         """After each backward: DeepSpeed's seam for all gradient communication, at every stage."""

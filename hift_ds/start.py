@@ -80,7 +80,7 @@ def initialize(
             # Rank 0's weights are what all ranks get, so what it knows of them holds for all.
             new = of_all_ranks(agree(lambda: _new_parameters(model)))[0]
             prepared = agree(lambda: _prepare(ds_config, model, new, optimizer, mpu, mesh_param))
-            require_alike("hift section or model", None if prepared is None else (prepared[0].hift, prepared[1]))
+            require_alike("config or model", None if prepared is None else (prepared[0].shared, prepared[1]))
             if prepared is not None and model is not None:
                 chosen = _chosen(*prepared, ds_config, model, optimizer)
     for engine in living:

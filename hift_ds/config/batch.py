@@ -21,7 +21,7 @@ def batch_sizes(ds_config: Mapping[str, Any], world: int) -> tuple[int, int]:
     micro, accumulation, train = (ds_config.get(key) for key in (MICRO, ACCUMULATION, TRAIN))
     if micro is None:
         if train is None:
-            raise ValueError(f"{MICRO}: missing; put it into the config, or pass --micro_batch")
+            raise ValueError(f"{MICRO}: missing; put it into the config (in the scripts: --micro_batch)")
         accumulation = accumulation or 1
         micro = train // (accumulation * world)
     elif accumulation is None:
@@ -29,6 +29,6 @@ def batch_sizes(ds_config: Mapping[str, Any], world: int) -> tuple[int, int]:
     if train is not None and train != micro * accumulation * world:
         raise ValueError(
             f"{TRAIN}={train}: must be {MICRO} x {ACCUMULATION} x {world} ranks, here {micro} x {accumulation} x "
-            f"{world}; change one of them, or pass --micro_batch and --accumulation"
+            f"{world}; change one of them (in the scripts: --micro_batch and --accumulation)"
         )
     return micro, accumulation

@@ -99,6 +99,14 @@ class ResolvedConfig:
         return self.world if self.stage > 0 else 1
 
     @property
+    def shared(self) -> tuple:
+        """What every rank must have alike, or they would wait for each other, or train apart."""
+        return (
+            self.hift, self.group, self.stage, self.precision, self.micro_steps, self.managed, self.accumulation_dtype,
+            self.communication_dtype, self.predivide, self.mean, self.clip,
+        )  # fmt: skip
+
+    @property
     def sends_weights(self) -> bool:
         """Whether a rank sends new weights to others after an update: its share of what each keeps whole."""
         return self.shard_world > 1 and self.stage < 3

@@ -30,10 +30,10 @@ SURFACE: dict[str, dict[str, tuple[str, ...]]] = {
             # overridden
             "_backward_post_hook", "_configure_optimizer", "_configure_lr_scheduler", "_get_ckpt_name",
             "_load_zero_checkpoint", "_save_checkpoint", "_save_zero_checkpoint", "_scheduler_from_config",
-            "_take_model_step",
-            "_zero3_consolidated_16bit_state_dict", "allreduce_gradients", "backward", "clip_fp32_gradients", "compile",
-            "destroy", "forward", "get_global_grad_norm", "get_lr", "load_checkpoint", "load_module_state_dict",
-            "module_state_dict", "save_checkpoint", "save_16bit_model", "step", "zero_grad",
+            "_take_model_step", "_zero3_consolidated_16bit_state_dict", "allreduce_gradients", "backward",
+            "clip_fp32_gradients", "compile", "destroy", "forward", "get_global_grad_norm", "get_lr",
+            "gradient_clipping", "load_checkpoint", "load_module_state_dict", "module_state_dict", "save_checkpoint",
+            "save_16bit_model", "step", "zero_grad",
             # called
             "_backward_prologue", "_check_for_duplicates", "_configure_zero_optimizer",
             "_create_module_forward_post_hook", "_create_module_forward_pre_hook", "curriculum_learning_enabled",

@@ -45,13 +45,20 @@ def without_auto(
     if config.get("gradient_clipping") == AUTO:
         config["gradient_clipping"] = CLIP
         notes.append(f'gradient_clipping="auto": planned as {CLIP}, which is the Trainer\'s default')
-    params = (config.get("optimizer") or {}).get("params") or {}
+    params = _params(config, "optimizer")
     for key in [key for key, value in params.items() if value == AUTO]:
         del params[key]
-    if AUTO in ((config.get("scheduler") or {}).get("params") or {}).values():
+    if AUTO in _params(config, "scheduler").values():
         del config["scheduler"]
     _buckets(config, model_config)
     return config, notes
+
+
+def _params(config: dict[str, Any], section: str) -> dict[str, Any]:
+    """Of a section; empty where it is none, which `resolve` refuses."""
+    found = config.get(section)
+    params = found.get("params") if isinstance(found, dict) else None
+    return params if isinstance(params, dict) else {}
 
 
 def _batch(config: dict[str, Any], micro_batch: int | None) -> list[str]:

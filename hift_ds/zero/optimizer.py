@@ -450,6 +450,8 @@ class HiFTOptimizer(ReadByDeepSpeed):
         self.optimizer._opt_called = True  # type: ignore[attr-defined]
         if self.rotation.advance():
             self.activate()
+        elif self.rotation.at_turn_start:  # the same block's next turn
+            self.step_back()
         if self.ring is not None:
             # During the coming forward and backward.
             units = self._kept.blocks[self.rotation.active_block]

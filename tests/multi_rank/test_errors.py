@@ -204,7 +204,7 @@ def test_what_only_one_rank_finds_is_raised_on_all(two_ranks):
     assert second["nothing to train on rank 1"].startswith(NOTHING_TO_TRAIN)
     assert first["nothing to train on rank 1"].startswith(f"RuntimeError: rank 1 failed: {NOTHING_TO_TRAIN}")
     for found in (first, second):
-        assert found["other model on rank 1"].startswith("RuntimeError: hift section or model: ranks 0 and 1 differ")
+        assert found["other model on rank 1"].startswith("RuntimeError: config or model: ranks 0 and 1 differ")
 
 
 def starved(stage: int) -> str:

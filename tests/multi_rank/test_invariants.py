@@ -125,14 +125,40 @@ def test_ranks_that_disagree_on_the_active_block_raise_everywhere(two_ranks, sta
     two_ranks.run(ranks_disagree, stage)
 
 
-def other_seed_on_one_rank() -> None:
-    """A config that differs between ranks."""
-    error = error_of(lambda: engine_of(ds_config(1, "fp32", {"order": "random", "seed": dist.get_rank()})))
-    assert error.startswith("RuntimeError: hift section or model: ranks 0 and 1 differ")
+def compiled_before() -> None:
+    """`torch.compile(model)` before `initialize`: as many compilations as there are blocks, above dynamo's limit."""
+    import torch._dynamo as dynamo
+
+    graphs: list[Any] = []
+    dynamo.reset()
+    before, dynamo.config.recompile_limit = dynamo.config.recompile_limit, 2
+    try:
+        model = torch.compile(small_llama(layers=3), backend=lambda graph, _: graphs.append(graph) or graph.forward)
+        run_steps(engine_of(ds_config(0, "fp32", {}), model), 10)
+    finally:
+        dynamo.config.recompile_limit = before
+    assert len(graphs) >= 5, len(graphs)
+
+
+@pytest.mark.slow
+def test_a_model_compiled_before_is_compiled_for_each_block(two_ranks):
+    two_ranks.run(compiled_before)
+
+
+def other_configs_on_one_rank() -> None:
+    """Of blocks, of a rate, of micro steps (which would wait for ever), of clipping, of the stage."""
+    rank = dist.get_rank()
+    configs = [ds_config(1, "fp32", {"order": "random", "seed": rank}), *(ds_config(1, "fp32", {}) for _ in range(3))]
+    configs[1]["optimizer"]["params"]["lr"] = 1e-3 * (1 + rank)
+    configs[2]["gradient_accumulation_steps"] = 1 + rank
+    configs[3]["gradient_clipping"] = 0.5 * rank
+    for config in (*configs, ds_config(rank, "fp32", {})):
+        error = error_of(lambda config=config: engine_of(config))
+        assert error.startswith("RuntimeError: config or model: ranks 0 and 1 differ"), error
 
 
 def test_ranks_with_different_configs_are_refused_everywhere(two_ranks):
-    two_ranks.run(other_seed_on_one_rank)
+    two_ranks.run(other_configs_on_one_rank)
 
 
 @pytest.mark.parametrize("stage", range(4))

@@ -491,6 +491,18 @@ def test_ranks_that_disagree_on_the_block_change_nothing(two_ranks, stage):
 # Clipping, resuming, reading.
 
 
+def bounds_in_force() -> None:
+    """`engine.gradient_clipping()` where the key is not written: off, which is not DeepSpeed's default."""
+    for hift, bound in ((BACKWARD, 0.0), ({**BACKWARD, "update": "step"}, 1.0)):
+        config = ds_config(2, "fp32", hift)
+        config.pop("gradient_clipping", None)
+        assert engine_of(config).gradient_clipping() == bound
+
+
+def test_the_engine_says_which_bound_is_in_force(two_ranks):
+    two_ranks.run(bounds_in_force)
+
+
 def clipped_by_unit(stage: int, clip: float) -> None:
     """Each unit is clipped by its own norm: SGD moves it by rate times its gradient over max(1, norm / clip)."""
     config = ds_config(stage, "fp32", {**BACKWARD, "clip": "unit"}, gradient_clipping=clip)

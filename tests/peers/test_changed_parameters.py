@@ -296,6 +296,23 @@ def test_switching_a_parameter_of_the_active_block_off_is_warned_of(ranks, stage
     assert on(ranks, switched_off, stage)[0], "rank 0 reads a warning"
 
 
+def flags_of_one_block(stage: int) -> list[bool]:
+    """A parameter's flag after each step, where the user has switched it off before the third."""
+    module, name = Stack(), "layers.0.linear.weight"
+    engine, flags = hift_engine(module, stage, hift={"layers_per_block": 100}), []
+    for step in range(5):
+        if step == 2:
+            module.get_parameter(name).requires_grad_(False)
+        run(train_step, 1, engine, start=step)
+        flags.append(module.get_parameter(name).requires_grad)
+    return flags
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_block_that_is_all_there_is_has_a_turn_at_each_step_which_sets_its_flags_anew(ranks, stage):
+    assert all(flags == [True] * 5 for flags in on(ranks, flags_of_one_block, stage))
+
+
 class Complex(nn.Module):
     """A spectral layer."""
 

@@ -173,6 +173,8 @@ def test_contradictory_batch_sizes_are_refused(tiny, capsys, tmp_path):
         ({"zero_optimization": {"stage": 2, "elastic_checkpoint": True}}, ("elastic_checkpoint", "remove the key")),
         ({"fp16": {"enabled": True, "fp16_master_weights_and_grads": True}}, ("fp16_master_weights_and_grads",)),
         ({"optimizer": {"type": "Muon"}}, ("Muon", "use one of")),
+        ({"optimizer": "AdamW"}, ("optimizer='AdamW'",)),
+        ({"optimizer": {"type": "AdamW"}, "scheduler": None}, ("scheduler=null", "leave the key out")),
         ({"optimizer": {"type": "AdamW", "params": {"learn": 1}}}, ("optimizer.params.learn=1", "use one of")),
         ({"hift": {"enabled": True, "layers_per_blok": 2}}, ("hift.layers_per_blok=2", "did you mean")),
         ({"hift": {"enabled": True, "state": {"moments": "int4"}}}, ("moments", "'int4'", "must be one of")),

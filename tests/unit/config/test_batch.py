@@ -31,7 +31,7 @@ def test_batch_sizes_are_those_that_deepspeed_would_find(sizes):
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({}, r"^train_micro_batch_size_per_gpu: missing; put it into the config, or pass --micro_batch$"),
+        ({}, r"^train_micro_batch_size_per_gpu: missing; put it into the config \(in the scripts: --micro_batch\)$"),
         ({ACCUMULATION: 2}, r"^train_micro_batch_size_per_gpu: missing"),
         ({MICRO: "auto"}, r"^train_micro_batch_size_per_gpu='auto': must be a whole number, 1 or more"),
         ({MICRO: 0}, r"^train_micro_batch_size_per_gpu=0: must be"),
