@@ -131,7 +131,9 @@ def run_plan(args: argparse.Namespace) -> int:
         request = _with_chosen_blocks(planner, request)
     forecast = planner.forecast(request, args.every_block)
     seconds = None
-    if speeds is not None:
+    if speeds is not None and args.tflops is None and request.config.precision == "fp32":
+        print(f"--card {args.card}: its rate is of 16-bit products; for seconds in fp32 give --tflops", file=sys.stderr)
+    elif speeds is not None:
         seconds = timing(planner.layout(request), request.seq, speeds, request.padded)
     advice = None if forecast.fits in (None, True) else advise(planner, forecast)
     if args.json != "-":

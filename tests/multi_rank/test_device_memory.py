@@ -23,6 +23,7 @@ from hift_testing.selection import slow
 from hift_testing.training import DTYPES, cast_parameters, ds_config, engine_of, run_steps, small_llama
 from torch import nn
 
+from hift_ds.distributed import of_all_ranks
 from hift_ds.memory.planner import Planner
 from hift_ds.memory.request import Request
 from hift_ds.state import ring
@@ -414,8 +415,21 @@ def test_the_coming_block_s_first_tiles_are_on_their_way_after_each_step(two_ran
 
 
 def one_unit_at_a_time(stage: int, dtype: str) -> None:
-    """With updates in backward init, backward, step and rest take the device bytes of one layer, not of `m` layers."""
-    world, found = dist.get_world_size(), {}
+    """With updates in backward init, backward, step and rest take the device bytes of one layer, not of `m` layers.
+
+    Gloo's threads, which hold a tensor a moment longer when they are late, can only add: one of three times is enough.
+    """
+    tries = []
+    while len(tries) < 3:
+        tries.append(error_of_one_unit(stage, dtype))
+        if not any(of_all_ranks(tries[-1])):
+            return
+    raise AssertionError("\n".join(tries))
+
+
+def error_of_one_unit(stage: int, dtype: str) -> str:
+    """What is more than it may be, measured once; empty if nothing is. Collective."""
+    world, found, errors = dist.get_world_size(), {}, []
     for layers in (1, 2, LAYERS):
         facts = measured(stage, dtype, {"update": "backward", "layers_per_block": layers})
         unit = {**facts, "shard": facts["shard"] // layers, "block": facts["block"] // layers}
@@ -423,13 +437,17 @@ def one_unit_at_a_time(stage: int, dtype: str) -> None:
         allowed["backward"] += allowed["step"] - facts["ring"]  # the update is in it
         if world > 1 and stage in (1, 2):  # new weights of the unit above are on their way
             allowed["backward"] += 2 * facts["bucket"] * (4 if dtype == "fp32" else 2)
-        assert {phase: facts[phase] for phase in allowed if facts[phase] > allowed[phase]} == {}, (layers, allowed)
+        more = {phase: facts[phase] for phase in allowed if facts[phase] > allowed[phase]}
+        if more:
+            errors.append(f"{layers} layers: {more}, of {allowed}")
         found[layers] = facts["init"], facts["idle"], facts["backward"], facts["after"]
     # What is still on its way, or held by gloo, when the next unit's gradients come; with one unit there is no next.
     before = 33088 * (4 if dtype == "fp32" else 2) if world > 1 else 4 * WIDTH * WIDTH * 4
     for layers in (2, LAYERS):
         for one, several in zip(found[1], found[layers], strict=True):
-            assert several <= one + before + 4 * TINY, (layers, found)
+            if several > one + before + 4 * TINY:
+                errors.append(f"{layers} layers: {found}")
+    return "; ".join(errors)
 
 
 @pytest.mark.parametrize(

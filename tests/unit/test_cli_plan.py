@@ -239,6 +239,15 @@ def test_a_named_card_gives_its_memory_and_modelled_seconds(tiny, capsys):
     assert message == "--tflops: a step's seconds need both --bus_gb_per_s and --tflops, or --card"
 
 
+def test_a_card_says_no_seconds_of_fp32_without_a_rate_for_it(tiny, capsys):
+    run = ("--model", tiny, "--seq_len", 8, "--card", "a6000", "--precision", "fp32")
+    assert plan(*run) == 0
+    out, err = capsys.readouterr()
+    assert "modelled" not in out and "give --tflops" in err
+    assert plan(*run, "--tflops", 20) == 0
+    assert "modelled and not measured" in capsys.readouterr().out
+
+
 def test_the_loss_in_chunks_is_planned_or_refused(tiny, capsys, tmp_path):
     peaks = []
     for loss in ("plain", "chunked"):
