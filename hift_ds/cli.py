@@ -115,7 +115,7 @@ def run_plan(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from hift_ds.memory import report
-    from hift_ds.memory.advice import advise
+    from hift_ds.memory.advice import advise, room_for_activations
     from hift_ds.memory.model_names import load_config
     from hift_ds.memory.peaks import write_json
     from hift_ds.memory.planner import Planner
@@ -136,11 +136,12 @@ def run_plan(args: argparse.Namespace) -> int:
     elif speeds is not None:
         seconds = timing(planner.layout(request), request.seq, speeds, request.padded)
     advice = None if forecast.fits in (None, True) else advise(planner, forecast)
+    room = room_for_activations(planner, forecast)
     if args.json != "-":
         width = None if sys.stdout.isatty() else 80
-        Console(width=width, highlight=False, emoji=False).print(report.render(forecast, advice, seconds))
+        Console(width=width, highlight=False, emoji=False).print(report.render(forecast, advice, seconds, room))
     if args.json is not None:
-        found = report.to_json(forecast, advice, _as_the_paper_counts(planner, forecast), seconds)
+        found = report.to_json(forecast, advice, _as_the_paper_counts(planner, forecast), seconds, room)
         write_json(None if args.json == "-" else Path(args.json), found)
     if args.plot is not None:
         report.plot(forecast, Path(args.plot))

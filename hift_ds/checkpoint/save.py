@@ -70,13 +70,15 @@ class Save:
             RuntimeError: A rank has failed, has ended, or has not reported in time; nothing is left of the save.
         """
         files: dict[str, FileFacts] = {}
+        errors: list[Exception] = []
         try:
             for rank in range(world):
-                written, writing = (self.place / f"rank_{rank}.{state}" for state in ("written", "writing"))
-                report = json.loads(folder.read_when_there(written, writing, REPORT_SECONDS))
-                if report["error"]:
-                    raise RuntimeError(f"rank {rank} failed to save in the background: {report['error']}")
-                files.update((name, FileFacts(**of_file)) for name, of_file in report["files"].items())
+                try:
+                    files.update(self._reported(rank))
+                except Exception as error:  # the others still write: what is dropped now would be there again
+                    errors.append(error)
+            if errors:
+                raise errors[0]
             for path in self.place.glob("rank_*.writ*"):
                 path.unlink()
             self.describe(facts, files)
@@ -84,3 +86,10 @@ class Save:
         except Exception:
             self.drop()
             raise
+
+    def _reported(self, rank: int) -> dict[str, FileFacts]:
+        written, writing = (self.place / f"rank_{rank}.{state}" for state in ("written", "writing"))
+        report = json.loads(folder.read_when_there(written, writing, REPORT_SECONDS))
+        if report["error"]:
+            raise RuntimeError(f"rank {rank} failed to save in the background: {report['error']}")
+        return {name: FileFacts(**of_file) for name, of_file in report["files"].items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -12,6 +13,7 @@ from hift_ds.memory.figures import Forecast
 from hift_ds.memory.planner import Planner
 from hift_ds.memory.request import Request
 from hift_ds.state.unit_state import ring_limit
+from hift_ds.zero.activations import recomputing_layers
 
 SHORTEST = 128  # tokens
 _STATE, _ZERO = ("hift", "state"), ("zero_optimization",)
@@ -47,6 +49,30 @@ class Advice:
 
     changes: tuple[Change, ...]
     forecast: Forecast | None
+
+
+def room_for_activations(planner: Planner, forecast: Forecast) -> tuple[int, int] | None:
+    """What memory is left for where a request fits that recomputes activations: layers that may keep theirs, the peak.
+
+    `None` where there is none, or the request names such layers itself.
+    """
+    request, worst = forecast.request, forecast.blocks.index(forecast.worst)
+    if not (request.checkpointing and forecast.fits and request.gpu_memory) or request.keep_layers:
+        return None
+
+    module = planner.layout(request).model.module
+    names = {param: fqn for fqn, param in module.named_parameters()}
+    layers = [names[next(layer.parameters())] for layer in recomputing_layers(module)]
+
+    def peak(kept: int) -> int:
+        """Of the worst block, or of that of the lowest layer that keeps its own, where it trains, too."""
+        asked = replace(request, keep_layers=kept)
+        layout = planner.layout(asked)
+        lowest = [index for index, block in enumerate(layout.block_plan.blocks) if layers[-kept] in block.fqns]
+        return max(planner.figures(asked, layout, index).peak for index in {worst, *lowest})
+
+    kept = bisect_left(range(1, len(layers) + 1), True, key=lambda count: not request.card_holds(peak(count)))
+    return (kept, peak(kept)) if kept else None
 
 
 def advise(planner: Planner, forecast: Forecast) -> Advice:

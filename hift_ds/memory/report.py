@@ -22,21 +22,31 @@ CARDS = (12, 16, 24, 32, 40, 48, 80, 141)  # GiB of cards that one can rent or b
 _HEIGHT, _WIDTH, _DPI = 5.0, 10.0, 150
 
 
-def render(forecast: Forecast, advice: Advice | None, seconds: Timing | None = None) -> RenderableType:
-    """For the terminal."""
+def render(
+    forecast: Forecast, advice: Advice | None, seconds: Timing | None = None, room: tuple[int, int] | None = None
+) -> RenderableType:
+    """For the terminal.
+
+    Args:
+        room: Of `room_for_activations`.
+    """
     tables = (_title(forecast), _blocks_table(forecast), _with_traffic(forecast))
     parts: list[RenderableType] = [*(part for table in tables for part in (table, "")), verdict(forecast)]
     if forecast.uncounted:
         parts += ["", _images_line(forecast)]
     if seconds is not None:
         parts += ["", _seconds_line(seconds)]
+    if room is not None:
+        need = gib(room[1] + RESERVE_BYTES)
+        parts += ["", f"memory is left: with --keep_layers {room[0]} a step recomputes less, and needs {need} GiB"]
     if advice is not None:
         parts += ["", *_advice_lines(forecast, advice)]
     return Group(*parts)
 
 
 def to_json(
-    forecast: Forecast, advice: Advice | None, paper: dict[str, Any], seconds: Timing | None = None
+    forecast: Forecast, advice: Advice | None, paper: dict[str, Any], seconds: Timing | None = None,
+    room: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """Everything, in bytes and seconds."""
     request = forecast.request
@@ -64,6 +74,8 @@ def to_json(
         found["modelled_step"] = {
             **asdict(seconds), "exposed": seconds.exposed, "tokens_per_second": seconds.tokens_per_second
         }
+    if room is not None:
+        found["room_for_activations"] = dict(zip(("keep_layers", "peak"), room, strict=True))
     if advice is not None:
         found["cheapest_change"] = [{"what": change.what, "cost": change.cost} for change in advice.changes]
         found["peak_after_change"] = None if advice.forecast is None else advice.forecast.worst.peak

@@ -47,7 +47,7 @@ def keep_activations(model: torch.nn.Module, layers: int) -> None:
     Raises:
         ValueError: Fewer layers recompute theirs.
     """
-    found = _recomputing(model)
+    found = recomputing_layers(model)
     if layers > len(found):
         raise ValueError(f"keep_activations(model, {layers}): {len(found)} layers recompute activations; name fewer")
     for layer in found[len(found) - layers :]:
@@ -56,10 +56,11 @@ def keep_activations(model: torch.nn.Module, layers: int) -> None:
 
 def kept_activations(model: torch.nn.Module) -> int:
     """How many layers `keep_activations` has taken out of the recomputation that the others are in."""
-    return len(_layers(model)) - len(found) if (found := _recomputing(model)) else 0
+    return len(_layers(model)) - len(found) if (found := recomputing_layers(model)) else 0
 
 
-def _recomputing(model: torch.nn.Module) -> list[Any]:
+def recomputing_layers(model: torch.nn.Module) -> list[Any]:
+    """Those of a transformers model that recompute their activations, in its order."""
     return [layer for layer in _layers(model) if layer.gradient_checkpointing]
 
 

@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 import transformers as hf
+from hift_testing.selection import slow
 
 from hift_ds.memory import advice
-from hift_ds.memory.advice import _changes, advise
+from hift_ds.memory.advice import _changes, advise, room_for_activations
 from hift_ds.memory.planner import Planner
 from hift_ds.memory.request import RESERVE_BYTES, Request
 from hift_ds.recipes.planning import complete_config
@@ -55,6 +56,27 @@ def advice_for(planner, request, gpu=None, host=None):
     assert changed == advice.forecast.request, "the plan is that of the changes proposed"
     assert (changed.gpu_memory, changed.host_memory) == (gpu, host)
     return [change.what for change in advice.changes], advice.forecast
+
+
+@pytest.mark.parametrize("layers_per_block", [1, slow(2), slow(100)])
+def test_as_many_layers_keep_their_activations_as_the_card_has_room_for(layers_per_block):
+    """Of 6: as many as fit, while one more does not; none on a card that is full, all on one that is large."""
+    planner = Planner(hf.LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=4,
+        max_position_embeddings=512, bos_token_id=1, eos_token_id=2,
+    ))  # fmt: skip
+    request = request_of(micro=8, checkpointing=True, layers_per_block=layers_per_block)
+    needs = [need(planner, replace(request, keep_layers=kept)) for kept in range(7)]
+    found = set()
+    for card in (needs[0], (needs[3] + needs[4]) // 2, needs[5], 2 * needs[6]):
+        kept, peak = room_for_activations(planner, planner.forecast(replace(request, gpu_memory=card))) or (0, needs[0])
+        assert needs[kept] <= card and (kept == 6 or needs[kept + 1] > card)
+        assert kept == 0 or peak + RESERVE_BYTES == needs[kept]
+        found.add(kept)
+    assert len(found) == 4 and 6 in found
+    full = replace(request, gpu_memory=needs[0] - 1)
+    for asked in (full, replace(request, gpu_memory=None), replace(request, checkpointing=False, gpu_memory=1 << 40)):
+        assert room_for_activations(planner, planner.forecast(asked)) is None
 
 
 def test_a_micro_batch_too_large_is_halved_into_more_micro_steps(planner):
