@@ -216,7 +216,7 @@ class ChunkedLoss(torch.autograd.Function):
             counts = labels[tile] != ctx.ignore_index
             place = labels[tile].where(counts, 0).unsqueeze(1)
             error.scatter_add_(1, place, -torch.ones_like(place, dtype=error.dtype))
-            error.mul_(grads[0]).masked_fill_(~counts.unsqueeze(1), 0.0)  # grads[0] is not finite where nothing counts
+            error.mul_(grads[0].where(counts, 0.0).unsqueeze(1))  # it is not finite where nothing counts
             if slope is not None:
                 error.mul_(slope)
             if of_bias is not None:

@@ -25,7 +25,7 @@ from hift_ds.rotation.param_groups import (
 )
 from hift_ds.rotation.schedule import CycleScheduler, step_once_per_cycle
 from hift_ds.view import HiFT
-from hift_ds.zero.activations import use_non_reentrant_checkpointing
+from hift_ds.zero.activations import keep_again, use_non_reentrant_checkpointing
 from hift_ds.zero.attachment import Flags
 from hift_ds.zero.offload import WEIGHTS
 from hift_ds.zero.optimizer import ENDED, HiFTOptimizer
@@ -65,6 +65,7 @@ class HiFTEngine(LoadingEngine):
 
     def _configure_optimizer(self, client_optimizer: Any, model_parameters: Any) -> None:
         use_non_reentrant_checkpointing(self.module)
+        keep_again(self.module)
         if hasattr(self.module, "_orig_mod"):  # torch.compile(model)
             self._let_dynamo_compile()
         trained = {fqn for block in self.block_plan.blocks for fqn in block.fqns} | set(self.block_plan.always_active)

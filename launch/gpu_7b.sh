@@ -6,9 +6,10 @@
 #   whole_exact whole_int8     the same, all of full fine-tuning in one block, updated in backward
 #   eight_layer eight_whole eight_full eight_offload   8 of the 32 layers: HiFT, and DeepSpeed's full fine-tuning with torch's
 #                              fused AdamW, or with ZeRO-2, offload_optimizer and its DeepSpeedCPUAdam (compiled at first)
-# Needs 90 GiB of host memory (30 for int8, 54 for fp32, 32 for eight). 16 CPU cores and PCIe 5: under two minutes a run.
-# OUTPUT: where configs and results go. STEPS: 102 are three cycles, one of them timed. LIMITS=no: a CPU has no allocator to
-# cap and nothing to trace.
+# Needs 90 GiB of host memory (30 for int8, 54 for fp32, 32 for eight). 16 CPU cores and PCIe 5: two minutes a run with STEPS=102
+# (three cycles of a layer a block, one of them timed) and STEPS=14 for whole_* and eight_*, which have two steps a cycle.
+# OUTPUT: where configs and results go. STEPS: 136 if not given. MODEL: another config.json, for all runs. TOKENS: of a row.
+# LIMITS=no: on a CPU, which has no allocator to cap and nothing to trace, and no fused kernels for int8.
 set -euo pipefail
 here="$(dirname "$0")"
 output="${OUTPUT:-outputs/gpu_7b}"

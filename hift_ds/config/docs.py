@@ -17,7 +17,7 @@ Written by `make docs` from `hift_ds/config/keys.py` and `hift_ds/config/ds_keys
 Every key is optional but `enabled`; where `null` is allowed, it means "choose for me". An unknown key, a wrong type or
 an impossible value is an error that names the key, the value and what is allowed. `launch/train.py` has an option for
 each:
-`--hift_order random`, `--hift_state_moments int8`, `--hift_blocks '[["embed"], ["layers", "head"]]'`.
+`--hift_order random`, `--hift_state_moments int8`, `--hift_blocks '[["layers"], ["embed", "model.norm"]]'`.
 
 {hift}
 ### state

@@ -151,6 +151,8 @@ def _changes(request: Request) -> Iterator[Change]:
         if size < (state.ring_bytes or ring_limit(request.gpu_memory)):
             what = f'"ring_bytes": {size} in hift.state'
             yield Change(what, "less of the copies is hidden", {(*_STATE, "ring_bytes"): size})
+    for kept in (*_halves(request.keep_layers, 1), 0) if request.keep_layers else ():
+        yield Change(f"--keep_layers {kept}", "more layers are recomputed", {}, {"keep_layers": kept})
     if not request.chunked_loss:
         yield Change("loss in chunks (--loss chunked)", "the head's product once more", {}, {"chunked_loss": True})
     if not request.checkpointing:

@@ -144,9 +144,9 @@ class Report:
         )
         return cls(tuple(ranks), tuple(content["blocks"]))
 
-    def write(self, path: Path) -> None:
+    def write(self, path: str | Path) -> None:
         """Writes `to_json` to a file; its folder is made."""
-        write_json(path, self.to_json())
+        write_json(Path(path), self.to_json())
 
     def _highest(self, record: RankRecord, phase: str) -> Sample | None:
         return max((s for s in record.samples if s.phase == phase), key=lambda s: s.allocated, default=None)

@@ -121,4 +121,6 @@ def parse_bytes(text: str, option: str = "") -> int:
     size = int(float(match[1]) * _UNITS[match[2].lower()])
     if size < 1:
         raise ValueError(f"{option} {text!r}: must be more than nothing".lstrip())
+    if not match[2] and size < 1 << 20:
+        raise ValueError(f"{option} {text!r}: {size} bytes? write the unit, as in {match[1]}GiB".lstrip())
     return size

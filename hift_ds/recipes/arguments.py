@@ -132,6 +132,8 @@ def build_ds_config(args: argparse.Namespace, max_steps: int | None = None) -> d
         for path, value in overrides.items():
             inner = config["hift"] if len(path) == 1 else _inner_section(config["hift"], path[0])
             inner[path[-1]] = value
+        if ("blocks",) in overrides and ("layers_per_block",) not in overrides:
+            config["hift"].pop("layers_per_block", None)  # the file's, which the command line's blocks replace
         if config["hift"].get("layers_per_block", 1) is None:
             config["hift"].setdefault("seq_len", args.seq_len)  # else the choice would be for the model's longest rows
     elif overrides:

@@ -61,17 +61,17 @@ def request_of(args: argparse.Namespace) -> Request:
 
 
 def speeds_of(args: argparse.Namespace) -> Speeds | None:
-    """Of the card that is named, or those that are given; `None` without either.
+    """Of the card that is named, and those that are given in the place of its own; `None` without a card.
 
     Raises:
-        ValueError: One speed is given without the other, and no card.
+        ValueError: A speed is given, and no card.
     """
-    if args.card is None and args.bus_gb_per_s is None and args.tflops is None:
+    if args.card is None:
+        if args.bus_gb_per_s is not None or args.tflops is not None:
+            given = "--tflops" if args.bus_gb_per_s is None else "--bus_gb_per_s"
+            raise ValueError(f"{given}: a step's seconds need --card, too, for its memory; name the nearest")
         return None
-    if args.card is None and (args.bus_gb_per_s is None or args.tflops is None):
-        given = "--tflops" if args.bus_gb_per_s is None else "--bus_gb_per_s"
-        raise ValueError(f"{given}: a step's seconds need both --bus_gb_per_s and --tflops, or --card")
-    card = CARDS[args.card or "rtx4090"]  # for its own memory's speed, which weighs little
+    card = CARDS[args.card]
     return Speeds(
         card.bus if args.bus_gb_per_s is None else args.bus_gb_per_s * 1e9,
         card.products if args.tflops is None else args.tflops * 1e12, card.bandwidth,

@@ -10,6 +10,8 @@ import torch
 
 logger = logging.getLogger(__name__)
 
+_KEPT = "_hift_kept_layers"
+
 
 def use_non_reentrant_checkpointing(module: torch.nn.Module) -> bool:
     """Switches Hugging Face modules from reentrant to non-reentrant checkpointing, with one warning.
@@ -41,17 +43,24 @@ def use_non_reentrant_checkpointing(module: torch.nn.Module) -> bool:
 def keep_activations(model: torch.nn.Module, layers: int) -> None:
     """Of a model that recomputes activations in backward, lets the last `layers` layers keep theirs: a faster step.
 
-    These are the layers that nearly every block's backward passes. Call it after `gradient_checkpointing_enable`,
-    which turns all on again.
+    These are the layers that nearly every block's backward passes. Call it after `gradient_checkpointing_enable`; it
+    holds for `hift_ds.initialize`, too, where the Trainer has turned all on again. A later call takes its place.
 
     Raises:
-        ValueError: Fewer layers recompute theirs.
+        TypeError: No whole number.
+        ValueError: A negative one, or fewer layers recompute theirs.
     """
-    found = recomputing_layers(model)
-    if layers > len(found):
-        raise ValueError(f"keep_activations(model, {layers}): {len(found)} layers recompute activations; name fewer")
-    for layer in found[len(found) - layers :]:
-        layer.gradient_checkpointing = False
+    if not isinstance(layers, int) or isinstance(layers, bool):
+        raise TypeError(f"keep_activations(model, {layers!r}): must be a whole number of layers")
+    found = _layers(model) if recomputing_layers(model) else []
+    if not 0 <= layers <= len(found):
+        most = f"{len(found)} layers recompute theirs" if found else "no layer does, call gradient_checkpointing_enable"
+        raise ValueError(f"keep_activations(model, {layers}): keeps those that are recomputed, and {most}")
+    for index, layer in enumerate(found):
+        layer.gradient_checkpointing = index < len(found) - layers
+    for part in model.modules():
+        part.__dict__.pop(_KEPT, None)
+    model.__dict__[_KEPT] = layers
 
 
 def kept_activations(model: torch.nn.Module) -> int:
@@ -69,6 +78,14 @@ def _layers(model: torch.nn.Module) -> list[Any]:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     return [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]
+
+
+def keep_again(model: torch.nn.Module) -> None:
+    """What `keep_activations` has set on it or on a part of it, where all have been turned on again since."""
+    for part in list(model.modules()):
+        layers = part.__dict__.get(_KEPT)
+        if layers and not kept_activations(part) and recomputing_layers(part):
+            keep_activations(part, layers)
 
 
 def _is_first_rank() -> bool:

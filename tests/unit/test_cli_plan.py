@@ -63,7 +63,7 @@ def test_a_plan_that_does_not_fit_exits_1_and_advises(tiny, capsys):
 
 
 def test_a_host_too_small_exits_1_with_what_would_fit(tiny, capsys):
-    assert plan("--model", tiny, "--seq_len", 8, "--gpu_memory", "24GiB", "--host_memory", 50_000) == 1
+    assert plan("--model", tiny, "--seq_len", 8, "--gpu_memory", "24GiB", "--host_memory", "50kB") == 1
     assert '"master": "split16" in hift.state' in capsys.readouterr().out
 
 
@@ -232,11 +232,11 @@ def test_a_named_card_gives_its_memory_and_modelled_seconds(tiny, capsys):
     assert plan("--model", tiny, "--seq_len", 8, "--card", "a6000") == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "of 48.00 GiB" in out and "a step on one card, modelled and not measured:" in out and "tokens/s" in out
-    assert plan("--model", tiny, "--seq_len", 8, "--tflops", 1e-6, "--bus_gb_per_s", 1, "--json") == 0
+    assert plan("--model", tiny, "--seq_len", 8, "--tflops", 1e-6, "--card", "a6000", "--json") == 0
     step = json.loads(capsys.readouterr().out)["modelled_step"]
     assert step["tokens"] == 8 and step["tokens_per_second"] == pytest.approx(8 / step["step"])
     message = error_of(capsys, "--model", tiny, "--tflops", 3)
-    assert message == "--tflops: a step's seconds need both --bus_gb_per_s and --tflops, or --card"
+    assert message == "--tflops: a step's seconds need --card, too, for its memory; name the nearest"
 
 
 def test_a_card_says_no_seconds_of_fp32_without_a_rate_for_it(tiny, capsys):
@@ -467,7 +467,7 @@ def test_a_config_is_completed_and_not_changed():
 @pytest.mark.parametrize(
     ("text", "size"),
     [("48GiB", 48 << 30), ("24GB", 24 * 10**9), (" 1.5 gib ", 3 << 29), ("512MiB", 512 << 20), ("7kb", 7000),
-     ("2TiB", 2 << 40), ("123", 123), ("1KiB", 1024), ("3tb", 3 * 10**12)],
+     ("2TiB", 2 << 40), ("1KiB", 1024), ("3000000", 3_000_000), ("3tb", 3 * 10**12)],
 )  # fmt: skip
 def test_sizes_are_read_in_powers_of_2_and_of_10(text, size):
     assert parse_bytes(text) == size
@@ -477,6 +477,11 @@ def test_sizes_are_read_in_powers_of_2_and_of_10(text, size):
 def test_what_is_no_size_is_refused_with_its_text(text):
     with pytest.raises(ValueError, match="must be"):
         parse_bytes(text)
+
+
+def test_a_forgotten_unit_is_asked_for():
+    with pytest.raises(ValueError, match="--gpu_memory '24': 24 bytes\\? write the unit, as in 24GiB"):
+        parse_bytes("24", "--gpu_memory")
 
 
 def test_a_changed_request_leaves_the_first_as_it_was():

@@ -59,8 +59,9 @@ def test_operations_are_two_for_each_element_of_a_matrix_and_token_and_those_of_
     """Backward: as many for the inputs, as many for the weights that train, and of attention two and a half times."""
     _, layout = step_of(planner)
     carried = FORWARD + 4 * 1.5 * ATTENTION
-    assert operations(layout, norms(layout)) == (FORWARD, carried)
-    assert operations(layout, layout.trained) == (FORWARD, carried + FORWARD - 4 * ATTENTION)
+    # Rotary frequencies are a product in some versions of torch, of some hundred operations.
+    assert operations(layout, norms(layout)) == pytest.approx((FORWARD, carried), rel=1e-4)
+    assert operations(layout, layout.trained) == pytest.approx((FORWARD, carried + FORWARD - 4 * ATTENTION), rel=1e-4)
 
 
 def test_what_is_no_product_moves_what_it_reads_and_writes(planner):
@@ -104,7 +105,7 @@ def test_a_rotation_s_mean_step_goes_backward_only_as_far_as_its_block(planner):
     carried, trained = OF_LAYER + 1.5 * ATTENTION, OF_LAYER - ATTENTION
     # embedding: all above; then each layer trains and carries what is above it; then the head alone
     backward = [head + 4 * carried] + [head + (4 - i) * carried + trained for i in range(4)] + [2 * head]
-    assert found.step == pytest.approx((FORWARD + sum(backward) / 6) / 1e9, rel=1e-6)
+    assert found.step == pytest.approx((FORWARD + sum(backward) / 6) / 1e9, rel=1e-4)
 
 
 def test_copies_take_their_bytes_over_the_bus_and_what_compute_cannot_hide_is_exposed(planner):

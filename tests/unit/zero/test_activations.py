@@ -7,7 +7,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 import hift_ds
 from hift_ds.memory.request import Request
-from hift_ds.zero.activations import kept_activations
+from hift_ds.zero.activations import keep_again, kept_activations
 
 MODELS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(
@@ -47,10 +47,29 @@ def test_the_last_layers_run_once_the_others_twice_and_gradients_are_the_same(fa
 
 def test_more_layers_than_there_are_and_a_model_that_recomputes_nothing_are_refused_and_left_alone():
     model = MODELS["llama"]()
-    with pytest.raises(ValueError, match=r"keep_activations\(model, 1\): 0 layers recompute"):
+    with pytest.raises(ValueError, match=r"keep_activations\(model, 1\): .*no layer does, call"):
         hift_ds.keep_activations(model, 1)
     assert kept_activations(model) == 0
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    with pytest.raises(ValueError, match=r"keep_activations\(model, 5\): 4 layers recompute"):
-        hift_ds.keep_activations(model, 5)
+    for layers in (5, -1):
+        with pytest.raises(ValueError, match=rf"keep_activations\(model, {layers}\): .*4 layers recompute theirs"):
+            hift_ds.keep_activations(model, layers)
+    with pytest.raises(TypeError, match="whole number"):
+        hift_ds.keep_activations(model, 1.0)
     assert kept_activations(model) == 0 and model.is_gradient_checkpointing
+
+
+def test_a_later_call_takes_an_earlier_one_s_place_and_the_trainer_s_own_enabling_is_made_good():
+    """The Trainer turns checkpointing on in every layer before it calls initialize, which asks `keep_again`."""
+    model = MODELS["llama"]()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for layers in (3, 1, 2):
+        hift_ds.keep_activations(model, layers)
+        assert kept_activations(model) == layers
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert kept_activations(model) == 0
+    keep_again(torch.nn.Sequential(model))  # in a wrapper
+    assert kept_activations(model) == 2
+    hift_ds.keep_activations(model, 0)
+    keep_again(model)
+    assert kept_activations(model) == 0
