@@ -6,22 +6,22 @@ Counted over the real architecture under FakeTensorMode, operation by operation.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry
 
 from hift_ds.memory.fake_model import FakeModel, one_sequence_a_row
 
 _ATEN = torch.ops.aten
-# Fused attention, as a CPU names it. All of its square, though half is masked: it reaches about half of others' rate.
-_ATTENTION: dict[Any, tuple[Callable[..., int], int]] = {
-    _ATEN._scaled_dot_product_flash_attention_for_cpu: (sdpa_flop_count, 3),
-    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: (sdpa_backward_flop_count, 4),
+# Fused attention, as a CPU names it: the first of its queries, keys and values among the arguments.
+_ATTENTION = {
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: 0,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: 1,
 }
 _UNLISTED = {_ATEN.addmm_: _ATEN.addmm}  # products that torch's counter leaves out, and what counts them
 _MOVES_NOTHING = ("empty", "new_empty", "detach", "_unsafe_view")
@@ -81,8 +81,7 @@ class _Counter(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         packet = _UNLISTED.get(func.overloadpacket, func.overloadpacket)
         if packet in _ATTENTION:
-            count, tensors = _ATTENTION[packet]
-            self._operations += count(*(tensor.shape for tensor in args[:tensors]))
+            self._operations += _of_attention(args[_ATTENTION[packet] :], backward=bool(_ATTENTION[packet]))
         elif packet in flop_registry:
             self._operations += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
         elif func.namespace == "aten" and not func.is_view and not packet.__name__.startswith(_MOVES_NOTHING):
@@ -90,3 +89,15 @@ class _Counter(TorchDispatchMode):
                 held = [tensor for tensor in tree_leaves(side) if isinstance(tensor, torch.Tensor)]
                 self._moved += sum({id(tensor): tensor.nbytes for tensor in held}.values())
         return out
+
+
+def _of_attention(tensors: Sequence[torch.Tensor], backward: bool) -> int:
+    """Of queries (batch, heads, tokens, width), keys and values, whose heads several queries' may share.
+
+    Of the whole square, though half is masked: attention reaches about half of other products' rate. Backward makes the
+    scores anew. torch's own count wants as many heads of keys in some versions.
+    """
+    query, key, value = tensors[:3]
+    square = 2 * query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2]
+    width, width_of_values = query.shape[3], value.shape[3]
+    return square * (3 * width + 2 * width_of_values if backward else width + width_of_values)
