@@ -57,6 +57,24 @@ def test_weights_are_bitwise_those_of_a_loop_on_two_ranks(two_ranks, tmp_path, v
     two_ranks.run(assert_trainer_is_the_loop, tmp_path, stage, **VARIANTS[variant])
 
 
+def assert_kept(folder):
+    """The Trainer turns checkpointing on in every layer; what the user has kept out of it stays so."""
+    model = small_llama()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    hift_ds.keep_activations(model, 2)
+    with hift_ds.enable():
+        args = arguments(folder, auto_config(2, True, None), 2, gradient_checkpointing=True)
+        trainer = trainer_of(model, args, rows(8))
+        trainer.train()
+    flags = [layer.gradient_checkpointing for layer in model.model.layers]
+    assert flags == [True] * (len(flags) - 2) + [False] * 2
+    trainer.model_wrapped.destroy()
+
+
+def test_layers_that_keep_their_activations_do_so_under_the_trainer(one_rank, tmp_path):
+    one_rank.run(assert_kept, tmp_path)
+
+
 @pytest.mark.parametrize(("variant", "stage"), [("config", 0), slow("trainers", 2), slow("bf16", 3), slow("paper", 0)])
 def test_weights_are_bitwise_those_of_a_loop_on_one_rank(one_rank, tmp_path, variant, stage):
     one_rank.run(assert_trainer_is_the_loop, tmp_path, stage, **VARIANTS[variant])
