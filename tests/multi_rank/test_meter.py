@@ -52,7 +52,7 @@ def measured(stage: int, dtype: str, hift: dict[str, Any] | None, folder: str | 
     facts["samples"] = [asdict(sample) for sample in report.ranks[dist.get_rank()].samples]
     if folder is not None:
         path = Path(folder, "reports", f"{dist.get_rank()}.json")
-        report.write(path)
+        report.write(str(path))
         assert json.loads(path.read_text()) == report.to_json()
     facts["weights"] = sum(
         (param.ds_tensor if hasattr(param, "ds_id") else param).nbytes for param in engine.module.parameters()

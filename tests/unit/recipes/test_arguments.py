@@ -97,6 +97,11 @@ def test_blocks_state_and_null_have_options_as_json_or_by_key(config_of):
     }  # fmt: skip
 
 
+def test_blocks_of_the_command_line_take_the_place_of_the_file_s_layers_per_block(config_of):
+    section = config_of("--hift", "--hift_blocks", '[["layers"], ["embed"]]')["hift"]
+    assert section == {"enabled": True, "seed": 7, "blocks": [["layers"], ["embed"]]}
+
+
 def test_every_key_has_an_option_and_help_says_what_it_does(capsys):
     with pytest.raises(SystemExit):
         parse("--help")
