@@ -100,9 +100,13 @@ class ResolvedConfig:
 
     @property
     def shared(self) -> tuple:
-        """What every rank must have alike, or they would wait for each other, or train apart."""
+        """What every rank must have alike, or they would wait for each other, or train apart.
+
+        Of the hyper-parameters those that print alike in every process: a function of the user's does not.
+        """
+        plain = {key: value for key, value in self.group.items() if isinstance(value, (int, float, str, tuple))}
         return (
-            self.hift, self.group, self.stage, self.precision, self.micro_steps, self.managed, self.accumulation_dtype,
+            self.hift, plain, self.stage, self.precision, self.micro_steps, self.managed, self.accumulation_dtype,
             self.communication_dtype, self.predivide, self.mean, self.clip,
         )  # fmt: skip
 
@@ -155,9 +159,7 @@ def resolve(
     hift = HiFTConfig.from_ds_config(ds_config)
     if hift is None:
         return None
-    for key in ("optimizer", "scheduler", "zero_optimization", "data_types"):
-        if key in ds_config and ds_config[key] is None:
-            raise ValueError(f"{key}=null: DeepSpeed reads a section there; write one or leave the key out")
+    _check_sections(ds_config)
     surface.require()
     notes = tuple(check_ds_config(dict(ds_config)))
     micro_batch, micro_steps = batch_sizes(ds_config, world)
@@ -341,6 +343,12 @@ def _accumulation_dtype(asked: torch.dtype | None, model_dtype: torch.dtype, acc
             raise ValueError(f"data_types.grad_accum_dtype={asked}: sums of gradients need fp32, bf16 or fp16")
         return asked
     return torch.float32 if accumulates else model_dtype
+
+
+def _check_sections(ds_config: Mapping[str, Any]) -> None:
+    for key in ("optimizer", "scheduler", "zero_optimization", "data_types"):
+        if key in ds_config and ds_config[key] is None:
+            raise ValueError(f"{key}=null: DeepSpeed reads a section there; write one or leave the key out")
 
 
 def _check_scheduler(section: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -171,7 +172,8 @@ def _row(
         **provenance(engine.device),
         "status": "ok",
         "method": "hift" if args.hift else "full",
-        "model": args.model_name_or_path,
+        "model": Path(args.model_name_or_path).name if Path(args.model_name_or_path).is_absolute()
+        else args.model_name_or_path,
         "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters()),
         "stage": engine.zero_optimization_stage(),
         "ranks": engine.dp_world_size,
