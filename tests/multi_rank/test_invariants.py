@@ -157,6 +157,17 @@ def other_configs_on_one_rank() -> None:
         assert error.startswith("RuntimeError: config or model: ranks 0 and 1 differ"), error
 
 
+def a_function_in_a_group() -> None:
+    """It prints its address, which each process has of its own: no difference that counts."""
+    model = small_llama()
+    optimizer = torch.optim.AdamW([{"params": list(model.parameters()), "schedule": lambda step: 1.0}], lr=1e-3)
+    run_steps(engine_of(ds_config(2, "fp32", {}), model, optimizer=optimizer), 1)
+
+
+def test_what_prints_otherwise_in_each_process_is_no_difference_between_ranks(two_ranks):
+    two_ranks.run(a_function_in_a_group)
+
+
 def test_ranks_with_different_configs_are_refused_everywhere(two_ranks):
     two_ranks.run(other_configs_on_one_rank)
 
