@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hift_ds.chunked_loss import use_chunked_loss
+    from hift_ds.compiled_layers import compile_layers
     from hift_ds.config.keys import HiFTConfig
     from hift_ds.distributed import init_distributed
     from hift_ds.enabling import disable, enable
@@ -14,14 +15,15 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "HiFTCallback", "HiFTConfig", "HiFTEngine", "disable", "enable", "init_distributed", "initialize",
-    "keep_activations", "use_chunked_loss",
+    "HiFTCallback", "HiFTConfig", "HiFTEngine", "compile_layers", "disable", "enable", "init_distributed",
+    "initialize", "keep_activations", "use_chunked_loss",
 ]  # fmt: skip
 
 _HOMES = {
     "HiFTCallback": "hift_ds.integrations.trainer",
     "HiFTConfig": "hift_ds.config.keys",
     "HiFTEngine": "hift_ds.engine",
+    "compile_layers": "hift_ds.compiled_layers",
     "disable": "hift_ds.enabling",
     "enable": "hift_ds.enabling",
     "initialize": "hift_ds.start",

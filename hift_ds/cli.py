@@ -96,6 +96,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     add("--attn_implementation", choices=ATTENTIONS, help="attention (default: transformers' choice, mostly sdpa)")
     add("--gradient_checkpointing", action="store_true", help="recompute activations in backward")
     add_keep_layers(parser)
+    add("--compile", action="store_true", help="layers are compiled: for the seconds, memory is counted as if not")
     add("--checkpoint_frozen", choices=("yes", "no"), default="yes",
         help="no: layers in which nothing is trained keep their activations, as with LlamaFactory")  # fmt: skip
     add("--loss", choices=LOSSES, default=LOSSES[0],
@@ -134,7 +135,7 @@ def run_plan(args: argparse.Namespace) -> int:
     if speeds is not None and args.tflops is None and request.config.precision == "fp32":
         print(f"--card {args.card}: its rate is of 16-bit products; for seconds in fp32 give --tflops", file=sys.stderr)
     elif speeds is not None:
-        seconds = timing(planner.layout(request), request.seq, speeds, request.padded)
+        seconds = timing(planner.layout(request), request.seq, speeds, request.padded, request.compiled)
     advice = None if forecast.fits in (None, True) else advise(planner, forecast)
     room = room_for_activations(planner, forecast)
     if args.json != "-":

@@ -11,6 +11,7 @@ from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
 from deepspeed.runtime.zero import parameter_offload
 from torch.utils import _pytree as pytree
 
+from hift_ds.compiled_layers import let_dynamo_compile
 from hift_ds.config.keys import HiFTConfig
 from hift_ds.config.resolve import ResolvedConfig
 from hift_ds.distributed import agree
@@ -192,16 +193,11 @@ class HiFTEngine(LoadingEngine):
         super().compile(*args, **kwargs)
 
     def _let_dynamo_compile(self) -> None:
-        import torch._dynamo
-
-        limits = torch._dynamo.config
-        wanted = 2 * len(self.block_plan.blocks) + 8  # in evaluation and for other shapes, too
-        limits.recompile_limit = max(limits.recompile_limit, wanted)
-        limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 8 * wanted)
+        let_dynamo_compile(2 * len(self.block_plan.blocks) + 8)  # in evaluation and for other shapes, too
         if self.global_rank == 0:
             logger.warning(
-                "torch.compile compiles the model once for each of %d blocks, in the first cycle; larger blocks "
-                "(hift.layers_per_block) are compiled less often", len(self.block_plan.blocks),
+                "torch.compile compiles the model once for each of %d blocks, in the first cycle; "
+                "hift_ds.compile_layers(model) instead compiles a layer once for all", len(self.block_plan.blocks),
             )  # fmt: skip
 
     def allreduce_gradients(self, bucket_size: int = 0) -> None:

@@ -16,6 +16,7 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
 
+from hift_ds.compiled_layers import is_compiled, require_stage_without_hooks
 from hift_ds.config.files import load_ds_config
 from hift_ds.config.kernels import KernelChoice, choose_kernel
 from hift_ds.config.keys import FRESH, check_spelling
@@ -188,6 +189,8 @@ def _prepare(
         return None
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model={type(model).__name__}: must be a torch.nn.Module")
+    if is_compiled(model):
+        require_stage_without_hooks(resolved.stage)
     if mpu is not None:
         raise ValueError(f"mpu={type(mpu).__name__}: HiFT has no model parallelism; leave mpu out")
     if mesh_param is not None:

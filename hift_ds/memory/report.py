@@ -165,8 +165,9 @@ def _heading(forecast: Forecast) -> str:
     checkpointing += " of layers that train" if checkpointing and not request.checkpoint_frozen else ""
     checkpointing += f" but in the last {request.keep_layers} layers" if request.keep_layers else ""
     loss = ", loss in chunks" if request.chunked_loss else ""
+    compiled = ", compiled layers" if request.compiled else ""
     stage = f"ZeRO-{request.config.stage}"
-    return f"{forecast.model}, {size}, {request.config.precision}, {stage}, {ranks}{checkpointing}{loss}"
+    return f"{forecast.model}, {size}, {request.config.precision}, {stage}, {ranks}{checkpointing}{loss}{compiled}"
 
 
 def _title(forecast: Forecast) -> str:

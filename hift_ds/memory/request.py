@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from hift_ds.chunked_loss import is_chunked
+from hift_ds.compiled_layers import is_compiled
 from hift_ds.config.resolve import ResolvedConfig, resolve, zero_section
 from hift_ds.zero.activations import kept_activations
 
@@ -39,6 +40,7 @@ class Request:
         checkpoint_frozen: Activation checkpointing of layers in which nothing is trained, too.
         keep_layers: The last layers that keep their activations (`hift_ds.keep_activations`).
         chunked_loss: The loss tile by tile (`hift_ds.use_chunked_loss`).
+        compiled: Layers are compiled (`hift_ds.compile_layers`), for a step's seconds; memory is counted as if not.
     """
 
     ds_config: Mapping[str, Any]
@@ -56,6 +58,7 @@ class Request:
     checkpoint_frozen: bool = True
     keep_layers: int = 0
     chunked_loss: bool = False
+    compiled: bool = False
 
     @classmethod
     def of(cls, module: Any, ds_config: Mapping[str, Any], seq: int, **others: Any) -> Request:
@@ -64,8 +67,9 @@ class Request:
         checkpointing = bool(getattr(module, "is_gradient_checkpointing", False))
         kept = kept_activations(module)
         return cls(
-            ds_config, seq, attention, checkpointing, keep_layers=kept, chunked_loss=is_chunked(module), **others
-        )
+            ds_config, seq, attention, checkpointing, keep_layers=kept, chunked_loss=is_chunked(module),
+            compiled=is_compiled(module), **others,
+        )  # fmt: skip
 
     @property
     def world(self) -> int:

@@ -97,14 +97,17 @@ class Timing:
         return self.tokens / self.step
 
 
-def timing(layout: Layout, seq: int, speeds: Speeds, padded: bool = False) -> Timing | None:
+def timing(
+    layout: Layout, seq: int, speeds: Speeds, padded: bool = False, compiled: bool = False
+) -> Timing | None:
     """The mean step of a cycle in the steady state; `None` with updates on the host, of which there is no model."""
     config = layout.config
     if config.home == "host":
         return None
     model = _Step(
-        layout, speeds, lambda trained: micro_step_work(layout.model, trained, config.micro_batch, seq, padded)
-    )
+        layout, speeds,
+        lambda trained: micro_step_work(layout.model, trained, config.micro_batch, seq, padded, compiled),
+    )  # fmt: skip
     rotation = Rotation(len(layout.shards), config.hift.order, config.hift.seed, config.hift.steps_per_block)
     count = max(rotation.steps_per_cycle, 2)
     marks = []

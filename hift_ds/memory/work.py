@@ -6,8 +6,11 @@ Counted over the real architecture under FakeTensorMode, operation by operation.
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Sequence
+import warnings
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -15,7 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from hift_ds.compiled_layers import parts_of_layers
 from hift_ds.memory.fake_model import FakeModel, one_sequence_a_row
+from hift_ds.memory.fusion import Record, moved_when_fused
 
 _ATEN = torch.ops.aten
 # Fused attention, as a CPU names it: the first of its queries, keys and values among the arguments.
@@ -34,61 +39,140 @@ class Work:
     operations: int = 0
     moved: int = 0
 
+    def __add__(self, other: Work) -> Work:
+        return Work(self.operations + other.operations, self.moved + other.moved)
+
+    def __sub__(self, other: Work) -> Work:
+        return Work(self.operations - other.operations, self.moved - other.moved)
+
 
 def micro_step_work(
-    model: FakeModel, trained: Collection[str], micro_batch: int, seq: int, padded: bool = False
+    model: FakeModel, trained: Collection[str], micro_batch: int, seq: int, padded: bool = False, compiled: bool = False
 ) -> tuple[Work, dict[str, Work]]:
     """Of a forward and a backward in which the parameters `trained` (fqns) have gradients, and no others.
+
+    Args:
+        compiled: What is no product in a part of a layer is one kernel (`hift_ds.compile_layers`).
 
     Returns:
         Of the forward; and of the backward, recomputation included, up to where each one's gradient is whole.
     """
-    forward, backward = _Counter(), _Counter()
-    until: dict[str, Work] = {}
+    recorder = _Recorder()
+    until: dict[str, int] = {}
     model.train_only(trained)
 
     def whole(fqn: str, param: torch.nn.Parameter) -> None:
+        recorder.is_gradient(param.grad)
         param.grad = None
-        until[fqn] = backward.work
+        until[fqn] = len(recorder.records)
 
     handles = [
         param.register_post_accumulate_grad_hook(functools.partial(whole, fqn))
         for fqn, param in model.module.named_parameters() if param.requires_grad
     ]  # fmt: skip
     try:
-        with model.mode, one_sequence_a_row():
+        with model.mode, one_sequence_a_row(), recorder.in_parts(model.module, compiled):
             batch = model.batch(micro_batch, seq, padded)
-            with forward:
+            with recorder:
                 loss = model.module(**batch).loss
-            with backward:
+                middle = len(recorder.records)
                 loss.backward()
     finally:
         for handle in handles:
             handle.remove()
-    return forward.work, until
+    done = recorder.work()
+    return done[middle], {fqn: done[count] - done[middle] for fqn, count in until.items()}
 
 
-class _Counter(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):
+    """Every operation, and the part of a layer that it belongs to."""
+
     def __init__(self) -> None:
         super().__init__()
-        self._operations = self._moved = 0
-
-    @property
-    def work(self) -> Work:
-        return Work(self._operations, self._moved)
+        self.records: list[Record] = []
+        self._operations: list[int] = []
+        self._moved: list[int] = []
+        self._part: str | None = None
+        self._visits = 0
+        self._grads: set[int] = set()  # storages of parameters' gradients
+        self._alive: dict[int, Any] = {}  # else another storage could have its place
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         packet = _UNLISTED.get(func.overloadpacket, func.overloadpacket)
+        operations = None
         if packet in _ATTENTION:
-            self._operations += _of_attention(args[_ATTENTION[packet] :], backward=bool(_ATTENTION[packet]))
+            operations = _of_attention(args[_ATTENTION[packet] :], backward=bool(_ATTENTION[packet]))
         elif packet in flop_registry:
-            self._operations += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
-        elif func.namespace == "aten" and not func.is_view and not packet.__name__.startswith(_MOVES_NOTHING):
-            for side in ((args, kwargs), out):
-                held = [tensor for tensor in tree_leaves(side) if isinstance(tensor, torch.Tensor)]
-                self._moved += sum({id(tensor): tensor.nbytes for tensor in held}.values())
+            operations = flop_registry[packet](*args, **(kwargs or {}), out_val=out)
+        elif func.namespace != "aten" or func.is_view or packet.__name__.startswith(_MOVES_NOTHING):
+            return out
+        read, written = (
+            {id(tensor): tensor for tensor in tree_leaves(side) if isinstance(tensor, torch.Tensor)}.values()
+            for side in ((args, kwargs), out)
+        )
+        self._operations.append(operations or 0)
+        self._moved.append(0 if operations is not None else sum(one.nbytes for one in (*read, *written)))
+        self.records.append(
+            Record(self._part, self._visits, operations is not None, self._storages(read), self._storages(written))
+        )
         return out
+
+    def _storages(self, tensors: Collection[torch.Tensor]) -> dict[int, int]:
+        """Bytes of each storage that some tensors are views of, at most its own."""
+        found: dict[int, int] = {}
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            self._alive[storage._cdata] = storage
+            found[storage._cdata] = min(storage.nbytes(), found.get(storage._cdata, 0) + tensor.nbytes)
+        return found
+
+    def is_gradient(self, tensor: torch.Tensor | None) -> None:
+        """Of a parameter."""
+        if tensor is not None:
+            self._grads.add(tensor.untyped_storage()._cdata)
+
+    @contextmanager
+    def in_parts(self, module: torch.nn.Module, compiled: bool) -> Iterator[None]:
+        """Inside, operations of layers' parts are known as theirs, if they are `compiled`.
+
+        In backward a part without gradients for its inputs, below which there are none, does not end.
+        """
+        handles: list[Any] = []
+        around: list[str | None] = []
+
+        def enter(part: str | None, *_: Any) -> None:
+            self._part = part
+            self._visits += 1
+
+        def begin(part: str, *_: Any) -> None:
+            around.append(self._part)
+            enter(part)
+
+        def end(_: Any, grad_inputs: tuple, __: Any) -> None:
+            if any(grad is not None for grad in grad_inputs):
+                enter(None)
+
+        for index, part in enumerate(parts_of_layers(module) if compiled else ()):
+            handles += [
+                part.register_forward_pre_hook(functools.partial(begin, str(index))),
+                # Recomputation ends by an exception.
+                part.register_forward_hook(lambda *_: enter(around.pop()), always_call=True),
+                part.register_full_backward_pre_hook(functools.partial(enter, str(index))),
+                part.register_full_backward_hook(end),
+            ]
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Full backward hook is firing")  # where no input has a gradient
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def work(self) -> list[Work]:
+        """Up to each operation, and up to the end."""
+        moved = moved_when_fused(self.records, self._moved, self._grads)
+        return list(accumulate(map(Work, self._operations, moved), initial=Work()))
 
 
 def _of_attention(tensors: Sequence[torch.Tensor], backward: bool) -> int:

@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser, default_config: Path) -> None
     add("--seed", type=int, default=42, help="order of the data")
     add("--gradient_checkpointing", action="store_true", help="recompute activations in backward")
     add_keep_layers(parser)
+    add("--compile", action="store_true", help="compile the layers' parts with torch.compile, ZeRO 0 to 2")
     add("--loss", choices=LOSSES, default=LOSSES[0], help="chunked: head and cross entropy tile by tile, no logits")
     add("--attn_implementation", metavar="A", help="sdpa, eager, flash_attention_2 ...")
     add("--eval_every", type=positive, metavar="N", help="steps between evaluations (default: before and after)")

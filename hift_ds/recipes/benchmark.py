@@ -185,6 +185,7 @@ def _row(
         "accumulation": engine.gradient_accumulation_steps(),
         "activation_checkpointing": args.gradient_checkpointing,
         "keep_layers": args.keep_layers,
+        "compile": args.compile,
         "blocks": len(engine.hift.blocks) if args.hift else None,
         "measured": {**asdict(peak), **report.of_allocator(), "how": report.kind},
         "config": {key: value for key, value in run.ds_config.items() if key != "tensorboard"},

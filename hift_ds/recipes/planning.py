@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from deepspeed import comm as dist
 
+from hift_ds.compiled_layers import require_stage_without_hooks
 from hift_ds.config.batch import MICRO, TRAIN
 from hift_ds.config.resolve import set_precision, set_stage
 from hift_ds.memory.figures import Forecast
@@ -53,8 +54,10 @@ def request_of(args: argparse.Namespace) -> Request:
     request = Request(
         config, args.seq_len, args.attn_implementation, args.gradient_checkpointing, args.padded, args.gpus, args.nodes,
         card, host, checkpoint_frozen=args.checkpoint_frozen == "yes", keep_layers=args.keep_layers,
-        chunked_loss=args.loss == "chunked",
+        chunked_loss=args.loss == "chunked", compiled=args.compile,
     )  # fmt: skip
+    if request.compiled:
+        require_stage_without_hooks(request.config.stage)
     for note in (*assumed, *request.config.notes):
         print(f"DeepSpeed config: {note}", file=sys.stderr)
     return request

@@ -103,11 +103,13 @@ def own_folder(output_dir: str) -> Path:
 
 def _without_model(args: argparse.Namespace, random: bool) -> tuple[Run, Any]:
     """The run but for its model, and the config of a random one."""
+    import torch
     from deepspeed import comm as dist
     from deepspeed.accelerator import get_accelerator
 
+    from hift_ds.compiled_layers import require_compiler, require_stage_without_hooks
     from hift_ds.config.batch import batch_sizes
-    from hift_ds.config.resolve import resolve
+    from hift_ds.config.resolve import resolve, stage_of
     from hift_ds.memory.model_names import load_config
     from hift_ds.recipes.arguments import build_ds_config, check_keep_layers
     from hift_ds.recipes.datasets import load_text_dataset
@@ -117,6 +119,9 @@ def _without_model(args: argparse.Namespace, random: bool) -> tuple[Run, Any]:
     check_keep_layers(args)
     ds_config = build_ds_config(args)
     resolve(ds_config, world=world, device_type=get_accelerator().device_name())  # a typo is found before the loading
+    if args.compile:
+        require_stage_without_hooks(stage_of(ds_config))
+        require_compiler(torch.device(get_accelerator().current_device_name()))
     micro_batch, accumulation = batch_sizes(ds_config, world)
     if random:
         steps = args.max_steps or 0
@@ -135,6 +140,7 @@ def _load_model(args: argparse.Namespace, run: Run, config: Any) -> Any:
     from transformers.integrations import HfDeepSpeedConfig
 
     from hift_ds.chunked_loss import use_chunked_loss
+    from hift_ds.compiled_layers import compile_layers
     from hift_ds.config.resolve import DTYPES, precision_of, stage_of
     from hift_ds.recipes.models import load_model, random_model
     from hift_ds.zero.activations import keep_activations
@@ -152,6 +158,8 @@ def _load_model(args: argparse.Namespace, run: Run, config: Any) -> Any:
     del kept
     if args.loss == "chunked":
         use_chunked_loss(model)
+    if args.compile:
+        compile_layers(model)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         keep_activations(model, args.keep_layers)

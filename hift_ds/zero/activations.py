@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from hift_ds.compiled_layers import layers_of
+
 logger = logging.getLogger(__name__)
 
 _KEPT = "_hift_kept_layers"
@@ -52,7 +54,7 @@ def keep_activations(model: torch.nn.Module, layers: int) -> None:
     """
     if not isinstance(layers, int) or isinstance(layers, bool):
         raise TypeError(f"keep_activations(model, {layers!r}): must be a whole number of layers")
-    found = _layers(model) if recomputing_layers(model) else []
+    found = layers_of(model) if recomputing_layers(model) else []
     if not 0 <= layers <= len(found):
         most = f"{len(found)} layers recompute theirs" if found else "no layer does, call gradient_checkpointing_enable"
         raise ValueError(f"keep_activations(model, {layers}): keeps those that are recomputed, and {most}")
@@ -65,19 +67,12 @@ def keep_activations(model: torch.nn.Module, layers: int) -> None:
 
 def kept_activations(model: torch.nn.Module) -> int:
     """How many layers `keep_activations` has taken out of the recomputation that the others are in."""
-    return len(_layers(model)) - len(found) if (found := recomputing_layers(model)) else 0
+    return len(layers_of(model)) - len(found) if (found := recomputing_layers(model)) else 0
 
 
 def recomputing_layers(model: torch.nn.Module) -> list[Any]:
     """Those of a transformers model that recompute their activations, in its order."""
-    return [layer for layer in _layers(model) if layer.gradient_checkpointing]
-
-
-def _layers(model: torch.nn.Module) -> list[Any]:
-    """Layers of a transformers model that know how to recompute their activations, in its order."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    return [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]
+    return [layer for layer in layers_of(model) if layer.gradient_checkpointing]
 
 
 def keep_again(model: torch.nn.Module) -> None:

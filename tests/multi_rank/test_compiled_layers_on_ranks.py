@@ -1,0 +1,68 @@
+"""Compiled layers through the engine: training as without."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch._dynamo
+from hift_testing.messages import error_of
+from hift_testing.selection import slow
+from hift_testing.training import ds_config, engine_of, largest_difference, run_steps, small_llama, whole_weights
+from torch._dynamo.utils import counters
+
+import hift_ds
+
+pytestmark = pytest.mark.multi_rank
+
+
+def both_ways(stage: int, hift: dict[str, Any], checkpointing: bool, backend: str = "aot_eager", **extra: Any) -> None:
+    """A cycle of turns with layers compiled and without; SGD, whose steps are as far apart as gradients are."""
+    found = []
+    for compiled in (True, False):
+        model = small_llama()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        torch._dynamo.reset()
+        counters.clear()
+        if compiled:
+            hift_ds.compile_layers(model, backend=backend)
+        config = ds_config(stage, "fp32", hift, **extra)
+        config["optimizer"] = {"type": "SGD", "params": {"lr": 0.5}}
+        engine = engine_of(config, model)
+        losses = run_steps(engine, 7)
+        found.append((losses, whole_weights(engine)))
+        assert (counters["stats"]["unique_graphs"] > 0) == compiled and not counters["graph_break"]
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
+    moved = largest_difference(found[0][1], dict(small_llama().named_parameters()))
+    assert largest_difference(found[0][1], found[1][1]) <= 1e-4 * moved and moved > 1e-2
+
+
+CASES = [
+    (0, {}, False), (2, {"update": "backward", "layers_per_block": 100}, True),
+    slow(1, {"order": "top2down"}, True), slow(2, {"update": "backward", "layers_per_block": 2}, False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("stage", "hift", "checkpointing"), CASES)
+def test_training_with_compiled_layers_is_training_without(two_ranks, stage, hift, checkpointing):
+    two_ranks.run(both_ways, stage, hift, checkpointing)
+
+
+@pytest.mark.slow
+def test_training_with_torch_s_own_compiler_is_training_without(two_ranks):
+    hift = {"update": "backward", "layers_per_block": 2}
+    two_ranks.run(both_ways, 1, hift, True, "inductor", gradient_accumulation_steps=2)
+
+
+def refused_and_left_as_it_was() -> None:
+    model = small_llama()
+    hift_ds.compile_layers(model, backend="aot_eager")
+    error = error_of(lambda: engine_of(ds_config(3, "fp32", {}), model))
+    assert error.startswith("ValueError: compile_layers (--compile): ZeRO-3 gathers weights in hooks"), error
+    assert all(not hasattr(param, "ds_id") for param in model.parameters())
+    engine_of(ds_config(2, "fp32", {}), model).destroy()
+
+
+def test_stage_3_is_refused_and_the_same_model_trains_with_stage_2(one_rank):
+    one_rank.run(refused_and_left_as_it_was)
