@@ -1,9 +1,9 @@
 """The loss of a causal language model without its matrix of logits: head and cross entropy, tile by tile.
 
 Source of the idea: Liger Kernel's fused linear cross entropy (arXiv 2410.10989), which has gradients ready in forward.
-Here forward keeps one number a token and backward makes the logits of a tile again: nothing waits between the two, the
-head's gradient reaches its parameter once, and the loss may be scaled by whoever calls backward. Plain torch, on any
-device. DeepSpeed's TiledFusedLogitsLoss runs a backward for each tile inside forward, which gradient hooks see as many
+Here forward keeps nothing and backward makes the logits of a tile again: nothing waits between the two, the head's
+gradient reaches its parameter once, and the loss may be scaled by whoever calls backward. Plain torch, on any device.
+DeepSpeed's TiledFusedLogitsLoss runs a backward for each tile inside forward, which gradient hooks see as many
 gradients, and leaves the head's unscaled.
 """
 
@@ -185,16 +185,14 @@ class ChunkedLoss(torch.autograd.Function):
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor,
         ignore_index: int, cap: float | None, rows: int,
     ) -> torch.Tensor:  # fmt: skip
-        normalisers = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
         total = hidden.new_zeros((), dtype=torch.float32)
         for start in range(0, hidden.shape[0], rows):
             tile = slice(start, start + rows)
-            logits = _logits(hidden[tile], weight, bias, cap)
-            normalisers[tile] = torch.logsumexp(logits, dim=1)
+            chances = torch.log_softmax(_logits(hidden[tile], weight, bias, cap), dim=1, dtype=torch.float32)
             counts = labels[tile] != ignore_index
-            right = logits.gather(1, labels[tile].where(counts, 0).unsqueeze(1)).squeeze(1)
-            total += (normalisers[tile] - right).where(counts, 0.0).sum()
-        ctx.save_for_backward(hidden, weight, bias, labels, normalisers)
+            right = chances.gather(1, labels[tile].where(counts, 0).unsqueeze(1)).squeeze(1)
+            total -= right.where(counts, 0.0).sum()
+        ctx.save_for_backward(hidden, weight, bias, labels)
         ctx.ignore_index, ctx.cap, ctx.rows = ignore_index, cap, rows
         return total
 
@@ -203,7 +201,7 @@ class ChunkedLoss(torch.autograd.Function):
         # torch's once_differentiable says nothing where the loss itself is what is differentiated.
         if torch.is_grad_enabled():
             raise RuntimeError(f"the loss in chunks has no gradients of its gradients (create_graph); {_PLAIN}")
-        hidden, weight, bias, labels, normalisers = ctx.saved_tensors
+        hidden, weight, bias, labels = ctx.saved_tensors
         of_hidden, of_weight, of_bias = (
             torch.zeros_like(tensor) if needed else None
             for tensor, needed in zip((hidden, weight, bias), ctx.needs_input_grad[:3], strict=True)
@@ -211,17 +209,16 @@ class ChunkedLoss(torch.autograd.Function):
         for start in range(0, hidden.shape[0], ctx.rows):
             tile = slice(start, start + ctx.rows)
             logits = _logits(hidden[tile], weight, bias, ctx.cap)
-            slope = None if ctx.cap is None else 1 - (logits / ctx.cap).square()
-            error = logits.sub_(normalisers[tile].unsqueeze(1)).exp_()
+            error = torch.softmax(logits, dim=1, dtype=torch.float32)
             counts = labels[tile] != ctx.ignore_index
             place = labels[tile].where(counts, 0).unsqueeze(1)
             error.scatter_add_(1, place, -torch.ones_like(place, dtype=error.dtype))
-            error.mul_(grads[0].where(counts, 0.0).unsqueeze(1))  # it is not finite where nothing counts
-            if slope is not None:
-                error.mul_(slope)
+            if ctx.cap is not None:
+                error.mul_(1 - (logits.float() / ctx.cap).square())
+            scale = grads[0].where(counts, 0.0).unsqueeze(1)  # it is not finite where nothing counts
+            error = torch.mul(error, scale, out=logits)
             if of_bias is not None:
-                of_bias += error.sum(0).to(of_bias.dtype)
-            error = error.to(weight.dtype)
+                of_bias += error.sum(0)
             if of_hidden is not None:
                 torch.mm(error, weight, out=of_hidden[tile])
             if of_weight is not None:
@@ -232,8 +229,8 @@ class ChunkedLoss(torch.autograd.Function):
 def _logits(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, cap: float | None
 ) -> torch.Tensor:
-    """In fp32."""
+    """In their own dtype."""
     logits = nn.functional.linear(hidden, weight, bias)
     if cap is not None:
         logits = torch.tanh(logits / cap) * cap
-    return logits.float()
+    return logits
