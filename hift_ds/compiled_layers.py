@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
+_UNSAFE_GUARDS = ("skip_tensor_guards_with_matching_dict_tags", "use_recursive_dict_tags_for_guards")
 _FORMS = 64  # compilations that a part may have: forms, and shapes of batches
 
 
@@ -110,6 +112,21 @@ def let_dynamo_compile(times: int) -> None:
     limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, times)
     limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 8 * times)
+    let_dynamo_see_flags()
+
+
+def let_dynamo_see_flags() -> None:
+    """Where torch.compile is in use, its guards look at every parameter's `requires_grad`, which the rotation changes.
+
+    By default they take a parameter for what it was while the dictionary that holds it is unchanged: in torch 2.11 a
+    turn then ran what was compiled for a layer without gradients, and its block got none.
+    """
+    dynamo = sys.modules.get("torch._dynamo")
+    unsafe = [name for name in _UNSAFE_GUARDS if getattr(getattr(dynamo, "config", None), name, False)]
+    for name in unsafe:
+        setattr(dynamo.config, name, False)  # type: ignore[union-attr]
+    if unsafe:
+        torch._dynamo.reset()
 
 
 def layers_of(model: nn.Module) -> list[Any]:

@@ -1,26 +1,27 @@
 #!/usr/bin/env bash
 # Llama-3.1-8B at 2 x 2048 tokens on three cards, bf16, loss in chunks, checkpointing: forecast peaks and modelled seconds
-# of a step, as a row each of FILE (default: launch/results/DATE_steps.csv). Nothing in it is measured. 15 minutes.
+# of a step, as a row each of FILE (default: launch/results/DATE_steps.csv). Nothing in it is measured. 20 minutes.
 set -euo pipefail
 here="$(dirname "$0")"
 file="${1:-$here/results/$(date +%F)_steps.csv}"
 export PYTHONPATH="$here/..:$here/../kernels${PYTHONPATH:+:$PYTHONPATH}" # a checkout need not be installed
 work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT
-echo "card,blocks,update,master,moments,keep_layers,peak_gib,host_gib,compute_s,copies_s,exposed_s,step_s,tokens_per_s" > "$file"
-row() { # card, layers in a block, update, masters, moments, layers that keep their activations
+echo "card,blocks,update,master,moments,keep_layers,compiled,peak_gib,host_gib,compute_s,copies_s,exposed_s,step_s,tokens_per_s" > "$file"
+row() { # card, layers in a block, update, masters, moments, layers that keep their activations, compiled: yes or no
     cat > "$work/config.json" <<END
 {"bf16": {"enabled": true}, "gradient_clipping": 0.0, "optimizer": {"type": "AdamW"},
  "hift": {"enabled": true, "layers_per_block": $2, "update": "$3",
           "state": {"master": "$4", "moments": "$5"}}}
 END
-    echo "== $1, $2 layers per block, $4, $5, $6 layers keep their activations"
-    local keep=()
-    [ "$6" = 0 ] || keep=(--keep_layers "$6")
+    echo "== $1, $2 layers per block, $4, $5, $6 layers keep their activations, compiled: $7"
+    local how=()
+    [ "$6" = 0 ] || how=(--keep_layers "$6")
+    [ "$7" = no ] || how+=(--compile)
     # 1: it does not fit
-    python -m hift_ds.cli plan --model "$here/llama31_8b.json" --deepspeed_config "$work/config.json" --card "$1" "${keep[@]}" \
+    python -m hift_ds.cli plan --model "$here/llama31_8b.json" --deepspeed_config "$work/config.json" --card "$1" "${how[@]}" \
         --micro_batch 2 --seq_len 2048 --gradient_checkpointing --loss chunked --json "$work/plan.json" || [ $? = 1 ]
-    python - "$work/plan.json" "$1,$(( $2 == 1 ? 34 : 1 )),$3,$4,$5,$6" >> "$file" <<'END'
+    python - "$work/plan.json" "$1,$(( $2 == 1 ? 34 : 1 )),$3,$4,$5,$6,$7" >> "$file" <<'END'
 import json, sys
 plan = json.load(open(sys.argv[1]))
 step = plan["modelled_step"]
@@ -32,12 +33,18 @@ for card in rtx4090 a6000 h200; do
     for blocks in "1 step" "100 backward"; do
         for form in "fp32 fp32" "split16 fp32" "split16 bf16" "split16 int8"; do
             # shellcheck disable=SC2086
-            row "$card" $blocks $form 0
+            row "$card" $blocks $form 0 no
+        done
+        for form in "fp32 fp32" "split16 int8"; do
+            # shellcheck disable=SC2086
+            row "$card" $blocks $form 0 yes
         done
     done
 done
 # As many layers as a card of 24 GiB has room for.
-row rtx4090 1 backward fp32 fp32 8
-row rtx4090 1 backward split16 int8 9
-row rtx4090 100 backward split16 int8 5
+for compiled in no yes; do
+    row rtx4090 1 backward fp32 fp32 8 $compiled
+    row rtx4090 1 backward split16 int8 9 $compiled
+    row rtx4090 100 backward split16 int8 5 $compiled
+done
 echo "wrote $file"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from deepspeed.accelerator import get_accelerator
 
+from hift_ds.compiled_layers import let_dynamo_see_flags
 from hift_ds.checkpoint import in_memory
 from hift_ds.checkpoint.content import RunState
 from hift_ds.config.resolve import ResolvedConfig
@@ -116,6 +117,7 @@ class HiFTOptimizer(ReadByDeepSpeed):
     def step_back(self) -> None:
         """The flags are those of the present turn again."""
         self._aside = False
+        let_dynamo_see_flags()
         self._attachment.freeze_untrained()
         for state in self._kept.all:
             for param in state.shard.params:

@@ -63,13 +63,14 @@ def gradients(model, ids=IDS):
 
 
 def rotation(layers):
-    """How often a rotation through all layers, and again, has compiled after each turn."""
+    """How often a rotation through all layers, and again, has compiled after each turn; what trains has gradients."""
     model, backend = llama(layers), Counting()
     hift_ds.compile_layers(model, backend=backend)
     found = []
     for turn in (*range(layers), *range(layers)):
         train_only(model, turn)
-        gradients(model)
+        for grad, (name, _) in zip(gradients(model), model.named_parameters(), strict=True):
+            assert (grad is not None) == (f"layers.{turn}." in name), name
         found.append(backend.graphs)
     return found
 
