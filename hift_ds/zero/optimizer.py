@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from hift_ds.compiled_layers import let_dynamo_see_flags
 from hift_ds.checkpoint import in_memory
 from hift_ds.checkpoint.content import RunState
+from hift_ds.compiled_layers import let_dynamo_see_flags
 from hift_ds.config.resolve import ResolvedConfig
 from hift_ds.distributed import agree
 from hift_ds.rotation.blocks import BlockPlan
