@@ -4,6 +4,7 @@
 #   int8 exact wide fp32       LLaMA-2-7B, a layer a block; all four without a name
 #   layer_exact layer_int8     Llama-3.1-8B at 2 x 2048, loss in chunks, recomputed activations, a layer a block
 #   whole_exact whole_int8     the same, all of full fine-tuning in one block, updated in backward
+#   layer_compiled whole_compiled   layer_exact and whole_int8 with --compile (a C++ compiler, and a minute more)
 #   eight_layer eight_whole eight_full eight_offload   8 of the 32 layers: HiFT, and DeepSpeed's full fine-tuning with torch's
 #                              fused AdamW, or with ZeRO-2, offload_optimizer and its DeepSpeedCPUAdam (compiled at first)
 # Needs 90 GiB of host memory (30 for int8, 54 for fp32, 32 for eight). 16 CPU cores and PCIe 5: two minutes a run with STEPS=102
@@ -63,6 +64,8 @@ for run in "${runs[@]}"; do
         layer_int8) llama31 "$run" "\"hift\": {$block, $backward, $compact}" 22GiB --hift ;;
         whole_exact) llama31 "$run" "\"hift\": {$whole, $backward}" 22GiB --hift ;;
         whole_int8) llama31 "$run" "\"hift\": {$whole, $backward, $compact}" 22GiB --hift ;;
+        layer_compiled) llama31 "$run" "\"hift\": {$block, $backward}" 22GiB --hift --compile ;;
+        whole_compiled) llama31 "$run" "\"hift\": {$whole, $backward, $compact}" 22GiB --hift --compile ;;
         eight_layer) eight "$run" "\"hift\": {$block, $backward}" none --hift ;;
         eight_whole) eight "$run" "\"hift\": {$whole, $backward}" none --hift ;;
         eight_full) eight "$run" '"zero_optimization": {"stage": 0}' none ;;

@@ -390,6 +390,16 @@ def test_text_is_packed_and_trains_with_accumulation_and_checkpointing(train_on_
     assert held_out[6] < losses[1] - 0.3
 
 
+@pytest.mark.slow
+def test_compiled_layers_train_and_answer(folder):
+    """By torch's own compiler, whose first run takes a minute."""
+    done = run(lone(*HIFT, *STEPS, "--compile", "--output_dir", "compiled", "--tensorboard"), folder)
+    plain = run(lone(*HIFT, *STEPS, "--output_dir", "uncompiled", "--tensorboard"), folder)
+    assert done.code == plain.code == 0, done.err
+    one, other = (events(folder / name, "Train/loss") for name in ("compiled", "uncompiled"))
+    assert one.keys() == other.keys() and all(one[step] == pytest.approx(other[step], rel=0.02) for step in one)
+
+
 # Errors.
 
 _ONE_BY_ONE = """
@@ -428,6 +438,9 @@ _ERRORS = {
     "not finite": (
         [*HIFT, *STEPS, "--hift_not_finite", "stop", "--lr", "1e30", "--output_dir", "lost"],
         r"hift\.not_finite='stop': the gradient of block \d+ \(.*\) was not finite",
+    ),
+    "compiled at stage 3": (
+        ["--compile", "--deepspeed_config", "zero3.json"], r"compile_layers \(--compile\): ZeRO-3 .*stage 0 to 2",
     ),
     "output is a file": ([*HIFT, "--output_dir", "notes.txt"], r"--output_dir 'notes\.txt': File exists; name another"),
 }

@@ -248,6 +248,19 @@ def test_a_card_says_no_seconds_of_fp32_without_a_rate_for_it(tiny, capsys):
     assert "modelled and not measured" in capsys.readouterr().out
 
 
+def test_compiled_layers_take_fewer_seconds_as_much_memory_and_no_zero_3(tiny, capsys):
+    found = []
+    for options in ((), ("--compile",)):
+        assert plan("--model", tiny, "--seq_len", 32, "--card", "a6000", "--json", *options) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    plain, compiled = found
+    assert compiled["modelled_step"]["compute"] < 0.9 * plain["modelled_step"]["compute"]
+    assert compiled["peak"] == plain["peak"]
+    assert (plain["request"]["compiled"], compiled["request"]["compiled"]) == (False, True)
+    message = error_of(capsys, "--model", tiny, "--stage", 3, "--compile")
+    assert message.startswith("compile_layers (--compile): ZeRO-3") and "stage 0 to 2" in message
+
+
 def test_the_loss_in_chunks_is_planned_or_refused(tiny, capsys, tmp_path):
     peaks = []
     for loss in ("plain", "chunked"):
