@@ -153,7 +153,7 @@ class _Recorder(TorchDispatchMode):
             if any(grad is not None for grad in grad_inputs):
                 enter(None)
 
-        for index, part in enumerate(parts_of_layers(module) if compiled else ()):
+        for index, (part, _) in enumerate(parts_of_layers(module) if compiled else ()):
             handles += [
                 part.register_forward_pre_hook(functools.partial(begin, str(index))),
                 # Recomputation ends by an exception.

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hift_ds.compiled_layers import layers_of
+from hift_ds.compiled_layers import layers_of, recomputes_reentrantly
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +28,8 @@ def use_non_reentrant_checkpointing(module: torch.nn.Module) -> bool:
     switched = False
     parts: list[Any] = list(module.modules())  # with attributes that torch's class does not declare
     for part in parts:
-        function = getattr(part, "_gradient_checkpointing_func", None)
-        if isinstance(function, functools.partial) and function.keywords.get("use_reentrant", True):
+        if recomputes_reentrantly(part):
+            function = part._gradient_checkpointing_func
             keywords = {**function.keywords, "use_reentrant": False}
             part._gradient_checkpointing_func = functools.partial(function.func, *function.args, **keywords)
             switched = True

@@ -12,7 +12,7 @@ from deepspeed.accelerator import get_accelerator
 
 from hift_ds.checkpoint import in_memory
 from hift_ds.checkpoint.content import RunState
-from hift_ds.compiled_layers import let_dynamo_see_flags
+from hift_ds.compiled_layers import let_dynamo_see_changes
 from hift_ds.config.resolve import ResolvedConfig
 from hift_ds.distributed import agree
 from hift_ds.rotation.blocks import BlockPlan
@@ -117,7 +117,7 @@ class HiFTOptimizer(ReadByDeepSpeed):
     def step_back(self) -> None:
         """The flags are those of the present turn again."""
         self._aside = False
-        let_dynamo_see_flags()
+        let_dynamo_see_changes()
         self._attachment.freeze_untrained()
         for state in self._kept.all:
             for param in state.shard.params:

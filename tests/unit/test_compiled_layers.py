@@ -12,6 +12,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -159,7 +161,7 @@ def test_names_stay_a_copy_is_not_compiled_and_a_later_call_takes_an_earlier_one
 ])  # fmt: skip
 def test_parts_are_the_attention_feed_forward_and_norms_of_every_layer(make, parts):
     model = make()
-    found = list(parts_of_layers(model))
+    found = [part for part, _ in parts_of_layers(model)]
     assert {type(part).__name__ for part in found} == parts
     inside = {param for layer in layers_of(model) for param in layer.parameters()}
     assert {param for part in found for param in part.parameters()} == inside
@@ -167,9 +169,44 @@ def test_parts_are_the_attention_feed_forward_and_norms_of_every_layer(make, par
 
 def test_a_model_without_known_layers_is_refused_and_left_alone():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    with pytest.raises(ValueError, match=r"compile_layers\(Sequential\): .* compile what repeats yourself"):
+    with pytest.raises(ValueError, match=r"\(--compile\): Sequential has no module .* compile parts of it"):
         hift_ds.compile_layers(model)
     assert not is_compiled(model)
+    with pytest.raises(TypeError, match=r"compile_layers\(str\): must be a torch\.nn\.Module"):
+        hift_ds.compile_layers("model")
+
+
+def test_a_model_that_loops_over_tokens_is_refused():
+    model = MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, state_size=4))
+    with pytest.raises(ValueError, match=r"MambaForCausalLM keeps a recurrent state, .* leave it out"):
+        hift_ds.compile_layers(model)
+    assert not is_compiled(model)
+
+
+def test_reentrant_checkpointing_is_refused_before_dropout_draws_two_masks():
+    model = llama()
+    hift_ds.compile_layers(model, backend="aot_eager")
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    with pytest.raises(ValueError, match=r"not with reentrant checkpointing.*\"use_reentrant\": False"):
+        model(input_ids=IDS, labels=IDS)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert all(grad is not None for grad in gradients(model))
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_hook_inside_one_layer_s_part_runs_in_that_layer(when):
+    """By dynamo's own guards the other layers' code, compiled without a hook, would serve for it."""
+    found = []
+    for compiled in (True, False):
+        model, backend = llama(), Counting()
+        if compiled:
+            hift_ds.compile_layers(model, backend=backend)
+        if when == "after":
+            gradients(model)
+        model.model.layers[1].mlp.gate_proj.register_forward_hook(lambda module, inputs, out: 3 * out)
+        found.append(gradients(model))
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-8) for a, b in zip(*found, strict=True))
 
 
 def test_where_nothing_can_compile_the_reason_is_in_the_sentence(monkeypatch):
