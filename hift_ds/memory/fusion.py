@@ -17,13 +17,15 @@ class Record:
     Attributes:
         part: Of a layer, that it belongs to; `None`: of none.
         visit: Which of the times that a part was entered.
-        product: Of matrices, or attention: a kernel of its own.
+        operations: Of a product of matrices, or attention, which is a kernel of its own; else `None`.
+        moved: Bytes, where it is a kernel of its own and no product.
         reads, writes: Bytes of each storage.
     """
 
     part: str | None
     visit: int
-    product: bool
+    operations: int | None
+    moved: int
     reads: Mapping[int, int]
     writes: Mapping[int, int]
 
@@ -36,23 +38,23 @@ class _Kernel:
     writes: set[int] = field(default_factory=set)
 
 
-def moved_when_fused(records: Sequence[Record], apart: Sequence[int], grads: Collection[int]) -> list[int]:
-    """Bytes that each operation moves; those of a kernel stand at its first one.
+def moved_when_fused(records: Sequence[Record], grads: Collection[int]) -> list[int]:
+    """Bytes that each operation moves, outside of parts alone; those of a kernel stand at its first one.
 
     Args:
-        apart: What each would move alone, as those outside of parts do.
         grads: Storages of parameters' gradients.
     """
     kernels: dict[tuple[int, int], _Kernel] = {}
     made: dict[int, tuple[_Kernel, Collection[int]]] = {}  # a storage: by which kernel, of what
     sizes: dict[int, int] = {}
-    needed, moved, depths, visit = set(grads), list(apart), dict[int, int](), None
+    needed, depths, visit = set(grads), dict[int, int](), None
+    moved = [record.moved for record in records]
     for index, record in enumerate(records):
         if record.visit != visit:
             visit, depths = record.visit, {}
         depth = max((depths.get(storage, 0) for storage in record.reads), default=0)
-        depths.update(dict.fromkeys(record.writes, depth + record.product))
-        if record.part is None or record.product:
+        depths.update(dict.fromkeys(record.writes, depth + (record.operations is not None)))
+        if record.part is None or record.operations is not None:
             needed.update(record.reads)
             continue
         kernel = kernels.setdefault((record.visit, depth), _Kernel(record.part, index))

@@ -90,8 +90,6 @@ class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.records: list[Record] = []
-        self._operations: list[int] = []
-        self._moved: list[int] = []
         self._part: str | None = None
         self._visits = 0
         self._grads: set[int] = set()  # storages of parameters' gradients
@@ -111,11 +109,9 @@ class _Recorder(TorchDispatchMode):
             {id(tensor): tensor for tensor in tree_leaves(side) if isinstance(tensor, torch.Tensor)}.values()
             for side in ((args, kwargs), out)
         )
-        self._operations.append(operations or 0)
-        self._moved.append(0 if operations is not None else sum(one.nbytes for one in (*read, *written)))
-        self.records.append(
-            Record(self._part, self._visits, operations is not None, self._storages(read), self._storages(written))
-        )
+        moved = 0 if operations is not None else sum(one.nbytes for one in (*read, *written))
+        storages = self._storages(read), self._storages(written)
+        self.records.append(Record(self._part, self._visits, operations, moved, *storages))
         return out
 
     def _storages(self, tensors: Collection[torch.Tensor]) -> dict[int, int]:
@@ -171,8 +167,9 @@ class _Recorder(TorchDispatchMode):
 
     def work(self) -> list[Work]:
         """Up to each operation, and up to the end."""
-        moved = moved_when_fused(self.records, self._moved, self._grads)
-        return list(accumulate(map(Work, self._operations, moved), initial=Work()))
+        moved = moved_when_fused(self.records, self._grads)
+        operations = (record.operations or 0 for record in self.records)
+        return list(accumulate(map(Work, operations, moved), initial=Work()))
 
 
 def _of_attention(tensors: Sequence[torch.Tensor], backward: bool) -> int:

@@ -12,15 +12,15 @@ ALONE = 1000
 
 
 def element_wise(reads, writes, part="mlp", visit=1):
-    return Record(part, visit, False, reads, writes)
+    return Record(part, visit, None, ALONE, reads, writes)
 
 
 def product(reads, writes, part="mlp", visit=1):
-    return Record(part, visit, True, reads, writes)
+    return Record(part, visit, 1, 0, reads, writes)
 
 
 def moved(*records, grads=()):
-    return moved_when_fused(records, [0 if record.product else ALONE for record in records], grads)
+    return moved_when_fused(records, grads)
 
 
 GATED = (
