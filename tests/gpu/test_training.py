@@ -1,6 +1,7 @@
 """On a CUDA device (`make gpu`): an engine of one rank trains as plain torch does there, and nothing of it is lost."""
 
 import pytest
+from hift_testing.compiled_layers import both_ways
 from hift_testing.parity import parity
 from hift_testing.resuming import resume
 
@@ -44,6 +45,12 @@ def test_an_engine_trains_as_plain_torch_does(one_rank, record_property, stage, 
     assert facts["weights"] <= BOUNDS[dtype], facts
     assert dtype == "fp32" or facts["share"] <= SHARE.get(case, 0.02), facts
     assert facts["norm"] <= NORMS[dtype], facts
+
+
+@pytest.mark.parametrize("update", ["step", "backward"])
+@pytest.mark.parametrize("stage", [0, 2])
+def test_training_with_torch_s_own_compiler_is_training_without(one_rank, stage, update):
+    one_rank.run(both_ways, stage, {"update": update, "layers_per_block": 2}, True, "inductor")
 
 
 RESUMED = {
