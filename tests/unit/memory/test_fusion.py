@@ -1,6 +1,10 @@
 """Bytes that compiled parts of layers move, against sums by hand."""
 
+import pytest
+import torch
+import torch._dynamo
 from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from hift_ds.memory.fusion import Record, moved_when_fused
 from hift_ds.memory.planner import Planner
@@ -111,3 +115,36 @@ def test_products_are_those_of_the_uncompiled_model_which_moves_three_times_the_
         plain, fused = (layer_of(checkpointing, compiled) for compiled in (False, True))
         assert plain[2:] == fused[2:]
         assert all(3 * one < other < 4.5 * one for one, other in zip(fused[:2], plain[:2], strict=True))
+
+
+def kernels_of_torch(part, hidden):
+    """Bytes that torch.compile says its own kernels move in forward and backward, without those of products."""
+    from torch._inductor import config, metrics
+
+    torch._dynamo.reset()
+    torch._logging.set_logs(inductor_metrics=True)
+    found = []
+    try:
+        with config.patch(force_disable_caches=True):
+            out = torch.compile(part)(hidden)
+            for _ in range(2):
+                found.append(sum(
+                    4 * count for node, count in metrics.nodes_num_elem if "Extern" not in type(node).__name__
+                ))  # fmt: skip
+                metrics.reset()
+                if len(found) == 1:
+                    out.sum().backward()
+    finally:
+        torch._logging.set_logs()
+    return found
+
+
+@pytest.mark.slow
+def test_torch_s_own_kernels_move_as_much_in_norm_and_feed_forward():
+    config = LlamaConfig(hidden_size=256, intermediate_size=896, hidden_act="silu")
+    hidden = torch.randn(2, 128, 256, dtype=torch.bfloat16, requires_grad=True)
+    inner = hidden.nbytes * 896 // 256
+    norm = kernels_of_torch(LlamaRMSNorm(256).bfloat16(), hidden)
+    assert norm == pytest.approx([2 * hidden.nbytes, 5 * hidden.nbytes], rel=0.02)
+    gated = kernels_of_torch(LlamaMLP(config).bfloat16(), hidden)
+    assert gated == pytest.approx([3 * inner, 5 * inner + 3 * hidden.nbytes], rel=0.02)
