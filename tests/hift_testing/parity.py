@@ -152,6 +152,7 @@ def agree(
     blocks: int = 2,
     weights: Tolerance | None = None,
     share: Tolerance | None = None,
+    norm: Tolerance = tolerances.NORM,
     moved: float = 1e-4,
     **kwargs: Any,
 ) -> None:
@@ -161,7 +162,7 @@ def agree(
     for facts in pool.run(parity, stage, dtype, hift, *args, **kwargs):
         name, tolerance = ("weights", weights) if share is None else ("share", share)
         assert facts[name] <= tolerance.bound, (facts, tolerance.reason)
-        assert facts["norm"] <= tolerances.NORM.bound, (facts, tolerances.NORM.reason)
+        assert facts["norm"] <= norm.bound, (facts, norm.reason)
         assert all(math.isfinite(loss) for loss in facts["losses"]), facts
         assert facts["moved"] > moved, facts
         assert facts["blocks"] == blocks, facts

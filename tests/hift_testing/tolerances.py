@@ -22,7 +22,14 @@ EXACT = Tolerance(0.0, "the same operations in the same order")
 NORM = Tolerance(
     2e-5,
     "relative, of the gradient norm: the engine sums squares in fp32 and combines ranks in fp64, the reference sums in "
-    "fp64; measured 4e-6, and 1.4e-5 with torch 2.8 in bf16, where Lion has turned the sign of an update",
+    "fp64; measured 4e-6",
+)
+
+TURNED_NORM = Tolerance(
+    1e-3,
+    "NORM after Lion's second update of a block in bf16: rounding turns the sign of some updates (7e-4 of the "
+    "elements), each by twice the rate, and the next block's gradient sees that. Measured 2.8e-4 with torch 2.8, where "
+    "the three steps before agree to 1.4e-7, and 4e-6 with 2.13",
 )
 
 STAGE3 = Tolerance(
