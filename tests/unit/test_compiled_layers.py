@@ -176,6 +176,14 @@ def test_a_model_without_known_layers_is_refused_and_left_alone():
         hift_ds.compile_layers("model")
 
 
+def test_a_model_that_zero_3_has_partitioned_is_refused():
+    model = llama()
+    model.model.layers[0].mlp.up_proj.weight.ds_id = 0  # as DeepSpeed marks it
+    with pytest.raises(ValueError, match=r"compile_layers .*: ZeRO-3 gathers weights in hooks"):
+        hift_ds.compile_layers(model)
+    assert not is_compiled(model)
+
+
 def test_a_model_that_loops_over_tokens_is_refused():
     model = MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, state_size=4))
     with pytest.raises(ValueError, match=r"MambaForCausalLM keeps a recurrent state, .* leave it out"):
