@@ -101,8 +101,8 @@ def require_stage_without_hooks(stage: int) -> None:
     """Raises ValueError for ZeRO-3."""
     if stage == 3:
         raise ValueError(
-            "compile_layers (--compile): ZeRO-3 gathers weights in hooks at which torch.compile stops at each of them; "
-            "leave it out, or use zero_optimization.stage 0 to 2"
+            "compile_layers (--compile): ZeRO-3 gathers weights in hooks, and torch.compile stops at each; leave it "
+            "out, or use zero_optimization.stage 0 to 2"
         )
 
 
