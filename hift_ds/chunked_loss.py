@@ -45,7 +45,8 @@ def use_chunked_loss(model: nn.Module, tile_bytes: int = TILE_BYTES) -> None:
 
     Args:
         model: A causal language model of transformers.
-        tile_bytes: Most bytes of logits in fp32 at a time.
+        tile_bytes: Most bytes of logits in fp32 at a time, one token's at least. With few tokens in a tile the head's
+            weight is read so often that the card's memory bounds its products.
 
     Raises:
         TypeError: Not such a model.
@@ -66,9 +67,10 @@ def use_chunked_loss(model: nn.Module, tile_bytes: int = TILE_BYTES) -> None:
     model.forward = MethodType(functools.wraps(kind.forward)(_model_forward), model)  # type: ignore[method-assign]
 
 
-def is_chunked(model: Any) -> bool:
-    """Whether `use_chunked_loss` has been called on it."""
-    return hasattr(getattr(model, "lm_head", None), "chunks")
+def tile_bytes_of(model: Any) -> int | None:
+    """Bytes of a tile's logits in fp32, in whole tokens; `None`: `use_chunked_loss` has not been called on it."""
+    head: Any = getattr(model, "lm_head", None)
+    return 4 * head.out_features * head.chunks[0] if hasattr(head, "chunks") else None
 
 
 def _check(model: Any, head: nn.Linear) -> None:
@@ -107,7 +109,7 @@ def _model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     given = inspect.signature(forward).bind_partial(self, *args, **kwargs).arguments
     if given.get("labels") is None or not _is_zero(given.get("logits_to_keep", 0)):
         return forward(self, *args, **kwargs)
-    if not is_chunked(self):
+    if tile_bytes_of(self) is None:
         raise ValueError(
             f"{type(self).__name__}: its lm_head has been replaced since hift_ds.use_chunked_loss (resized?): call it "
             "again"

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hift_ds.recipes.arguments import CARD_NAMES, LOSSES, above_nothing, add_keep_layers, positive
+from hift_ds.recipes.arguments import CARD_NAMES, above_nothing, add_activations, positive
 
 if TYPE_CHECKING:
     from hift_ds.memory.figures import Forecast
@@ -94,13 +94,10 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     add("--stage", type=int, choices=(0, 1, 2, 3), help="ZeRO stage, instead of the config's")
     add("--layers_per_block", type=positive, metavar="M", help="instead of the config's (default: 1)")
     add("--attn_implementation", choices=ATTENTIONS, help="attention (default: transformers' choice, mostly sdpa)")
-    add("--gradient_checkpointing", action="store_true", help="recompute activations in backward")
-    add_keep_layers(parser)
+    add_activations(parser)
     add("--compile", action="store_true", help="layers are compiled: for the seconds, memory is counted as if not")
     add("--checkpoint_frozen", choices=("yes", "no"), default="yes",
         help="no: layers in which nothing is trained keep their activations, as with LlamaFactory")  # fmt: skip
-    add("--loss", choices=LOSSES, default=LOSSES[0],
-        help="chunked: head and cross entropy tile by tile (default: %(default)s)")  # fmt: skip
     add("--padded", action="store_true", help="rows have padding (default: they are full, as packed rows are)")
     add("--every_block", action="store_true", help="trace each block: slower; by default alike blocks are interpolated")
     add("--json", nargs="?", const="-", metavar="FILE", help="everything in bytes, to a file or instead of the table")

@@ -10,6 +10,7 @@
 # Needs 90 GiB of host memory (30 for int8, 54 for fp32, 32 for eight). 16 CPU cores and PCIe 5: two minutes a run with STEPS=102
 # (three cycles of a layer a block, one of them timed) and STEPS=14 for whole_* and eight_*, which have two steps a cycle.
 # OUTPUT: where configs and results go. STEPS: 136 if not given. MODEL: another config.json, for all runs. TOKENS: of a row.
+# LOSS_TILE: of the loss in chunks, 64MiB if not given.
 # LIMITS=no: on a CPU, which has no allocator to cap and nothing to trace, and no fused kernels for int8.
 set -euo pipefail
 here="$(dirname "$0")"
@@ -35,7 +36,7 @@ PY
 llama2() { measure "$@" "$here/llama2_7b.json" --hift; }
 llama31() { # run, changes of the config, cap, more options
     measure "llama31_2x2048_$1" "{\"gradient_clipping\": 0.0, $2}" 2 "${TOKENS:-2048}" "$3" "${model:-$here/llama31_8b.json}" \
-        --loss chunked --gradient_checkpointing "${@:4}"
+        --loss chunked --loss_tile "${LOSS_TILE:-64MiB}" --gradient_checkpointing "${@:4}"
 }
 eight() {
     local model="$output/llama31_8b_8layers.json"

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from hift_ds.chunked_loss import TILE_BYTES
 from hift_ds.config.batch import ACCUMULATION, MICRO
 from hift_ds.memory.figures import Forecast
 from hift_ds.memory.planner import Planner
@@ -153,8 +154,11 @@ def _changes(request: Request) -> Iterator[Change]:
             yield Change(what, "less of the copies is hidden", {(*_STATE, "ring_bytes"): size})
     for kept in (*_halves(request.keep_layers, 1), 0) if request.keep_layers else ():
         yield Change(f"--keep_layers {kept}", "more layers are recomputed", {}, {"keep_layers": kept})
-    if not request.chunked_loss:
-        yield Change("loss in chunks (--loss chunked)", "the head's product once more", {}, {"chunked_loss": True})
+    if request.loss_tile is None:
+        yield Change("loss in chunks (--loss chunked)", "the head's product once more", {}, {"loss_tile": TILE_BYTES})
+    elif request.loss_tile > TILE_BYTES:
+        what = f"--loss_tile {TILE_BYTES >> 20}MiB"
+        yield Change(what, "the head is read more often", {}, {"loss_tile": TILE_BYTES})
     if not request.checkpointing:
         yield Change("activation checkpointing", "about one more forward a step", {}, {"checkpointing": True})
     for rows in _halves(config.micro_batch, 1):

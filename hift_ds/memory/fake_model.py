@@ -33,7 +33,7 @@ class FakeModel:
         attn_implementation: `None` = transformers' choice.
         checkpointing: Recompute activations in backward (non-reentrant, as HiFT does).
         keep_layers: The last so many layers recompute nothing.
-        chunked_loss: Make the loss tile by tile.
+        loss_tile: Make the loss in tiles of so many bytes; `None`: the plain loss.
         checkpoint_frozen: Those of layers in which nothing is trained, too; LlamaFactory keeps them.
         model_class: `None` = that of the config.
 
@@ -54,7 +54,7 @@ class FakeModel:
         checkpointing: bool = False,
         checkpoint_frozen: bool = True,
         keep_layers: int = 0,
-        chunked_loss: bool = False,
+        loss_tile: int | None = None,
         model_class: type[PreTrainedModel] | None = None,
     ) -> None:
         self.config = config = copy.deepcopy(config)  # building writes into it, the attention for one
@@ -68,9 +68,9 @@ class FakeModel:
                 f"model of type {config.model_type!r}: transformers cannot build it "
                 f"({str(error).strip().splitlines()[0]})"
             ) from error
-        if chunked_loss:
+        if loss_tile is not None:
             try:
-                use_chunked_loss(self.module)
+                use_chunked_loss(self.module, loss_tile)
             except TypeError as error:
                 raise ValueError(str(error)) from None
         self._checkpointed: list[Any] = []  # where something is trained

@@ -18,7 +18,7 @@ class Record:
         part: Of a layer, that it belongs to; `None`: of none.
         visit: Which of the times that a part was entered.
         operations: Of a product of matrices, or attention, which is a kernel of its own; else `None`.
-        moved: Bytes, where it is a kernel of its own and no product.
+        moved: Bytes, where it is a kernel of its own.
         reads, writes: Bytes of each storage.
     """
 

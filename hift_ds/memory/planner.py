@@ -118,14 +118,14 @@ class Planner:
         if key not in self._models:
             self._models[key] = FakeModel(
                 self.config, request.config.dtype, request.attn_implementation, request.checkpointing,
-                request.checkpoint_frozen, request.keep_layers, request.chunked_loss, self._model_class,
+                request.checkpoint_frozen, request.keep_layers, request.loss_tile, self._model_class,
             )  # fmt: skip
         return self._models[key]
 
     def _key(self, request: Request) -> tuple:
         return (
             request.config.precision, request.attn_implementation, request.checkpointing, request.checkpoint_frozen,
-            request.keep_layers, request.chunked_loss,
+            request.keep_layers, request.loss_tile,
         )  # fmt: skip
 
 

@@ -164,7 +164,7 @@ def _heading(forecast: Forecast) -> str:
     checkpointing = ", activation checkpointing" if request.checkpointing else ""
     checkpointing += " of layers that train" if checkpointing and not request.checkpoint_frozen else ""
     checkpointing += f" but in the last {request.keep_layers} layers" if request.keep_layers else ""
-    loss = ", loss in chunks" if request.chunked_loss else ""
+    loss = "" if request.loss_tile is None else f", loss in chunks of {request.loss_tile / 2**20:.3g} MiB"
     compiled = ", compiled layers" if request.compiled else ""
     stage = f"ZeRO-{request.config.stage}"
     return f"{forecast.model}, {size}, {request.config.precision}, {stage}, {ranks}{checkpointing}{loss}{compiled}"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from hift_ds.chunked_loss import is_chunked
+from hift_ds.chunked_loss import tile_bytes_of
 from hift_ds.compiled_layers import is_compiled
 from hift_ds.config.resolve import ResolvedConfig, resolve, zero_section
 from hift_ds.zero.activations import kept_activations
@@ -39,7 +39,7 @@ class Request:
         optimizer: The client's, instead of the config's.
         checkpoint_frozen: Activation checkpointing of layers in which nothing is trained, too.
         keep_layers: The last layers that keep their activations (`hift_ds.keep_activations`).
-        chunked_loss: The loss tile by tile (`hift_ds.use_chunked_loss`).
+        loss_tile: Bytes of a tile of the loss in chunks (`hift_ds.use_chunked_loss`); `None`: the plain loss.
         compiled: Layers are compiled (`hift_ds.compile_layers`), for a step's seconds; memory is counted as if not.
     """
 
@@ -57,7 +57,7 @@ class Request:
     optimizer: Any = None
     checkpoint_frozen: bool = True
     keep_layers: int = 0
-    chunked_loss: bool = False
+    loss_tile: int | None = None
     compiled: bool = False
 
     @classmethod
@@ -67,7 +67,7 @@ class Request:
         checkpointing = bool(getattr(module, "is_gradient_checkpointing", False))
         kept = kept_activations(module)
         return cls(
-            ds_config, seq, attention, checkpointing, keep_layers=kept, chunked_loss=is_chunked(module),
+            ds_config, seq, attention, checkpointing, keep_layers=kept, loss_tile=tile_bytes_of(module),
             compiled=is_compiled(module), **others,
         )  # fmt: skip
 

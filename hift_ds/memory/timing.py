@@ -1,8 +1,9 @@
 """How long a step takes: the real ring on lanes that only count time. A model, not a measurement.
 
-Products take their operations over what the card reaches; all else of forward and backward, and an update, the bytes
-that it moves in the card's memory; copies their bytes over the bus, one queue each way. What waits for what are the
-ring's own events. The network and the host's own time are not in it.
+Products take their operations over what the card reaches, or their matrices' bytes over its memory's speed, where that
+is longer; all else of forward and backward, and an update, the bytes that it moves in the card's memory; copies their
+bytes over the bus, one queue each way. What waits for what are the ring's own events. The network and the host's own
+time are not in it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from hift_ds.state.unit_state import bytes_of_tile
 # Read off traced steps of Llama-3.1-8B and LLaMA-2-7B on an H200 (launch/results/2026-11-27_gpu_h200).
 REACHED = 0.96  # of the rate of large products, by those of the model
 ELEMENTWISE = 0.45  # of the data sheet's rate of memory, by torch's kernels in forward and backward
-UPDATE = 0.85  # of it, by the fused update
+STREAMED = 0.85  # of it, by the fused update, and by a product that memory bounds
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,15 @@ class Speeds:
     products: float
     bandwidth: float
 
+    @property
+    def balance(self) -> float:
+        """Operations of a product in the time of a byte of its matrices."""
+        return REACHED * self.products / (STREAMED * self.bandwidth)
+
     def seconds(self, work: Work) -> float:
         """Of a forward or a backward."""
-        return work.operations / (REACHED * self.products) + work.moved / (ELEMENTWISE * self.bandwidth)
+        of_memory = work.moved / ELEMENTWISE + work.streamed / STREAMED
+        return work.operations / (REACHED * self.products) + of_memory / self.bandwidth
 
 
 @dataclass(frozen=True)
@@ -106,7 +113,9 @@ def timing(
         return None
     model = _Step(
         layout, speeds,
-        lambda trained: micro_step_work(layout.model, trained, config.micro_batch, seq, padded, compiled),
+        lambda trained: micro_step_work(
+            layout.model, trained, config.micro_batch, seq, padded, compiled, speeds.balance
+        ),
     )  # fmt: skip
     rotation = Rotation(len(layout.shards), config.hift.order, config.hift.seed, config.hift.steps_per_block)
     count = max(rotation.steps_per_cycle, 2)
@@ -179,7 +188,7 @@ class _Step:
         for tile, _ in visit:
             numel = tile.span.stop - tile.span.start
             beside = numel * (self._layout.config.accumulation_dtype.itemsize + shard.dtype.itemsize)
-            seconds = (2 * tile.nbytes + beside) / (UPDATE * self._speeds.bandwidth)
+            seconds = (2 * tile.nbytes + beside) / (STREAMED * self._speeds.bandwidth)
             self._lanes.update.work(seconds)  # type: ignore[attr-defined]
 
 

@@ -1,4 +1,4 @@
-"""What a forward and a backward have to do: operations of products, and bytes that all else moves in memory.
+"""What a forward and a backward have to do: operations of products, and bytes that are moved in memory.
 
 Counted over the real architecture under FakeTensorMode, operation by operation.
 """
@@ -34,25 +34,34 @@ _MOVES_NOTHING = ("empty", "new_empty", "detach", "_unsafe_view")
 
 @dataclass(frozen=True)
 class Work:
-    """Operations of products; bytes that other operations read and write."""
+    """What takes time: each operation counts once, as one of these.
+
+    Attributes:
+        operations: Of products that arithmetic bounds.
+        streamed: Bytes of products that memory bounds, which read and write them one after the other.
+        moved: Bytes that all else reads and writes.
+    """
 
     operations: int = 0
     moved: int = 0
+    streamed: int = 0
 
     def __add__(self, other: Work) -> Work:
-        return Work(self.operations + other.operations, self.moved + other.moved)
+        return Work(self.operations + other.operations, self.moved + other.moved, self.streamed + other.streamed)
 
     def __sub__(self, other: Work) -> Work:
-        return Work(self.operations - other.operations, self.moved - other.moved)
+        return Work(self.operations - other.operations, self.moved - other.moved, self.streamed - other.streamed)
 
 
 def micro_step_work(
-    model: FakeModel, trained: Collection[str], micro_batch: int, seq: int, padded: bool = False, compiled: bool = False
-) -> tuple[Work, dict[str, Work]]:
+    model: FakeModel, trained: Collection[str], micro_batch: int, seq: int, padded: bool = False,
+    compiled: bool = False, balance: float = 0.0,
+) -> tuple[Work, dict[str, Work]]:  # fmt: skip
     """Of a forward and a backward in which the parameters `trained` (fqns) have gradients, and no others.
 
     Args:
         compiled: What is no product in a part of a layer is one kernel (`hift_ds.compile_layers`).
+        balance: A product of fewer operations for each byte of its matrices is bound by memory.
 
     Returns:
         Of the forward; and of the backward, recomputation included, up to where each one's gradient is whole.
@@ -80,7 +89,7 @@ def micro_step_work(
     finally:
         for handle in handles:
             handle.remove()
-    done = recorder.work()
+    done = recorder.work(balance)
     return done[middle], {fqn: done[count] - done[middle] for fqn, count in until.items()}
 
 
@@ -109,7 +118,7 @@ class _Recorder(TorchDispatchMode):
             {id(tensor): tensor for tensor in tree_leaves(side) if isinstance(tensor, torch.Tensor)}.values()
             for side in ((args, kwargs), out)
         )
-        moved = 0 if operations is not None else sum(one.nbytes for one in (*read, *written))
+        moved = sum(one.nbytes for one in (*read, *written))
         storages = self._storages(read), self._storages(written)
         self.records.append(Record(self._part, self._visits, operations, moved, *storages))
         return out
@@ -165,11 +174,17 @@ class _Recorder(TorchDispatchMode):
             for handle in handles:
                 handle.remove()
 
-    def work(self) -> list[Work]:
+    def work(self, balance: float = 0.0) -> list[Work]:
         """Up to each operation, and up to the end."""
         moved = moved_when_fused(self.records, self._grads)
-        operations = (record.operations or 0 for record in self.records)
-        return list(accumulate(map(Work, operations, moved), initial=Work()))
+        each = (_work(record.operations, nbytes, balance) for record, nbytes in zip(self.records, moved, strict=True))
+        return list(accumulate(each, initial=Work()))
+
+
+def _work(operations: int | None, nbytes: int, balance: float) -> Work:
+    if operations is None:
+        return Work(moved=nbytes)
+    return Work(operations) if operations >= balance * nbytes else Work(streamed=nbytes)
 
 
 def _of_attention(tensors: Sequence[torch.Tensor], backward: bool) -> int:

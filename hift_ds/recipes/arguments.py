@@ -36,10 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser, default_config: Path) -> None
     add("--accumulation", type=positive, metavar="N", help="micro steps per optimizer step")
     add("--lr", type=float, metavar="R", help="learning rate")
     add("--seed", type=int, default=42, help="order of the data")
-    add("--gradient_checkpointing", action="store_true", help="recompute activations in backward")
-    add_keep_layers(parser)
+    add_activations(parser)
     add("--compile", action="store_true", help="compile the layers' parts with torch.compile, ZeRO 0 to 2")
-    add("--loss", choices=LOSSES, default=LOSSES[0], help="chunked: head and cross entropy tile by tile, no logits")
     add("--attn_implementation", metavar="A", help="sdpa, eager, flash_attention_2 ...")
     add("--eval_every", type=positive, metavar="N", help="steps between evaluations (default: before and after)")
     add("--answers", type=positive, default=1, metavar="N", help="held-out questions to answer after training")
@@ -73,16 +71,38 @@ def add_benchmark_arguments(parser: argparse.ArgumentParser) -> None:
     add("--results", metavar="FILE", help="where the result goes (default: a dated file in launch/results)")
 
 
-def add_keep_layers(parser: argparse.ArgumentParser) -> None:
-    """Of everything that knows --gradient_checkpointing."""
-    parser.add_argument("--keep_layers", type=positive, default=0, metavar="K",
+def add_activations(parser: argparse.ArgumentParser) -> None:
+    """Of training and of its forecast: what is kept for backward."""
+    add = parser.add_argument
+    add("--gradient_checkpointing", action="store_true", help="recompute activations in backward")
+    add("--keep_layers", type=positive, default=0, metavar="K",
         help="with --gradient_checkpointing: the last K layers keep their activations, which is faster")  # fmt: skip
+    add("--loss", choices=LOSSES, default=LOSSES[0], help="chunked: head and cross entropy tile by tile, no logits")
+    add("--loss_tile", metavar="SIZE",
+        help="with --loss chunked: of logits at a time (default: 64MiB); 256MiB is faster on many cards")  # fmt: skip
 
 
-def check_keep_layers(args: argparse.Namespace) -> None:
-    """Raises ValueError where it has nothing to say."""
+def check_pairs(args: argparse.Namespace) -> None:
+    """Raises ValueError where an option of `add_activations` has nothing to say."""
     if args.keep_layers and not args.gradient_checkpointing:
         raise ValueError(f"--keep_layers {args.keep_layers}: goes with --gradient_checkpointing; give both or neither")
+    loss_tile_of(args)
+
+
+def loss_tile_of(args: argparse.Namespace) -> int | None:
+    """Bytes of a tile of the loss; `None`: the plain loss.
+
+    Raises:
+        ValueError: No size, or a size for the plain loss.
+    """
+    from hift_ds.chunked_loss import TILE_BYTES
+    from hift_ds.memory.request import parse_bytes
+
+    if args.loss_tile is None:
+        return TILE_BYTES if args.loss == "chunked" else None
+    if args.loss == "plain":
+        raise ValueError(f"--loss_tile {args.loss_tile}: goes with --loss chunked; give both or neither")
+    return parse_bytes(args.loss_tile, "--loss_tile")
 
 
 def add_trace_argument(parser: argparse.ArgumentParser) -> None:

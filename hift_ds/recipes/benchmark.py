@@ -19,6 +19,7 @@ from hift_ds.memory.peak_meter import MemoryMeter
 from hift_ds.memory.peaks import Report
 from hift_ds.memory.request import parse_bytes
 from hift_ds.recipes import training
+from hift_ds.recipes.arguments import loss_tile_of
 from hift_ds.recipes.display import Display
 from hift_ds.recipes.planning import forecasts_of_run
 from hift_ds.recipes.results import provenance, step_times
@@ -185,6 +186,7 @@ def _row(
         "accumulation": engine.gradient_accumulation_steps(),
         "activation_checkpointing": args.gradient_checkpointing,
         "keep_layers": args.keep_layers,
+        "loss_tile": loss_tile_of(args),
         "compile": args.compile,
         "blocks": len(engine.hift.blocks) if args.hift else None,
         "measured": {**asdict(peak), **report.of_allocator(), "how": report.kind},

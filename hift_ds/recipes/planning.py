@@ -20,7 +20,7 @@ from hift_ds.memory.model_names import load_config
 from hift_ds.memory.planner import Planner
 from hift_ds.memory.request import Request, parse_bytes
 from hift_ds.memory.timing import CARDS, Speeds
-from hift_ds.recipes.arguments import check_keep_layers, override_batch, read_ds_config
+from hift_ds.recipes.arguments import check_pairs, loss_tile_of, override_batch, read_ds_config
 from hift_ds.recipes.auto import without_auto
 from hift_ds.recipes.models import source_of
 from hift_ds.state.unit_state import card_bytes
@@ -39,7 +39,7 @@ def request_of(args: argparse.Namespace) -> Request:
             read_ds_config(args.deepspeed_config), args.precision, args.stage, args.micro_batch,
             lambda: load_config(source_of(args.model)),
         )  # fmt: skip
-    check_keep_layers(args)
+    check_pairs(args)
     config = complete_config(source, args.precision, args.stage, args.micro_batch, args.gpus * args.nodes)
     if args.layers_per_block is not None:
         config["hift"]["layers_per_block"] = args.layers_per_block
@@ -54,7 +54,7 @@ def request_of(args: argparse.Namespace) -> Request:
     request = Request(
         config, args.seq_len, args.attn_implementation, args.gradient_checkpointing, args.padded, args.gpus, args.nodes,
         card, host, checkpoint_frozen=args.checkpoint_frozen == "yes", keep_layers=args.keep_layers,
-        chunked_loss=args.loss == "chunked", compiled=args.compile,
+        loss_tile=loss_tile_of(args), compiled=args.compile,
     )  # fmt: skip
     if request.compiled:
         require_stage_without_hooks(request.config.stage)

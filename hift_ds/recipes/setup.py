@@ -111,12 +111,12 @@ def _without_model(args: argparse.Namespace, random: bool) -> tuple[Run, Any]:
     from hift_ds.config.batch import batch_sizes
     from hift_ds.config.resolve import resolve, stage_of
     from hift_ds.memory.model_names import load_config
-    from hift_ds.recipes.arguments import build_ds_config, check_keep_layers
+    from hift_ds.recipes.arguments import build_ds_config, check_pairs
     from hift_ds.recipes.datasets import load_text_dataset
     from hift_ds.recipes.models import load_tokenizer, source_of
 
     world = dist.get_world_size()
-    check_keep_layers(args)
+    check_pairs(args)
     ds_config = build_ds_config(args)
     resolve(ds_config, world=world, device_type=get_accelerator().device_name())  # a typo is found before the loading
     if args.compile:
@@ -142,6 +142,7 @@ def _load_model(args: argparse.Namespace, run: Run, config: Any) -> Any:
     from hift_ds.chunked_loss import use_chunked_loss
     from hift_ds.compiled_layers import compile_layers
     from hift_ds.config.resolve import DTYPES, precision_of, stage_of
+    from hift_ds.recipes.arguments import loss_tile_of
     from hift_ds.recipes.models import load_model, random_model
     from hift_ds.zero.activations import keep_activations
 
@@ -156,8 +157,9 @@ def _load_model(args: argparse.Namespace, run: Run, config: Any) -> Any:
     else:
         model = load_model(args.model_name_or_path, **options)
     del kept
-    if args.loss == "chunked":
-        use_chunked_loss(model)
+    tile = loss_tile_of(args)
+    if tile is not None:
+        use_chunked_loss(model, tile)
     if args.compile:
         compile_layers(model)
     if args.gradient_checkpointing:

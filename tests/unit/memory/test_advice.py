@@ -198,7 +198,7 @@ def names(request):
 def test_what_is_so_already_is_not_proposed():
     request = replace(request_of(world=4, stage=3, checkpointing=True, state={"ring_bytes": 1 << 25}), seq=128)
     assert names(request)[0] == "loss in chunks (--loss chunked)"
-    request = replace(request, chunked_loss=True)
+    request = replace(request, loss_tile=1 << 20)
     assert names(request) == ['ZeRO stage 3 with "offload_param": {"device": "cpu"}']
     offloaded = request.changed("zero_optimization", "offload_param", value={"device": "cpu"})
     assert names(offloaded) == []

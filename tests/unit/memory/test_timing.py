@@ -8,6 +8,7 @@ import torch
 from hift_testing.selection import slow
 from transformers import LlamaConfig
 
+from hift_ds.chunked_loss import TILE_BYTES
 from hift_ds.memory.planner import Planner
 from hift_ds.memory.request import Request
 from hift_ds.memory.timing import CARDS, ELEMENTWISE, REACHED, Speeds, timing
@@ -152,7 +153,7 @@ def test_modelled_seconds_are_those_measured_on_an_h200(name):
     model = LlamaConfig.from_json_file(ROOT / "launch/llama31_8b.json")
     model.num_hidden_layers = 8 if name.startswith("eight") else 32
     request = Request(
-        config | {"train_micro_batch_size_per_gpu": 2}, 2048, None, True, chunked_loss=True,
+        config | {"train_micro_batch_size_per_gpu": 2}, 2048, None, True, loss_tile=TILE_BYTES,
         gpu_memory=CARDS["h200"].memory if name.startswith("eight") else 22 << 30,
     )  # fmt: skip
     card = CARDS["h200"]
