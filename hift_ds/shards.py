@@ -8,6 +8,8 @@ case world = 1; stages 1, 2 and 3 share layout, update, state and checkpoint.
 
 from __future__ import annotations
 
+import itertools
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -181,6 +183,24 @@ class UnitShard:
             start = self.segments[index].offset
             yield slice(first - span.start, last - span.start), self.weight_slice(index)[first - start : last - start]
 
+    def tiles(self, numel: int) -> Iterator[tuple[int, slice]]:
+        """Ranges of the shard of at most `numel` elements, each with the index of its run."""
+        for index, run in enumerate(self.runs):
+            for start in range(run.start, run.stop, numel):
+                yield index, slice(start, min(start + numel, run.stop))
+
+    def parts(self, tile: slice, group: int) -> Iterator[slice]:
+        """A range of the shard in ranges of one parameter each, but for `group` elements around where two meet.
+
+        Each begins a multiple of `group` after the tile's own beginning.
+        """
+        edges = {tile.start, tile.stop}
+        for _, *ends in pieces(self.segments, tile.start, tile.stop - tile.start):
+            for end in ends:
+                low = tile.start + (end - tile.start) // group * group
+                edges |= {low, low if low == end else min(low + group, tile.stop)}
+        return itertools.starmap(slice, itertools.pairwise(sorted(edges)))
+
     @torch.no_grad()
     def read_weights(self, out: torch.Tensor) -> torch.Tensor:
         """Copies this rank's slices of the model weights into `out` (1-D, shard length, any dtype or device)."""
@@ -197,7 +217,11 @@ def pieces(segments: Sequence[Segment], start: int, numel: int) -> Iterator[tupl
     Yields:
         Index of the segment, first and last + 1 element of the run.
     """
-    for index, segment in enumerate(segments):
+    begin = max(bisect_right(segments, start, key=lambda segment: segment.offset) - 1, 0)
+    for index in range(begin, len(segments)):
+        segment = segments[index]
+        if segment.offset >= start + numel:
+            return
         first, last = max(segment.offset, start), min(segment.offset + segment.numel, start + numel)
         if first < last:
             yield index, first, last

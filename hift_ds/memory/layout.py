@@ -6,7 +6,7 @@ The shards, the reducer, the ring and the update rules are the training run's ow
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,7 +20,8 @@ from hift_ds.memory.storages import StorageMeter
 from hift_ds.memory.trace import Event
 from hift_ds.rotation.blocks import BlockPlan, plan_blocks
 from hift_ds.rotation.param_groups import check_trainable
-from hift_ds.shards import UnitShard
+from hift_ds.shards import UnitShard, pieces
+from hift_ds.state.formats import GROUP
 from hift_ds.state.host_memory import HostMemory, Shapes
 from hift_ds.state.unit_state import TILE_NUMEL, RingSizes, Storage, extra_bytes, initial_extra, ring_sizes
 from hift_ds.zero.gradients import GradientReducer
@@ -210,20 +211,25 @@ class Layout:
         Args:
             gradients: Bytes of all gradients that are there when it begins.
         """
-        longest = max(run.stop - run.start for run in shard.runs)
-        tile = min(self.tile_numel or longest, longest)
-        new = (shard.numel if self.config.sends_weights else tile) * shard.dtype.itemsize
-        if self.config.home == "host" and not self.config.sends_weights:
+        ranges = [tile for _, tile in shard.tiles(self.tile_numel or TILE_NUMEL)]
+        if self.rule.elementwise and self.config.home != "host":
+            ranges = [part for tile in ranges for part in shard.parts(tile, GROUP)]
+        gradients_of = ranges if self.rule.elementwise else [slice(run.start, run.stop) for run in shard.runs]
+        in_place = not self.config.offloads_params and all(param.dtype == shard.dtype for param in shard.params)
+        new = _longest(_shared(shard, ranges) if in_place else ranges) * shard.dtype.itemsize
+        if self.config.sends_weights:
+            new = shard.numel * shard.dtype.itemsize
+        elif self.config.home == "host":
             new = 0  # it comes from the host, straight to its place
         made = 0 if self.config.home == "host" or self.config.home == "device" else self._factored
         own = shard.numel * self.config.accumulation_dtype.itemsize
         if self.config.kernel == "torch" and self.config.home != "host":
             if self.config.accumulation_dtype != torch.float32:  # else the rule works in the gradient itself
-                made += 4 * (tile if self.rule.elementwise else longest)
+                made += 4 * _longest(gradients_of)
             if not self.rule.elementwise:  # the estimate of the second moment of the largest slice
                 made += 4 * max(segment.numel for segment in shard.segments)
-        if self.config.hift.update == "backward" and self.config.world == 1 and len(shard.segments) > 1:
-            made += tile * self.config.accumulation_dtype.itemsize  # of several parameters' gradients
+        if self.config.hift.update == "backward" and self.config.world == 1:
+            made += _longest(_shared(shard, gradients_of)) * self.config.accumulation_dtype.itemsize
         sent = 0
         if self.config.sends_weights:
             sent = max(self._packed(shard, bucket) for bucket in shard.buckets(self.config.zero.allgather_bucket_size))
@@ -362,3 +368,15 @@ class _FakeMemory(HostMemory):
 class _Done:
     def wait(self) -> None:
         pass
+
+
+def _longest(ranges: Iterable[slice]) -> int:
+    return max((one.stop - one.start for one in ranges), default=0)
+
+
+def _shared(shard: UnitShard, ranges: Iterable[slice]) -> Iterator[slice]:
+    """Those that no parameter fills: they are updated in a copy."""
+    for one in ranges:
+        numel = one.stop - one.start
+        if all(last - first < numel for _, first, last in pieces(shard.segments, one.start, numel)):
+            yield one

@@ -227,11 +227,9 @@ class _Copied(TorchDispatchMode):
 def _tiles(layout: Layout, shard: UnitShard) -> Iterator[Tile]:
     """As UnitState cuts them; one tensor stands for all."""
     shapes = layout.storage.shapes(shard, layout.rule, layout.groups)
-    for index, run in enumerate(shard.runs):
-        for start in range(run.start, run.stop, layout.tile_numel):
-            span = slice(start, min(start + layout.tile_numel, run.stop))
-            nbytes = bytes_of_tile(shapes, span.stop - span.start)
-            yield Tile(index, span, {"state": torch.empty(nbytes, dtype=torch.uint8, device="meta")})
+    for index, span in shard.tiles(layout.tile_numel):
+        nbytes = bytes_of_tile(shapes, span.stop - span.start)
+        yield Tile(index, span, {"state": torch.empty(nbytes, dtype=torch.uint8, device="meta")})
 
 
 def _least(shard: UnitShard, params: dict[str, torch.nn.Parameter]) -> list[str]:

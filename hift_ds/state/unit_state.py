@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -287,13 +287,19 @@ class UnitState:
         return slice(segment.offset, segment.offset + segment.numel)
 
     def _cut(self, tile_numel: int) -> Iterator[Tile]:
-        for index, run in enumerate(self.shard.runs):
-            group = self._groups[run.group]
-            initial = {name: 0.0 for name in self.tensors if name.endswith(SCALE_SUFFIX)}
-            initial |= {name: self.rule.initial_value(name, group) for name in self.rule.slots(group)}
-            for start in range(run.start, run.stop, tile_numel):
-                span = slice(start, min(start + tile_numel, run.stop))
-                yield Tile(index, span, self.tile_of(index, span), initial)
+        scales = {name: 0.0 for name in self.tensors if name.endswith(SCALE_SUFFIX)}
+        for index, span in self.shard.tiles(tile_numel):
+            group = self._groups[self.shard.runs[index].group]
+            initial = {name: self.rule.initial_value(name, group) for name in self.rule.slots(group)}
+            yield Tile(index, span, self.tile_of(index, span), scales | initial)
+
+
+def part_of(tensors: Mapping[str, torch.Tensor], first: int, last: int) -> dict[str, torch.Tensor]:
+    """The part of a tile's tensors from an element to another; it begins with a group."""
+    return {
+        name: tensor[first // GROUP : -(-last // GROUP)] if name.endswith(SCALE_SUFFIX) else tensor[first:last]
+        for name, tensor in tensors.items()
+    }
 
 
 def layout_fault(rule: Rule, param_groups: list[dict], states: Iterable[UnitState]) -> str | None:

@@ -10,12 +10,13 @@ import torch
 
 from hift_ds.rules import Rule
 from hift_ds.shards import Run
+from hift_ds.state.formats import GROUP
 from hift_ds.state.ring import Ring, Tile
-from hift_ds.state.unit_state import UnitState
+from hift_ds.state.unit_state import UnitState, part_of
 from hift_ds.zero.weights import NewWeights
 
 Tensors = dict[str, torch.Tensor]
-# Updates one tile in place: its range of the shard, gradient as reduced, model weights, state tensors on the device.
+# Updates a part of a tile in place: its range of the shard, gradient as reduced, model weights, state on the device.
 Compute = Callable[[slice, torch.Tensor, torch.Tensor, Tensors], None]
 
 
@@ -98,9 +99,11 @@ class UnitUpdate:
             computes = [of_run(state, run, scaling, rates[run.group], unit) for run in state.shard.runs]
             reads = state.weights_count
             for tile, tensors in self._visit(state, state.tiles, fresh=fresh):
-                weights = new.begin(tile.span, reads)
-                computes[tile.run](tile.span, grad[tile.span], weights, tensors)
-                new.end(tile.span, weights)
+                for span in state.shard.parts(tile.span, GROUP):
+                    part = part_of(tensors, span.start - tile.span.start, span.stop - tile.span.start)
+                    weights = new.begin(span, reads)
+                    computes[tile.run](span, grad[span], weights, part)
+                    new.end(span, weights)
 
     def _visit(
         self, state: UnitState, tiles: list[Tile], write: bool = True, fresh: bool = False

@@ -17,7 +17,7 @@ class NewWeights(Protocol):
     dtype: torch.dtype
 
     def begin(self, span: slice, read: bool) -> torch.Tensor:
-        """Where a range's go: 1-D; `read`: the present ones are in it."""
+        """Where a range's go, 1-D, perhaps the model's own; `read`: the present ones are in it."""
 
     def end(self, span: slice, new: torch.Tensor) -> None:
         """They are there, or in another tensor, perhaps on the host."""
@@ -30,18 +30,23 @@ class OwnWeights:
         self._shard, self._device, self.dtype = shard, device, shard.dtype
 
     def begin(self, span: slice, read: bool) -> torch.Tensor:
-        """As NewWeights.begin."""
-        new = torch.empty(span.stop - span.start, dtype=self.dtype, device=self._device)
+        """As NewWeights.begin: the model's own where one parameter fills the range."""
+        numel, present = span.stop - span.start, list(self._shard.weight_pieces(span))
+        for _, weights in present:
+            if weights.numel() == numel and weights.dtype == self.dtype and weights.device == self._device:
+                return weights
+        new = torch.empty(numel, dtype=self.dtype, device=self._device)
         if read:
             new.zero_()  # padding
-            for part, weights in self._shard.weight_pieces(span):
+            for part, weights in present:
                 new[part].copy_(weights)
         return new
 
     def end(self, span: slice, new: torch.Tensor) -> None:
         """As NewWeights.end."""
         for part, weights in self._shard.weight_pieces(span):
-            weights.copy_(new[part], non_blocking=True)
+            if weights.data_ptr() != new[part].data_ptr():
+                weights.copy_(new[part], non_blocking=True)
 
 
 class SentWeights:

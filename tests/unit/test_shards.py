@@ -1,5 +1,6 @@
 """The shard layout: slices, slots, runs, buckets, and moving between whole parameters and shards."""
 
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from deepspeed.runtime.zero.partition_parameters import Init
 
 from hift_ds.shards import ALIGNMENT, UnitShard, full_numel, is_partitioned
+from hift_ds.state.formats import GROUP
 from hift_ds.zero.gradients import after_the_sum, before_the_sum
 from hift_ds.zero.weights import OwnWeights
 
@@ -215,3 +217,22 @@ def test_averaging_divides_before_and_after_as_asked(predivide, mean, before, af
     before_the_sum(packed, config)
     after_the_sum(reduced, config)
     assert (packed.item(), reduced.item()) == (before, after)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_parts_of_a_tile_are_of_one_parameter_each_but_where_two_meet(seed):
+    draw = random.Random(seed)
+    sizes = [draw.choice((1, 100, 256, 512, 3000)) + draw.choice((0, 0, 7)) for _ in range(draw.randint(1, 6))]
+    world, first_group, length = draw.randint(1, 3), draw.randint(0, 8), draw.randint(1, 9000)
+    names = [str(index) for index in range(len(sizes))]
+    params = [(name, torch.nn.Parameter(torch.zeros(size))) for name, size in zip(names, sizes, strict=True)]
+    shard = UnitShard(params, dict.fromkeys(names, 0), world, world - 1)
+    start = min(first_group * GROUP, shard.numel - 1)
+    tile = slice(start, min(start + length, shard.numel))
+    parts = list(shard.parts(tile, GROUP))
+    assert [part.start for part in parts] == [tile.start, *(part.stop for part in parts[:-1])]
+    assert parts[-1].stop == tile.stop and all(part.start < part.stop for part in parts)
+    for part in parts:
+        owned = [piece.stop - piece.start for piece, _ in shard.weight_pieces(part)]
+        assert (part.start - tile.start) % GROUP == 0
+        assert part.stop - part.start <= GROUP or owned in ([part.stop - part.start], []), "a parameter, or padding"

@@ -23,6 +23,9 @@ ALONE = (5008, 32 + 16)  # stage 0, or one rank
 OF_FOUR = (1264, 16 + 16)  # slices of 1250, 8 and 2
 TILE = 20_224  # of the larger block's 20,032 bytes of fp32
 RING = 36_864  # three tiles of 1024 elements of 12 bytes
+# An update changes the model's own weights, a parameter at a time; what shares a group of 256 with padding or another
+# parameter, in a copy.
+OWN, SHARED = 4864, 144  # of the larger block
 
 
 class Layers(nn.Module):
@@ -245,10 +248,20 @@ def test_limits_are_the_configs():
 
 def test_update_makes_new_weights_and_the_tiles_gradient_in_fp32():
     layout, numel = layout_of(), ALONE[0]
-    assert layout.update(layout.units[0], 777) == Update(777, 2 * numel + 4 * numel)
+    assert numel == OWN + SHARED
+    assert layout.update(layout.units[0], 777) == Update(777, 2 * SHARED + 4 * OWN)
     small_ring = layout_of(state={"ring_bytes": RING})
-    assert small_ring.update(small_ring.units[0], 777) == Update(777, (2 + 4) * 1024), "a tile at a time"
+    assert small_ring.update(small_ring.units[0], 777) == Update(777, 2 * SHARED + 4 * 1024), "a tile at a time"
     assert small_ring.update(small_ring.units[1], 5) == Update(5, 6 * ALONE[1])
+
+
+def test_weights_of_another_dtype_than_their_block_s_are_updated_in_a_copy():
+    layout = layout_of()
+    shard = layout.units[0]
+    with layout.model.mode:
+        shard.params[0].data = torch.ones(100, 50)
+        shard.params = (*shard.params, torch.nn.Parameter(torch.ones(1, dtype=torch.bfloat16)))
+    assert layout.update(shard, 0) == Update(0, 4 * OWN + 4 * OWN)
 
 
 def test_fused_kernels_and_updates_on_the_host_make_no_fp32_gradient():
@@ -259,13 +272,13 @@ def test_fused_kernels_and_updates_on_the_host_make_no_fp32_gradient():
         {"zero": {"offload_optimizer": {"device": "cpu"}}},
     ):
         layout = layout_of(**keywords)
-        made = 0 if "zero" in keywords else 2 * ALONE[0]  # from the host new weights go to their place
+        made = 0 if "zero" in keywords else 2 * SHARED  # from the host new weights go to their place
         assert layout.update(layout.units[0], 777) == Update(777, made)
 
 
 def test_resident_state_is_updated_by_whole_runs():
     layout = layout_of(state={"residency": "device"})
-    assert layout.update(layout.units[0], 0) == Update(0, 6 * ALONE[0])
+    assert layout.update(layout.units[0], 0) == Update(0, 2 * SHARED + 4 * OWN)
 
 
 def test_adafactor_makes_a_whole_runs_gradient_its_largest_estimate_and_factored_moments_three_times():
@@ -280,10 +293,10 @@ def test_adafactor_makes_a_whole_runs_gradient_its_largest_estimate_and_factored
 def test_update_holds_what_is_sent_where_that_is_more_than_the_gradient():
     four, two = layout_of(2, 4), layout_of(2, 2)
     own, numel = 2 * OF_FOUR[0], OF_FOUR[0]
-    # All four slots of the bucket are received when the gradient is gone: 10,112 bytes against 2,528 + 5,056.
+    # All four slots of the bucket are received when the gradient is gone: 10,112 bytes against 2,528 + 4,096.
     assert four.update(four.units[0], own) == Update(0, 2 * numel + 4 * own)
     half = 2512  # a slice of 2500
-    assert two.update(two.units[0], 2 * half) == Update(2 * half, 2 * half + 4 * half)
+    assert two.update(two.units[0], 2 * half) == Update(2 * half, 2 * half + 4 * 2304)
 
 
 def test_new_weights_are_sent_in_buckets_of_allgather_bucket_size():
@@ -295,8 +308,9 @@ def test_new_weights_are_sent_in_buckets_of_allgather_bucket_size():
 
 
 def test_nothing_is_sent_by_stage_3_or_a_lone_rank():
-    for layout, numel in ((layout_of(3, 4), OF_FOUR[0]), (layout_of(2, 1), ALONE[0]), (layout_of(0, 4), ALONE[0])):
-        assert layout.update(layout.units[0], 2 * numel) == Update(2 * numel, 6 * numel)
+    alone = (OWN, SHARED)
+    for layout, (own, shared) in ((layout_of(3, 4), (1024, 240)), (layout_of(2, 1), alone), (layout_of(0, 4), alone)):
+        assert layout.update(layout.units[0], 777) == Update(777, 4 * own + 2 * shared)
 
 
 # Gradients, by the training run's reducer.
