@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hift_ds.last_product import without_last_product
 from hift_ds.shards import is_partitioned
 
 # What dynamo takes for constant, and the rotation or the user changes: `requires_grad`, and hooks of modules.
@@ -35,7 +36,7 @@ class _Part:
         from transformers import Cache
 
         self._module, self._layer, self._cache = module, layer, Cache
-        self._compiled = torch.compile(module._call_impl, backend=backend, dynamic=dynamic)
+        self._compiled = torch.compile(module._call_impl, backend=without_last_product(backend), dynamic=dynamic)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._module.training and not self._caches(kwargs):

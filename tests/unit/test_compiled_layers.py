@@ -1,6 +1,7 @@
 """Layers compiled part by part: what is compiled, how often, and that nothing else changes."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from transformers import (
 )
 
 import hift_ds
+from hift_ds import last_product
 from hift_ds.compiled_layers import is_compiled, layers_of, parts_of_layers, require_compiler
 from hift_ds.memory.request import Request
 
@@ -110,6 +112,77 @@ def test_gradients_of_torch_s_own_compiler_are_those_of_the_uncompiled_model():
     hift_ds.compile_layers(model)
     for one, other in zip(gradients(model), expected, strict=True):
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-7)
+
+
+def test_recomputation_stops_before_the_product_at_a_layer_s_end(monkeypatch):
+    """As without a compiler; attention's last product is made again, for what comes after it."""
+    torch._dynamo.reset()
+    model, begun, done = llama(), [], []
+    cut = last_product._cut
+
+    def counting(graph, tail):
+        rest, wanted = cut(graph, tail)
+
+        def run(*values):
+            begun.append("down_proj" in str(tail[0]))
+            out = rest(*values)
+            done.append(begun[-1])
+            return out
+
+        return run, wanted
+
+    monkeypatch.setattr(last_product, "_cut", counting)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    hift_ds.compile_layers(model, backend=Counting())
+    gradients(model)
+    assert Counter(begun) == {True: 2 * 3, False: 2 * 3}, "two forwards of three layers"
+    assert Counter(done) == {True: 3, False: 2 * 3}
+
+
+class Parts(nn.Module):
+    """Ways in which a graph ends."""
+
+    def __init__(self, kind):
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind, self.first, self.last = kind, nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        hidden = torch.relu(self.first(x))
+        if self.kind == "beside":
+            out = self.last(hidden)
+            return out, hidden
+        if self.kind == "before":
+            return self.last(hidden.mul_(2)).view(-1)
+        if self.kind == "norm":
+            return torch.rms_norm(self.last(hidden), (8,))
+        if self.kind == "alone":
+            return self.last(x)
+        out = self.last(hidden)
+        hidden.add_(1)  # in place, after the product has read it
+        return out
+
+
+@pytest.mark.parametrize(
+    ("kind", "splits"), [("beside", True), ("before", True), ("alone", True), ("norm", False), ("after", False)]
+)
+def test_a_graph_is_split_where_nothing_but_its_way_out_comes_after_the_last_product(kind, splits):
+    torch._dynamo.reset()
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append([node.target for node in graph.graph.nodes])
+        return graph.forward
+
+    part = Parts(kind)
+    compiled = torch.compile(part, backend=last_product.without_last_product(keep), dynamic=True)
+    for rows in (4, 6):
+        x = torch.ones(rows, 8)
+        with torch.no_grad():  # an operation in place would change what backward needs
+            for found, expected in zip(compiled(x.clone()), part(x.clone()), strict=True):
+                assert torch.equal(found, expected)
+    products = [targets.count(nn.functional.linear) for targets in graphs]
+    assert set(products) == (set() if kind == "alone" else {1 if splits else 2})
 
 
 def test_evaluation_and_generation_compile_nothing():

@@ -19,7 +19,7 @@ KNOW_DEEPSPEED = {
 }  # fmt: skip
 # From the bottom up: a module imports from its own room and those before it.
 LAYERS = (
-    ("shards", "extras", "chunked_loss", "compiled_layers"),
+    ("shards", "extras", "chunked_loss", "compiled_layers", "last_product"),
     ("rules", "rotation"),
     ("config",),
     ("state",),
