@@ -142,24 +142,24 @@ def test_resident_state_is_not_copied_and_updates_on_the_host_have_no_model(plan
     assert on_host is None
 
 
-@pytest.mark.parametrize("name", ["eight_whole", "whole_exact", slow("whole_int8"), slow("layer_exact")])
+@pytest.mark.parametrize("name", ["eight_whole", "whole_exact", *map(slow, (
+    "eight_layer", "whole_int8", "layer_exact", "layer_int8", "layer_compiled", "whole_compiled", "whole_compiled_256",
+))])  # fmt: skip
 def test_modelled_seconds_are_those_measured_on_an_h200(name):
     """Of 8 layers and of all; the runs were held to 22 GiB but for those of 8 layers."""
-    config = json.loads((H200 / f"llama31_2x2048_{name}{'_config' * (name == 'layer_exact')}.json").read_text())
-    if name == "layer_exact":  # cut off before it could write its result: 4096 tokens at 13,204 a second
-        measured = 4096 / float((H200 / "llama31_2x2048_layer_exact.txt").read_text().split()[-2].replace(",", ""))
-    else:
-        measured, config = config["step_ms"]["p50"] / 1000, config["config"]
+    run = json.loads((H200 / f"llama31_2x2048_{name}.json").read_text())
+    measured, compiled = run["step_ms"]["p50"] / 1000, run.get("compile", False)
     model = LlamaConfig.from_json_file(ROOT / "launch/llama31_8b.json")
     model.num_hidden_layers = 8 if name.startswith("eight") else 32
     request = Request(
-        config | {"train_micro_batch_size_per_gpu": 2}, 2048, None, True, loss_tile=TILE_BYTES,
+        run["config"] | {"train_micro_batch_size_per_gpu": 2}, 2048, None, True,
+        loss_tile=run.get("loss_tile", TILE_BYTES),
         gpu_memory=CARDS["h200"].memory if name.startswith("eight") else 22 << 30,
     )  # fmt: skip
     card = CARDS["h200"]
-    found = timing(Planner(model).layout(request), 2048, Speeds(card.bus, card.products, card.bandwidth))
-    assert found.step == pytest.approx(measured, rel=0.12)
-    assert found.step < measured, "the model leaves things out"
+    speeds = Speeds(card.bus, card.products, card.bandwidth)
+    found = timing(Planner(model).layout(request), 2048, speeds, compiled=compiled)
+    assert 0.87 * measured < found.step < 1.01 * measured
 
 
 def test_every_card_of_the_command_line_has_its_figures():
