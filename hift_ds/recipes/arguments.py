@@ -79,7 +79,7 @@ def add_activations(parser: argparse.ArgumentParser) -> None:
         help="with --gradient_checkpointing: the last K layers keep their activations, which is faster")  # fmt: skip
     add("--loss", choices=LOSSES, default=LOSSES[0], help="chunked: head and cross entropy tile by tile, no logits")
     add("--loss_tile", metavar="SIZE",
-        help="with --loss chunked: of logits at a time (default: 64MiB); 256MiB is faster on many cards")  # fmt: skip
+        help="with --loss chunked: of logits at a time, in fp32 (default: 64MiB); wider is faster")  # fmt: skip
 
 
 def check_pairs(args: argparse.Namespace) -> None:

@@ -382,6 +382,7 @@ def test_fewer_steps_than_blocks_move_some_parameters_with_hift_and_all_without(
 def test_text_is_packed_and_trains_with_accumulation_and_checkpointing(train_on_two_ranks):
     options = ["--dataset", "notes.txt", "--seq_len", "8", "--micro_batch", "1", "--accumulation", "2"]
     options += ["--gradient_checkpointing", "--keep_layers", "1", "--deepspeed_config", "zero0.json"]
+    options += ["--loss", "chunked", "--loss_tile", "1KiB"]
     output = train_on_two_ranks("text", *HIFT, *options, "--max_steps", "6", "--eval_every", "3")
     held_out = events(output, "Eval/loss")
     assert list(held_out) == [3, 6]

@@ -7,7 +7,8 @@ import torch
 import transformers as T
 from torch import nn
 
-from hift_ds.chunked_loss import ChunkedLoss, use_chunked_loss
+from hift_ds.chunked_loss import ChunkedLoss, tile_bytes_of, use_chunked_loss
+from hift_ds.memory.request import Request
 from hift_ds.memory.storages import StorageMeter
 
 VOCAB, WIDTH = 97, 32
@@ -205,3 +206,11 @@ def test_a_head_or_loss_that_is_more_than_it_knows_is_refused_whenever_the_user_
         return
     with pytest.raises(ValueError, match=says):
         use_chunked_loss(model) if when == "before" else model(**batch())
+
+
+def test_a_model_s_forecast_has_the_tiles_of_its_loss():
+    plain, chunked = pair_of("llama", FIVE_ROWS + 7)
+    assert tile_bytes_of(plain) is Request.of(plain, {}, 8).loss_tile is None
+    assert tile_bytes_of(chunked) == Request.of(chunked, {}, 8).loss_tile == FIVE_ROWS, "whole tokens"
+    use_chunked_loss(chunked, 1)
+    assert tile_bytes_of(chunked) == 4 * VOCAB, "one at least"

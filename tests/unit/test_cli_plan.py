@@ -263,10 +263,14 @@ def test_compiled_layers_take_fewer_seconds_as_much_memory_and_no_zero_3(tiny, c
 
 def test_the_loss_in_chunks_is_planned_or_refused(tiny, capsys, tmp_path):
     peaks = []
-    for loss in ("plain", "chunked"):
-        assert plan("--model", tiny, "--seq_len", 32, "--micro_batch", 64, "--loss", loss, "--json") == 0
+    for loss in (["plain"], ["chunked"], ["chunked", "--loss_tile", "4KiB"]):
+        assert plan("--model", tiny, "--seq_len", 32, "--micro_batch", 64, "--loss", *loss, "--json") == 0
         peaks.append(json.loads(capsys.readouterr().out)["peak"])
-    assert peaks[1] < peaks[0]
+    assert peaks[2] < peaks[1] < peaks[0]
+    assert error_of(capsys, "--model", tiny, "--loss_tile", "1MiB").startswith("--loss_tile 1MiB: goes with --loss")
+    assert "--loss_tile 'big': must be a size" in error_of(
+        capsys, "--model", tiny, "--loss", "chunked", "--loss_tile", "big"
+    )
     t5 = hf.T5Config(num_layers=1, d_model=16, d_ff=16, d_kv=8, num_heads=2)
     t5.architectures = ["T5ForConditionalGeneration"]
     t5.save_pretrained(tmp_path)

@@ -200,6 +200,7 @@ def test_what_is_so_already_is_not_proposed():
     assert names(request)[0] == "loss in chunks (--loss chunked)"
     request = replace(request, loss_tile=1 << 20)
     assert names(request) == ['ZeRO stage 3 with "offload_param": {"device": "cpu"}']
+    assert names(replace(request, loss_tile=1 << 30))[0] == "--loss_tile 64MiB"
     offloaded = request.changed("zero_optimization", "offload_param", value={"device": "cpu"})
     assert names(offloaded) == []
 

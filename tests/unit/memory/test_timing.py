@@ -1,17 +1,19 @@
 """Seconds of a step: the ring's own events on a clock, against sums by hand."""
 
+import itertools
 import json
 from pathlib import Path
 
 import pytest
 import torch
 from hift_testing.selection import slow
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig
 
 from hift_ds.chunked_loss import TILE_BYTES
 from hift_ds.memory.planner import Planner
 from hift_ds.memory.request import Request
-from hift_ds.memory.timing import CARDS, ELEMENTWISE, REACHED, Speeds, timing
+from hift_ds.memory.timing import CARDS, ELEMENTWISE, REACHED, STREAMED, Speeds, timing
 from hift_ds.memory.work import Work, _Recorder, micro_step_work
 from hift_ds.recipes.arguments import CARD_NAMES
 
@@ -73,6 +75,35 @@ def test_what_is_no_product_moves_what_it_reads_and_writes(planner):
         y = torch.nn.functional.silu(x)
         y.view(-1).backward(torch.empty(ROWS * SEQ * 160))
     assert recorder.work()[-1] == Work(0, (2 + 3) * x.nbytes)
+
+
+def test_a_product_that_memory_bounds_counts_its_bytes():
+    """A head's, for few tokens at a time: 2 x tokens operations for each of its elements, read anew each time."""
+    hidden = 64
+    with FakeTensorMode(), _Recorder() as recorder:
+        for tokens in (4, 400):
+            torch.mm(torch.empty(tokens, hidden), torch.empty(hidden, 512))
+    few, many = (2 * tokens * 512 * hidden for tokens in (4, 400))
+    streamed = 4 * (4 * hidden + hidden * 512 + 4 * 512)
+    assert recorder.work()[-1] == Work(few + many)
+    assert recorder.work(balance=few / streamed)[-1] == Work(few + many)
+    assert recorder.work(balance=1.01 * few / streamed)[-1] == Work(many, 0, streamed)
+
+
+def test_wider_tiles_of_the_loss_take_less_where_memory_is_slow(planner):
+    """They read the head less often; by operations alone they would take as long."""
+    config = {
+        "train_micro_batch_size_per_gpu": ROWS, "bf16": {"enabled": True}, "optimizer": {"type": "AdamW"},
+        "hift": {"enabled": True},
+    }  # fmt: skip
+    narrow, wide, seconds = 4 * 512, 4 * 512 * SEQ * ROWS, {}  # a token at a time, and all
+    for tile, bandwidth in itertools.product((narrow, wide), (1e9, FAST)):
+        layout, speeds = planner.layout(Request(config, SEQ, loss_tile=tile)), Speeds(FAST, 1e12, bandwidth)
+        forward, _ = micro_step_work(layout.model, layout.trained, ROWS, SEQ, balance=speeds.balance)
+        seconds[tile, bandwidth] = speeds.seconds(Work(forward.operations, 0, forward.streamed))
+    assert seconds[narrow, FAST] == pytest.approx(seconds[wide, FAST])
+    read_again = (ROWS * SEQ - 1) * 2 * HEAD / (STREAMED * 1e9)
+    assert seconds[narrow, 1e9] - seconds[wide, 1e9] == pytest.approx(read_again, rel=0.1)
 
 
 def test_recomputation_is_what_the_model_s_own_checkpointing_makes_anew(planner):
