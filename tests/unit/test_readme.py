@@ -1,5 +1,6 @@
 """README and docs say what is true: examples run, links lead somewhere, figures are those of the results files."""
 
+import csv
 import json
 import os
 import re
@@ -162,6 +163,24 @@ def test_figures_of_8b_on_the_h200_are_those_of_the_results_files():
         ), name
     faster = runs["eight_whole"]["tokens_per_s"] / runs["eight_offload"]["tokens_per_s"]
     assert f"{faster:.1f} times" in text_of(README).split("ZeRO-Offload")[0]
+
+
+def test_modelled_steps_are_those_of_the_results_file():
+    with open(ROOT / "launch/results/2026-11-27_steps.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    cards = {"RTX 4090": "rtx4090", "A6000": "a6000", "H200": "h200"}
+    forms = {"fp32, fp32": ("fp32", "fp32"), "16-bit remainders, 8 bits": ("split16", "int8")}
+    found = 0
+    for cells in rows_of(ROOT / "docs/choosing.md"):
+        if cells[0] in cards:
+            card, block, form, kept, compiled, tile, peak, step, exposed, tokens = cells
+            key = (cards[card], "1" if block == "all" else "34", *forms[form], kept, compiled, tile.split()[0])
+            names = ("card", "blocks", "master", "moments", "keep_layers", "compiled", "tile_mib")
+            (row,) = (row for row in rows if tuple(row[name] for name in names) == key)
+            assert (peak, step, exposed) == (f"{row['peak_gib']} GiB", f"{row['step_s']} s", f"{row['exposed_s']} s")
+            assert int(tokens.replace(",", "")) == int(row["tokens_per_s"])
+            found += 1
+    assert found >= 10
 
 
 def test_forecasts_are_those_of_the_results_files():
