@@ -50,8 +50,10 @@ def use_chunked_loss(model: nn.Module, tile_bytes: int = TILE_BYTES) -> None:
 
     Raises:
         TypeError: Not such a model.
-        ValueError: One whose forward does something else with its logits; the message has the line.
+        ValueError: One whose forward does something else with its logits; the message has the line. No number of bytes.
     """
+    if type(tile_bytes) is not int or tile_bytes < 1:
+        raise ValueError(f"use_chunked_loss(tile_bytes={tile_bytes!r}): must be a whole number of bytes from 1")
     kind = type(model)
     head, config = getattr(model, "lm_head", None), getattr(model, "config", None)
     if not isinstance(head, nn.Linear) or config is None:

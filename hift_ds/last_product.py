@@ -50,15 +50,21 @@ def without_last_product(backend: Any) -> Callable[..., Any]:
 
 
 def _tail(graph: fx.Graph) -> list[fx.Node]:
-    """The last product and what comes after it; empty where that is more than its way out of the graph."""
-    nodes = list(graph.nodes)[:-1]  # without the output
+    """The last product and what comes after it; empty where that is more than its way out of the graph.
+
+    Or where it takes nothing of what comes before it, which then is there for what it does in place.
+    """
+    *nodes, output = graph.nodes
     if any(getattr(node.target, "__name__", "") in _MODES for node in nodes):
         return []
     start = next((i for i, node in reversed(list(enumerate(nodes))) if node.target in _PRODUCTS), len(nodes))
     follows = nodes[start + 1 :]
     passes = all(node.target in (_METHODS if node.op == "call_method" else _FUNCTIONS) for node in follows)
-    takes = {given for node in nodes[start:] for given in node.all_input_nodes} | set(nodes[-1:])
-    return nodes[start:] if passes and not any(node.op == "get_attr" for node in takes) else []
+    tail = [*nodes[start:], output]
+    takes = {given for node in tail for given in node.all_input_nodes}
+    before = {node for node in nodes[:start] if node.op != "placeholder"}
+    known = not any(node.op == "get_attr" for node in takes) and (not before or takes & before)
+    return tail[:-1] if passes and known else []
 
 
 def _cut(graph: fx.Graph, tail: list[fx.Node]) -> tuple[fx.GraphModule, list[fx.Node]]:

@@ -215,6 +215,7 @@ class Layout:
         if self.rule.elementwise and self.config.home != "host":
             ranges = [part for tile in ranges for part in shard.parts(tile, GROUP)]
         gradients_of = ranges if self.rule.elementwise else [slice(run.start, run.stop) for run in shard.runs]
+        lone = self.config.hift.update == "backward" and self.config.world == self.config.micro_steps == 1
         in_place = not self.config.offloads_params and all(param.dtype == shard.dtype for param in shard.params)
         new = _longest(_shared(shard, ranges) if in_place else ranges) * shard.dtype.itemsize
         if self.config.sends_weights:
@@ -224,11 +225,11 @@ class Layout:
         made = 0 if self.config.home == "host" or self.config.home == "device" else self._factored
         own = shard.numel * self.config.accumulation_dtype.itemsize
         if self.config.kernel == "torch" and self.config.home != "host":
-            if self.config.accumulation_dtype != torch.float32:  # else the rule works in the gradient itself
+            if lone or self.config.accumulation_dtype != torch.float32:  # else the rule works in the gradient itself
                 made += 4 * _longest(gradients_of)
             if not self.rule.elementwise:  # the estimate of the second moment of the largest slice
                 made += 4 * max(segment.numel for segment in shard.segments)
-        if self.config.hift.update == "backward" and self.config.world == 1:
+        if lone:
             made += _longest(_shared(shard, gradients_of)) * self.config.accumulation_dtype.itemsize
         sent = 0
         if self.config.sends_weights:

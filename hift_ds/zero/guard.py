@@ -102,14 +102,15 @@ _NEEDS_OLD = (
 _ANEW = "a run's blocks, state and shards are laid out once; call engine.destroy() and hift_ds.initialize again"
 
 
-def _facts(param: torch.nn.Parameter) -> tuple[tuple[int, ...], torch.dtype, torch.device]:
+def _facts(param: torch.nn.Parameter) -> tuple[tuple[int, ...], torch.dtype, torch.device, bool]:
     held = getattr(param, "ds_tensor", param) if is_partitioned(param) else param
-    return tuple(full_shape(param)), held.dtype, held.device
+    return tuple(full_shape(param)), held.dtype, held.device, held.is_contiguous()
 
 
-def _described(facts: tuple[tuple[int, ...], torch.dtype, torch.device]) -> str:
-    shape, dtype, device = facts
-    return f"{list(shape)} in {str(dtype).removeprefix('torch.')} on {device}"
+def _described(facts: tuple[tuple[int, ...], torch.dtype, torch.device, bool]) -> str:
+    shape, dtype, device, contiguous = facts
+    order = "" if contiguous else ", not contiguous"
+    return f"{list(shape)} in {str(dtype).removeprefix('torch.')} on {device}{order}"
 
 
 def _writes(param: torch.nn.Parameter) -> tuple[int, int]:

@@ -100,7 +100,7 @@ class HostUpdate:
             def visit(write: bool, master: torch.Tensor = master) -> Iterator[tuple[int, torch.Tensor]]:
                 yield 0, master
 
-            gradient = unscaled(grad[run.start : run.stop].cpu(), scaling)
+            gradient = unscaled(grad[run.start : run.stop].to("cpu", copy=True), scaling)
             state.torn = True
             self.rule.update_run(
                 visit, gradient, self.param_groups[run.group], lr=rates[run.group], step=state.step,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +14,7 @@ from hift_ds.shards import Run
 from hift_ds.state.formats import GROUP
 from hift_ds.state.ring import Ring, Tile
 from hift_ds.state.unit_state import UnitState, part_of
+from hift_ds.zero.unit_gradients import LoneGradient
 from hift_ds.zero.weights import NewWeights
 
 Tensors = dict[str, torch.Tensor]
@@ -95,14 +97,15 @@ class UnitUpdate:
                 for index, run in enumerate(state.shard.runs):
                     self._whole_run(state, index, run, grad, new, scaling, rates[run.group], unit)
                 return
-            of_run = self._fused if self.kernel == "triton" else self._eager
+            fused = self.kernel == "triton"
+            of_run, range_of = (self._fused, grad.__getitem__) if fused else (self._eager, partial(spent, grad))
             computes = [of_run(state, run, scaling, rates[run.group], unit) for run in state.shard.runs]
             reads = state.weights_count
             for tile, tensors in self._visit(state, state.tiles, fresh=fresh):
                 for span in state.shard.parts(tile.span, GROUP):
                     part = part_of(tensors, span.start - tile.span.start, span.stop - tile.span.start)
                     weights = new.begin(span, reads)
-                    computes[tile.run](span, grad[span], weights, part)
+                    computes[tile.run](span, range_of(span), weights, part)
                     new.end(span, weights)
 
     def _visit(
@@ -155,7 +158,7 @@ class UnitUpdate:
     ) -> None:  # fmt: skip
         """A rule that looks at whole parameters: it goes over the tiles of a run more than once."""
         tiles = [tile for tile in state.tiles if tile.run == index]
-        group, gradient = self.param_groups[run.group], grad[run.start : run.stop]
+        group, whole = self.param_groups[run.group], slice(run.start, run.stop)
         common: dict[str, Any] = dict(
             lr=lr, step=state.step, segments=run.segments, extra=state.extra, all_reduce=self.all_reduce
         )
@@ -182,11 +185,20 @@ class UnitUpdate:
             seed = mixed_seed(self.seed, unit, state.step, state.shard.rank, index)
             scalars = self._scalars(state, group, scaling, lr)
             state.torn = True
-            self.rule.update_run_fused(forms, gradient, group, scalars, seed=seed, **common)
+            self.rule.update_run_fused(forms, grad[whole], group, scalars, seed=seed, **common)
         else:
-            gradient = unscaled(gradient, scaling)
+            gradient = unscaled(spent(grad, whole), scaling)
             state.torn = True
             self.rule.update_run(masters, gradient, group, **common)
+
+
+def spent(grad: Gradient, span: slice) -> torch.Tensor:
+    """A range of a gradient, which may be overwritten.
+
+    `.grad` may share its memory with what backward has yet to use: that of a view's gradient is the gradient itself.
+    """
+    part = grad[span]
+    return part.clone() if isinstance(grad, LoneGradient) and part.dtype == torch.float32 else part
 
 
 def unscaled(grad: torch.Tensor, scaling: Scaling) -> torch.Tensor:

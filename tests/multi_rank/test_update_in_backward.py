@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from typing import Any
 
@@ -26,6 +27,7 @@ from hift_testing.training import (
     small_llama,
     whole_weights,
 )
+from torch import nn
 
 pytestmark = pytest.mark.multi_rank
 
@@ -271,6 +273,40 @@ def gradient_itself_is_read() -> None:
 
 def test_a_lone_rank_s_update_reads_the_gradient_where_autograd_has_left_it(one_rank):
     one_rank.run(gradient_itself_is_read)
+
+
+class Positions(nn.Module):
+    """The gradient of what it adds is a view of its output's, which backward still hands on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.weight.unsqueeze(0)
+
+
+def gradients_share_memory(optimizer: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(20, 64), Positions(), nn.Linear(64, 20))
+    plain, ids = copy.deepcopy(model), torch.arange(8).unsqueeze(0)
+    reference = getattr(torch.optim, optimizer["type"])(plain.parameters(), **optimizer["params"])
+    engine = engine_of(ds_config(0, "fp32", BACKWARD, optimizer=optimizer, train_micro_batch_size_per_gpu=1), model)
+    for _ in range(3):
+        engine.backward(engine(ids).square().mean())
+        engine.step()
+        reference.zero_grad()
+        plain(ids).square().mean().backward()
+        reference.step()
+    assert largest_difference(whole_weights(engine), dict(plain.named_parameters())) < 1e-6
+
+
+@pytest.mark.parametrize("optimizer", [
+    {"type": "AdamW", "params": {"lr": 1e-2, "eps": 1e-6, "weight_decay": 0.1}},
+    {"type": "SGD", "params": {"lr": 1.0, "weight_decay": 0.1}},
+], ids=lambda optimizer: optimizer["type"])  # fmt: skip
+def test_an_update_leaves_a_gradient_that_backward_still_needs(one_rank, optimizer):
+    one_rank.run(gradients_share_memory, optimizer)
 
 
 # What goes wrong.

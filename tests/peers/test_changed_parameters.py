@@ -73,6 +73,10 @@ def other_shape(module: nn.Module) -> None:
     module.head.bias.data = torch.zeros(2)
 
 
+def other_strides(module: nn.Module) -> None:
+    module.head.weight.data = module.head.weight.data.t().contiguous().t()
+
+
 # name -> (model, what is done, a name that the error holds)
 CHANGES: dict[str, tuple[str, Callable[[nn.Module], Any], str]] = {
     "more tokens": ("llama", embedding(100), "embed_tokens|lm_head"),
@@ -85,6 +89,7 @@ CHANGES: dict[str, tuple[str, Callable[[nn.Module], Any], str]] = {
     "module replaced": ("stack", new_head, r"head\.weight"),
     "other dtype": ("stack", lambda module: module.bfloat16(), r"layers\.0|head"),
     "other shape": ("stack", other_shape, r"head\.weight|head\.bias"),
+    "other strides": ("stack", other_strides, r"head\.weight .* not contiguous"),
 }
 
 LLAMA = [name for name in CHANGES if "tokens" in name]

@@ -214,3 +214,9 @@ def test_a_model_s_forecast_has_the_tiles_of_its_loss():
     assert tile_bytes_of(chunked) == Request.of(chunked, {}, 8).loss_tile == FIVE_ROWS, "whole tokens"
     use_chunked_loss(chunked, 1)
     assert tile_bytes_of(chunked) == 4 * VOCAB, "one at least"
+
+
+@pytest.mark.parametrize("size", [0, -5, True, 1.5, "64MiB"])
+def test_a_tile_of_no_number_of_bytes_is_refused(size):
+    with pytest.raises(ValueError, match=r"use_chunked_loss\(tile_bytes=.*must be a whole number of bytes from 1"):
+        use_chunked_loss(MODELS["llama"](), size)

@@ -146,9 +146,10 @@ class Parts(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.kind, self.first, self.last = kind, nn.Linear(8, 8), nn.Linear(8, 8)
+        self.register_buffer("calls", torch.zeros(()))
 
     def forward(self, x):
-        hidden = torch.relu(self.first(x))
+        hidden = x if self.kind in ("alone", "counts") else torch.relu(self.first(x))
         if self.kind == "beside":
             out = self.last(hidden)
             return out, hidden
@@ -158,13 +159,17 @@ class Parts(nn.Module):
             return torch.rms_norm(self.last(hidden), (8,))
         if self.kind == "alone":
             return self.last(x)
+        if self.kind == "counts":
+            self.calls.add_(1)
+            return self.last(x)
         out = self.last(hidden)
         hidden.add_(1)  # in place, after the product has read it
         return out
 
 
 @pytest.mark.parametrize(
-    ("kind", "splits"), [("beside", True), ("before", True), ("alone", True), ("norm", False), ("after", False)]
+    ("kind", "splits"),
+    [("beside", True), ("before", True), ("alone", True), ("norm", False), ("after", False), ("counts", False)],
 )
 def test_a_graph_is_split_where_nothing_but_its_way_out_comes_after_the_last_product(kind, splits):
     torch._dynamo.reset()
@@ -182,7 +187,8 @@ def test_a_graph_is_split_where_nothing_but_its_way_out_comes_after_the_last_pro
             for found, expected in zip(compiled(x.clone()), part(x.clone()), strict=True):
                 assert torch.equal(found, expected)
     products = [targets.count(nn.functional.linear) for targets in graphs]
-    assert set(products) == (set() if kind == "alone" else {1 if splits else 2})
+    assert set(products) == (set() if kind == "alone" else {1 if splits or kind == "counts" else 2})
+    assert part.calls == (2 * 2 if kind == "counts" else 0), "compiled and not"
 
 
 def test_evaluation_and_generation_compile_nothing():
