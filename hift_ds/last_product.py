@@ -1,7 +1,7 @@
 """The last product of a compiled part, left to eager torch, so that recomputation can stop before it.
 
 torch.utils.checkpoint makes again what backward wants, and no more: of a layer all but the product at its end, whose
-result nobody keeps (a seventh of a Llama layer's forward). A compiled graph runs as a whole.
+result nobody keeps (a quarter of the products of a Llama layer's forward). A compiled graph runs as a whole.
 """
 
 from __future__ import annotations
