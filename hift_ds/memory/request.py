@@ -126,5 +126,6 @@ def parse_bytes(text: str, option: str = "") -> int:
     if size < 1:
         raise ValueError(f"{option} {text!r}: must be more than nothing".lstrip())
     if not match[2] and size < 1 << 20:
-        raise ValueError(f"{option} {text!r}: {size} bytes? write the unit, as in {match[1]}GiB".lstrip())
+        units = f"{match[1]}GiB or {match[1]}MiB"
+        raise ValueError(f"{option} {text!r}: {size} bytes? write the unit, as in {units}".lstrip())
     return size
