@@ -173,7 +173,7 @@ for batch in torch.utils.data.DataLoader(rows, batch_size=None, num_workers=1):
     engine.step()
     if engine.global_steps % 3 == 0:
         engine.save_checkpoint(sys.argv[1])
-os.write(1, f"DIGEST {digest_of(all_by_block(engine))}\\n".encode())  # whole: the other rank's may come between two prints
+os.write(1, f"DIGEST {digest_of(all_by_block(engine))}\\n".encode())  # in one piece: two ranks write there
 dist.destroy_process_group()
 """
 
