@@ -33,7 +33,8 @@ class OwnWeights:
         """As NewWeights.begin: the model's own where one parameter fills the range."""
         numel, present = span.stop - span.start, list(self._shard.weight_pieces(span))
         for _, weights in present:
-            if weights.numel() == numel and weights.dtype == self.dtype and weights.device == self._device:
+            here = weights.device.type == self._device.type  # not offloaded
+            if here and weights.numel() == numel and weights.dtype == self.dtype:
                 return weights
         new = torch.empty(numel, dtype=self.dtype, device=self._device)
         if read:
