@@ -235,6 +235,12 @@ def test_a_named_card_gives_its_memory_and_modelled_seconds(tiny, capsys):
     assert plan("--model", tiny, "--seq_len", 8, "--tflops", 1e-6, "--card", "a6000", "--json") == 0
     step = json.loads(capsys.readouterr().out)["modelled_step"]
     assert step["tokens"] == 8 and step["tokens_per_second"] == pytest.approx(8 / step["step"])
+    bus = ("--model", tiny, "--seq_len", 8, "--card", "a6000", "--json", "--bus_gb_per_s")
+    copies = []
+    for speed in (1e-3, 2e-3):
+        assert plan(*bus, speed) == 0
+        copies.append(json.loads(capsys.readouterr().out)["modelled_step"]["copies"])
+    assert copies[0] == pytest.approx(2 * copies[1]) and copies[1] > 0
     message = error_of(capsys, "--model", tiny, "--tflops", 3)
     assert message == "--tflops: a step's seconds need --card, too, for its memory; name the nearest"
 
